@@ -1,0 +1,89 @@
+"""aiomigrate: crash-safe, exactly-once migrations for LanceDB, in async Python.
+
+Everything public is here. Names are imported when first used, so that `import aiomigrate` costs
+next to nothing and migration scripts do not load LanceDB.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from aiomigrate.version import __version__
+
+if TYPE_CHECKING:
+    from aiomigrate import errors, events
+    from aiomigrate import operations as op
+    from aiomigrate.context import Context, RecordedTable
+    from aiomigrate.discovery import load
+    from aiomigrate.errors import AiomigrateError, MigrationFailedError
+    from aiomigrate.manager import MigrationManager
+    from aiomigrate.model import Event, Migration, Script, Scripts
+    from aiomigrate.plan import Plan, Step
+    from aiomigrate.reconcile import OnAhead
+    from aiomigrate.report import Outcome, Report, Status, StepReport, Validation
+    from aiomigrate.runner import Progress
+
+_MODULES = {
+    "AiomigrateError": "errors",
+    "Context": "context",
+    "Event": "model",
+    "Migration": "model",
+    "MigrationFailedError": "errors",
+    "MigrationManager": "manager",
+    "OnAhead": "reconcile",
+    "Outcome": "report",
+    "Plan": "plan",
+    "Progress": "runner",
+    "RecordedTable": "context",
+    "Report": "report",
+    "Script": "model",
+    "Scripts": "model",
+    "Status": "report",
+    "Step": "plan",
+    "StepReport": "report",
+    "Validation": "report",
+    "load": "discovery",
+}
+_SUBMODULES = {"errors": "errors", "events": "events", "op": "operations"}
+
+__all__ = [
+    "AiomigrateError",
+    "Context",
+    "Event",
+    "Migration",
+    "MigrationFailedError",
+    "MigrationManager",
+    "OnAhead",
+    "Outcome",
+    "Plan",
+    "Progress",
+    "RecordedTable",
+    "Report",
+    "Script",
+    "Scripts",
+    "Status",
+    "Step",
+    "StepReport",
+    "Validation",
+    "__version__",
+    "errors",
+    "events",
+    "load",
+    "op",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        value: Any = importlib.import_module(f"aiomigrate.{_SUBMODULES[name]}")
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"aiomigrate.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'aiomigrate' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

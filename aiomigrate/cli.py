@@ -1,0 +1,759 @@
+"""The `aiomigrate` command: verbs, options, exit codes.
+
+A face over `MigrationManager`: it reads settings (`config`), runs one verb, and shows what came of
+it (`console`). Nothing here knows how migrations work. The library is imported only when a verb
+needs it, so that `--help` and `version` answer at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from aiomigrate import config
+from aiomigrate.config import Settings
+from aiomigrate.console import (
+    HISTORY_HEADER,
+    HISTORY_RIGHT,
+    Output,
+    Tracker,
+    configure_logs,
+    history_rows,
+    show_report,
+)
+from aiomigrate.errors import AiomigrateError, ConfigurationError, MigrationFailedError
+
+if TYPE_CHECKING:
+    from aiomigrate.manager import MigrationManager
+    from aiomigrate.model import Event, Target
+    from aiomigrate.plan import Plan
+    from aiomigrate.report import Status
+
+T = TypeVar("T")
+
+
+class Exit(enum.IntEnum):
+    """What the command's exit codes mean."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_AT_TARGET = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+_EPILOG = """\
+Exit codes: 0 at target (or done); 1 failed; 2 usage or configuration; 3 not at target (status,
+validate and plan with --check); 130 and 143 interrupted by Ctrl-C or SIGTERM.
+
+Settings come from the command line, else from AIOMIGRATE_URI, AIOMIGRATE_MIGRATIONS, ..., else
+from tool.aiomigrate in the nearest pyproject.toml, else the database is ./data/app.lancedb and
+its migrations are in ./migrations.
+"""
+
+app = typer.Typer(
+    name="aiomigrate",
+    help="Crash-safe, exactly-once migrations for LanceDB.",
+    epilog=_EPILOG.replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"),
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Its arguments, without the program's name.
+
+    Returns:
+        The exit code.
+    """
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    try:
+        return int(app(argv or ["--help"], prog_name="aiomigrate", standalone_mode=False) or 0)
+    except usage_error as exc:
+        context = getattr(exc, "ctx", None)
+        path = context.command_path if context is not None else "aiomigrate"
+        output = Output(as_json=False, verbose=False)
+        message = exc.format_message()  # type: ignore[attr-defined] # of click's UsageError
+        output.error(message, f"`{path} --help` lists what it takes, with an example.")
+        return Exit.USAGE
+    except BrokenPipeError:  # the reader of a pipe has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.FAILED
+
+
+# ---- options, in groups that verbs share --------------------------------------------------------
+
+
+def _database_options(
+    *,
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            help="Path or URI of the database. Default: ./data/app.lancedb.", show_default=False
+        ),
+    ] = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(help="Name of the table that records versions. Default: table_migrations."),
+    ] = None,
+    storage_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-o", "--storage-option", metavar="KEY=VALUE", help="Storage option; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Which database."""
+
+
+def _folder_options(
+    *,
+    migrations: Annotated[
+        str | None, typer.Option(help="Folder of the migrations. Default: ./migrations.")
+    ] = None,
+) -> None:
+    """Which migrations."""
+
+
+def _param_options(
+    *,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-x", "--param", metavar="KEY=VALUE", help="Parameter of the migrations; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """What the migrations are given."""
+
+
+def _ahead_options(
+    *,
+    on_ahead: Annotated[
+        str | None,
+        typer.Option(metavar="error|warn", help="When the database is newer than the code."),
+    ] = None,
+) -> None:
+    """What to make of a newer database."""
+
+
+def _lease_options(
+    *,
+    lease_ttl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Silence after which a process is succeeded. Default: 30."
+        ),
+    ] = None,
+    lease_wait: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long to wait for another process. Default: 600."),
+    ] = None,
+) -> None:
+    """How the lease is taken."""
+
+
+def _running_options(
+    *,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Migrations at work at once. Default: 16.")
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Limit for each migration. Default: none."),
+    ] = None,
+) -> None:
+    """How migrations are run."""
+
+
+def _output_options(
+    *,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("-v", "--verbose", help="Debug logs and tracebacks.", show_default=False),
+    ] = False,
+) -> None:
+    """What is shown."""
+
+
+_Tables = Annotated[
+    list[str] | None,
+    typer.Option("--table", metavar="LINE", help="Only this line (table); repeatable."),
+]
+_To = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--to",
+        metavar="VERSION",
+        help="To a version, or LINE=VERSION (repeatable). Default: the newest.",
+    ),
+]
+_Check = Annotated[
+    bool, typer.Option("--check", help="Exit with 3 when not at target.", show_default=False)
+]
+
+
+# ---- calling a verb -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of the command: its settings, and where its output goes.
+
+    Attributes:
+        settings: Merged from all sources.
+        output: Where everything goes.
+    """
+
+    settings: Settings
+    output: Output
+    tracker: Tracker = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tracker", Tracker(self.output))
+
+    def manager(self) -> MigrationManager:
+        """Returns a manager for the settings.
+
+        Raises:
+            ConfigurationError: A setting cannot be.
+        """
+        from aiomigrate.manager import MigrationManager
+        from aiomigrate.reconcile import OnAhead
+
+        chosen = self.settings
+        return MigrationManager(
+            chosen.uri,
+            migrations=chosen.migrations,
+            params=chosen.params,
+            ledger=chosen.ledger,
+            concurrency=chosen.concurrency,
+            lease_ttl=chosen.lease_ttl,
+            lease_wait=chosen.lease_wait,
+            timeout=chosen.timeout,
+            storage_options=chosen.storage_options or None,
+            on_ahead=OnAhead(chosen.on_ahead),
+            on_progress=self.tracker,
+        )
+
+
+def _verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callable[..., Exit]]:
+    """Makes a function of a `Call` a verb that also takes the options of some groups."""
+
+    def decorate(body: Callable[..., Exit]) -> Callable[..., Exit]:
+        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+        shared = [
+            parameter
+            for group in (*groups, _output_options)
+            for parameter in inspect.signature(group, eval_str=True).parameters.values()
+        ]
+
+        def command(**values: Any) -> None:
+            given = {parameter.name: values.pop(parameter.name) for parameter in shared}
+            raise typer.Exit(_guarded(body, given, values))
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name=body.__name__, help=inspect.getdoc(body))(command)
+        return body
+
+    return decorate
+
+
+def _guarded(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[str, Any]) -> Exit:
+    """Runs a verb; every failure becomes two lines on stderr and an exit code."""
+    output = Output(as_json=given.pop("as_json"), verbose=given.pop("verbose"))
+    try:
+        settings = _settings(given)
+        output = Output(as_json=output.as_json, verbose=output.verbose, secrets=settings.secrets())
+        configure_logs(output)
+        return body(Call(settings=settings, output=output), **values)
+    except KeyboardInterrupt:
+        output.error("Interrupted before anything was begun.", "Run it again.")
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except AiomigrateError as exc:
+        _show_error(output, exc)
+        return Exit.USAGE if isinstance(exc, ConfigurationError) else Exit.FAILED
+    except Exception as exc:  # noqa: BLE001 - the edge of the program: never a traceback
+        _show_defect(output, exc)
+        return Exit.FAILED
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    layer = {key: value for key, value in given.items() if value not in (None, [])}
+    if "params" in layer:
+        layer["params"] = config.parse_params(layer["params"])
+    if "storage_options" in layer:
+        layer["storage_options"] = config.parse_pairs(layer["storage_options"], "-o")
+    return config.load(layer, cwd=Path.cwd(), env=os.environ)
+
+
+def _show_defect(output: Output, exc: Exception) -> None:
+    what = f"Unexpected {type(exc).__name__}: {exc}."
+    remedy = "Run it again with -v for the traceback, and report it as a defect."
+    facts = {"type": type(exc).__name__, "what": what, "remedy": remedy}
+    output.document(lambda: {"error": facts})
+    output.error(what, remedy, trace=exc)
+
+
+def _show_error(output: Output, exc: AiomigrateError) -> None:
+    def document() -> object:
+        facts = {"type": type(exc).__name__, "what": exc.what, "remedy": exc.remedy}
+        where = {"line": exc.line, "version": exc.version, "path": exc.path}
+        report = exc.report.to_dict() if isinstance(exc, MigrationFailedError) else {}
+        return {**report, "error": {**facts, **{k: v for k, v in where.items() if v is not None}}}
+
+    output.document(document)
+    # Where a migration failed is in the journal, and shown from there.
+    trace = None if isinstance(exc, MigrationFailedError) else exc
+    output.error(exc.what, exc.remedy, trace=trace)
+
+
+# ---- running it, and being interrupted ----------------------------------------------------------
+
+
+def _run(call: Call, work: Callable[[MigrationManager], Awaitable[Exit]]) -> Exit:
+    """Runs a verb's coroutine until it ends or a signal does, which is then explained."""
+    import anyio
+
+    async def main() -> Exit:
+        async with call.manager() as manager:
+            caught: list[signal.Signals] = []
+            result = await _until_signal(lambda: work(manager), caught, call.output)
+            if result is not None:
+                return result
+            await _explain(call, manager, caught[0])
+            return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
+
+    return anyio.run(main)
+
+
+async def _until_signal(
+    work: Callable[[], Awaitable[T]], caught: list[signal.Signals], output: Output
+) -> T | None:
+    """Returns what `work` returns, or `None` when a signal cancelled it first.
+
+    Raises:
+        Exception: What `work` raises.
+    """
+    import anyio
+
+    error: Exception | None = None
+    result: T | None = None
+
+    async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+        try:
+            receiver = anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
+            with receiver as signals:
+                task_status.started()
+                async for number in signals:
+                    again = bool(caught)
+                    caught.append(number)
+                    scope.cancel()
+                    if again:
+                        output.note("Still undoing what was in hand; nothing is lost by waiting.")
+        except NotImplementedError:  # Windows: Ctrl-C cancels everything, as asyncio does it
+            task_status.started()
+
+    async with anyio.create_task_group() as group:
+        scope = anyio.CancelScope()
+        await group.start(watch)
+        with scope:
+            try:
+                result = await work()
+            except Exception as exc:  # noqa: BLE001 - carried out of the group as it is
+                error = exc
+        group.cancel_scope.cancel()
+    if error is not None:
+        raise error
+    return result
+
+
+async def _explain(call: Call, manager: MigrationManager, number: signal.Signals) -> None:
+    """Says what an interruption left, read from the database rather than remembered."""
+    import anyio
+
+    from aiomigrate.lease import HOST
+
+    status: Status | None = None
+    events: tuple[Event, ...] = ()
+    with anyio.move_on_after(10):
+        try:
+            events = await manager.history()
+            status = await manager.get_status()
+        except AiomigrateError as exc:
+            if call.tracker.seen:
+                call.output.note(f"The state could not be read: {exc.what}")
+    what = interruption(call.tracker, events, status, process=(HOST, os.getpid()))
+    call.output.document(lambda: {"interrupted": number.name, "what": what})
+    remedy = "Run `aiomigrate upgrade` to go on." if call.tracker.seen else "Run it again to go on."
+    call.output.note(f"Interrupted. {what}\n{remedy}")
+
+
+def interruption(
+    tracker: Tracker, events: Collection[Event], status: Status | None, *, process: tuple[str, int]
+) -> str:
+    """Returns in words what state an interrupted run left things in. Pure.
+
+    Args:
+        tracker: What the run told while it ran.
+        events: The journal afterwards.
+        status: Lines and lease afterwards, `None` if they could not be read.
+        process: Host and id of this process.
+    """
+    ours = [event for event in events if (event.host, event.pid) == process]
+    epoch = max((event.epoch for event in ours), default=0)
+    mine = [event for event in ours if event.epoch == epoch]
+    holder = status.holder if status is not None else None
+    held = holder is not None and (holder.host, holder.pid) == process
+    parts = [] if tracker.seen else ["No migration was begun."]
+    parts += [
+        f"{word.capitalize()}: {_list_of(keys)}."
+        for word in ("applied", "failed", "skipped")
+        if (keys := tracker.in_state(word))
+    ]
+    parts += [
+        f"{key[0]} {key[1]} was in hand: {_fate(key, mine, unresolved=held)}."
+        for key in tracker.in_state("running")
+    ]
+    if waiting := tracker.in_state("waiting"):
+        parts.append(f"Not begun: {_list_of(waiting)}.")
+    if status is None:
+        parts.append("Who holds the lease could not be read.")
+    elif holder is None:
+        parts.append("Nothing is locked.")
+    elif held:
+        parts.append("A commit did not end: the lease is left to expire by itself.")
+    else:
+        parts.append(f"The lease is held by {holder}.")
+    return " ".join(parts)
+
+
+def _list_of(keys: Collection[tuple[str, int]], most: int = 6) -> str:
+    named = [f"{line} {version}" for line, version in keys]
+    more = f" and {len(named) - most} more" if len(named) > most else ""
+    return ", ".join(named[:most]) + more
+
+
+def _fate(key: tuple[str, int], events: Collection[Event], *, unresolved: bool) -> str:
+    mine = [event for event in events if (event.line, event.version) == key]
+    if unresolved:
+        return "the next run looks how far it came, and goes on from there"
+    if not mine:
+        return "it had changed nothing"
+    last = mine[-1]
+    if last.kind == "applied":
+        return "it was applied"
+    if last.kind == "failed":
+        if foreign := last.detail.get("unresolved"):
+            return f"it could not be undone ({foreign})"
+        if any(e.kind == "restored" and e.epoch == last.epoch for e in mine):
+            return "it was undone"
+        changed = any(t.get("before") != t.get("after") for t in last.tables.values())
+        return "the next run goes on with it" if changed else "it had changed nothing"
+    return "the next run recovers it"
+
+
+# ---- verbs that change the database -------------------------------------------------------------
+
+
+@_verb(
+    _database_options,
+    _folder_options,
+    _param_options,
+    _ahead_options,
+    _lease_options,
+    _running_options,
+)
+def upgrade(
+    call: Call,
+    *,
+    table: _Tables = None,
+    to: _To = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan only.", show_default=False)
+    ] = False,
+) -> Exit:
+    """Bring the database to its target: run what is pending, each migration once.
+
+    Example: aiomigrate upgrade --uri ./data/app.lancedb -x dimension=1536
+    """
+    target = config.parse_target(to or ())
+    if dry_run:
+        return _run(call, lambda manager: _show_plan(call, manager, table, target))
+    return _run(call, lambda manager: _upgrade(call, manager, table, target))
+
+
+async def _upgrade(
+    call: Call, manager: MigrationManager, tables: Collection[str] | None, to: Target
+) -> Exit:
+    output = call.output
+    if not output.as_json:
+        planned = await manager.plan(tables=tables or None, to=to)
+        if not planned.needs_lease:
+            output.say(_at_target(manager, planned))
+            return Exit.OK
+        output.say(manager.database)
+        output.say(f"{planned}\n")
+    try:
+        with call.tracker.showing():
+            report = await manager.upgrade(tables=tables or None, to=to)
+    except MigrationFailedError as exc:
+        show_report(output, exc.report)
+        await _show_traces(call, manager, exc)
+        raise
+    show_report(output, report)
+    output.document(report.to_dict)
+    return Exit.OK
+
+
+def _at_target(manager: MigrationManager, planned: Plan) -> str:
+    lines = [f"Everything is at target: nothing to do. ({manager.database})"]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in planned.warnings)])
+
+
+async def _show_traces(call: Call, manager: MigrationManager, exc: MigrationFailedError) -> None:
+    """Shows, with `-v`, the tracebacks of the migrations that failed, from the journal."""
+    if not call.output.verbose:
+        return
+    last = {(e.line, e.version): e for e in await manager.history() if e.kind == "failed"}
+    for step in exc.report.failed:
+        event = last.get((step.line, step.version))
+        if event is not None and event.error:
+            call.output.note(f"{step.line} {step.version}:\n{event.error.rstrip()}")
+
+
+@_verb(_database_options, _folder_options, _param_options, _lease_options)
+def stamp(call: Call, *, table: _Tables = None, to: _To = None) -> Exit:
+    """Record lines at versions without running anything: the baseline of a database.
+
+    Say which: --table, --to, or `--to latest` for everything.
+
+    Example: aiomigrate stamp --table memos --to 3
+    """
+    if not table and not to:
+        raise ConfigurationError(
+            "stamp records migrations as applied without running them; it was not told which.",
+            "Pass --table LINE, --to VERSION, or --to latest for all lines.",
+        )
+    target = config.parse_target(to or ())
+
+    async def work(manager: MigrationManager) -> Exit:
+        versions = await manager.stamp(tables=table or None, to=target)
+        for line, version in sorted(versions.items()):
+            call.output.say(f"{line} is recorded at version {version}.")
+        if not versions:
+            call.output.say("There are no migrations: nothing to record.")
+        call.output.document(lambda: {"stamped": dict(versions)})
+        return Exit.OK
+
+    return _run(call, work)
+
+
+@_verb(_database_options, _lease_options)
+def unlock(call: Call) -> Exit:
+    """Free the lease of a process that is dead. It is watched first: a live one is left alone.
+
+    Rarely needed: the next run does the same by itself.
+
+    Example: aiomigrate unlock
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        if not call.output.as_json:
+            call.output.note("Looking; a lease that is held is watched for its time to live.")
+        holder = await manager.unlock()
+        if holder is None:
+            call.output.say("The lease is free.")
+        else:
+            call.output.say(f"The lease of {holder} was dead and has been removed.")
+        call.output.document(lambda: {"removed": str(holder) if holder else None})
+        return Exit.OK
+
+    return _run(call, work)
+
+
+# ---- verbs that only look -----------------------------------------------------------------------
+
+
+@_verb(_database_options, _folder_options, _param_options, _ahead_options)
+def plan(call: Call, *, table: _Tables = None, to: _To = None, check: _Check = False) -> Exit:
+    """Show what upgrade would do. Writes nothing.
+
+    Example: aiomigrate plan --table memos --to 3
+    """
+    target = config.parse_target(to or ())
+    return _run(call, lambda manager: _show_plan(call, manager, table, target, check=check))
+
+
+async def _show_plan(
+    call: Call,
+    manager: MigrationManager,
+    tables: Collection[str] | None,
+    to: Target,
+    *,
+    check: bool = False,
+) -> Exit:
+    planned = await manager.plan(tables=tables or None, to=to)
+    call.output.say(manager.database)
+    call.output.say(str(planned))
+    call.output.document(planned.to_dict)
+    return Exit.NOT_AT_TARGET if check and not planned.is_empty else Exit.OK
+
+
+@_verb(_database_options, _folder_options, _param_options)
+def status(call: Call, *, check: _Check = False) -> Exit:
+    """Show where every line is, and who holds the lease. Writes nothing.
+
+    Example: aiomigrate status --check
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        found = await manager.get_status()
+        call.output.say(str(found))
+        call.output.document(found.to_dict)
+        return Exit.NOT_AT_TARGET if check and not found.is_at_target else Exit.OK
+
+    return _run(call, work)
+
+
+@_verb(_database_options, _folder_options, _param_options, _ahead_options)
+def validate(call: Call, *, check: _Check = False) -> Exit:
+    """Compare scripts, ledger and live tables. Writes nothing.
+
+    Exits with 1 when something is wrong; lines that are merely behind count with --check.
+
+    Example: aiomigrate validate --check
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        found = await manager.validate()
+        behind = set(found.not_at_target)
+        wrong = [error for error in found.errors if error not in behind]
+        for word, texts in (
+            ("error", wrong),
+            ("pending", found.not_at_target),
+            ("warning", found.warnings),
+        ):
+            for text in texts:
+                call.output.say(f"{word}: {text}")
+        if found.valid:
+            call.output.say("Valid: scripts, ledger and tables agree.")
+        call.output.document(
+            lambda: {**found.to_dict(), "not_at_target": list(found.not_at_target)}
+        )
+        if wrong:
+            return Exit.FAILED
+        return Exit.NOT_AT_TARGET if check and behind else Exit.OK
+
+    return _run(call, work)
+
+
+@_verb(_database_options)
+def history(
+    call: Call,
+    *,
+    line: Annotated[
+        str | None, typer.Argument(metavar="LINE", help="Only this line.", show_default=False)
+    ] = None,
+) -> Exit:
+    """Show what was done to the database, from its journal. Writes nothing.
+
+    With -v every event is shown, and errors with their tracebacks.
+
+    Example: aiomigrate history memos
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        events = await manager.history(line)
+        call.output.document(lambda: [event.to_dict() for event in events])
+        call.output.say(_history_text(call, events, line))
+        return Exit.OK
+
+    return _run(call, work)
+
+
+def _history_text(call: Call, events: Collection[Event], line: str | None) -> str:
+    from aiomigrate.render import table
+
+    inner = ("advanced", "intended")  # how a migration got on; for whoever asks with -v
+    shown = [e for e in events if call.output.verbose or (e.line and e.kind not in inner)]
+    if not shown:
+        return f"Nothing is recorded of {line!r}." if line else "Nothing is recorded yet."
+    text = table(HISTORY_HEADER, history_rows(shown), HISTORY_RIGHT)
+    if call.output.verbose:
+        for event in shown:
+            if event.error:
+                text += f"\n\n{event.line} {event.version}:\n{event.error.rstrip()}"
+    return text
+
+
+# ---- verbs without a database -------------------------------------------------------------------
+
+
+@_verb(_folder_options)
+def new(
+    call: Call,
+    *,
+    description: Annotated[
+        str, typer.Argument(help='A few words, such as "add tags".', show_default=False)
+    ],
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="The table it is for.", show_default=False),
+    ] = None,
+) -> Exit:
+    """Write the next migration file, which runs as it is.
+
+    Example: aiomigrate new "add tags" --table memos
+    """
+    from aiomigrate import scaffold
+
+    path, draft = scaffold.write(Path(call.settings.migrations), description, table=table)
+    call.output.say(f"Wrote {path}: version {draft.version} of {draft.table!r}.")
+    call.output.say("Edit it, look with `aiomigrate plan`, run it with `aiomigrate upgrade`.")
+    call.output.document(
+        lambda: {"path": str(path), "version": draft.version, "table": draft.table}
+    )
+    return Exit.OK
+
+
+@_verb()
+def version(call: Call) -> Exit:
+    """Show the versions of aiomigrate, LanceDB and Python.
+
+    Example: aiomigrate version --json
+    """
+    import platform
+    from importlib import metadata
+
+    from aiomigrate.version import __version__
+
+    try:
+        lancedb = metadata.version("lancedb")
+    except metadata.PackageNotFoundError:
+        lancedb = "not installed"
+    python = platform.python_version()
+    call.output.say(f"aiomigrate {__version__} (lancedb {lancedb}, Python {python})")
+    call.output.document(lambda: {"aiomigrate": __version__, "lancedb": lancedb, "python": python})
+    return Exit.OK

@@ -1,0 +1,237 @@
+"""What a migration's own function is given: tables whose commits are recorded, and the run around.
+
+Not for declarative operations, which act on `touched` tables directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from aiomigrate.errors import InvalidMigrationError, OperationError
+from aiomigrate.model import Params, Script
+from aiomigrate.operations.base import Operation, TableState
+from aiomigrate.touched import Touched
+
+MAX_MERGE_BYTES = 1_000_000
+"""Of one `merge`: its rows are kept in the journal until the migration ends."""
+
+Apply = Callable[[Operation, Touched, int], Awaitable[None]]
+
+
+class RecordedTable:
+    """A table of a `Context`. Reads see its latest version; each write is one recorded commit.
+
+    Before each write, what it will do is made durable in the journal, so that after a crash the
+    next run knows it as ours and can return the table to where the migration began. Batch writes:
+    one commit for many rows. The lease is checked before every write.
+    """
+
+    def __init__(self, touched: Touched) -> None:
+        """Wraps a table that the migration touches."""
+        self._touched = touched
+
+    @property
+    def name(self) -> str:
+        """The table's name."""
+        return self._touched.name
+
+    @property
+    def state(self) -> TableState | None:
+        """Schema and indexes, `None` if the table does not exist."""
+        return self._touched.state
+
+    @property
+    def exists(self) -> bool:
+        """Whether the table exists."""
+        return self._touched.state is not None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's Arrow schema.
+
+        Raises:
+            OperationError: The table does not exist.
+        """
+        if self._touched.state is None:
+            raise OperationError(
+                f"Table {self.name!r} does not exist.", "Create it in an earlier migration."
+            )
+        return self._touched.state.schema
+
+    async def count_rows(self, where: str | None = None) -> int:
+        """Returns how many rows match, all by default.
+
+        Raises:
+            OperationError: The table does not exist.
+            StoreError: LanceDB failed, or the condition is no SQL.
+        """
+        return await self._touched.count_rows(where)
+
+    async def read(
+        self, where: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Returns the matching rows as one Arrow table, empty when there are none.
+
+        Raises:
+            OperationError: The table does not exist.
+            StoreError: LanceDB failed, or the condition is no SQL.
+        """
+        return await self._touched.table.read(where, columns)
+
+    async def batches(
+        self,
+        where: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        rows: int = 1024,
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows in batches of at most `rows`, as they were at the start.
+
+        Raises:
+            OperationError: The table does not exist.
+            StoreError: LanceDB failed, or the condition is no SQL.
+        """
+        async for batch in self._touched.table.batches(where, columns, rows):
+            yield batch
+
+    async def add(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows in one commit; nothing happens for none.
+
+        Args:
+            rows: An Arrow table, or dictionaries that are converted with the table's schema;
+                columns left out are NULL.
+
+        Raises:
+            LeaseLostError: Another process has taken over; nothing was written.
+            StoreError: LanceDB refused the rows.
+        """
+        data = self._arrow(rows)
+        if len(data):
+            await self._touched.add(data)
+
+    async def merge(self, rows: pa.Table | Sequence[Mapping[str, Any]], *, on: str) -> int:
+        """Updates the rows whose key is there and inserts the others, in one commit.
+
+        Args:
+            rows: As for `add`, at most `MAX_MERGE_BYTES` (use several calls for more).
+            on: The key column.
+
+        Returns:
+            How many rows were changed; 0 for none.
+
+        Raises:
+            OperationError: The rows are too many for one call.
+            LeaseLostError: Another process has taken over; nothing was written.
+            StoreError: LanceDB refused the rows.
+        """
+        data = self._arrow(rows)
+        if data.nbytes > MAX_MERGE_BYTES:
+            raise OperationError(
+                f"merge into {self.name!r}: {data.nbytes} bytes in one call.",
+                f"Merge at most {MAX_MERGE_BYTES} bytes at a time.",
+            )
+        return await self._touched.merge(on, data) if len(data) else 0
+
+    async def update(
+        self,
+        values: Mapping[str, Any] | None = None,
+        *,
+        sql: Mapping[str, str] | None = None,
+        where: str | None = None,
+    ) -> int:
+        """Sets columns of the matching rows in one commit; returns how many rows.
+
+        Raises:
+            LeaseLostError: Another process has taken over; nothing was written.
+            StoreError: LanceDB refused it.
+        """
+        return await self._touched.update(values=values or {}, sql=sql or {}, where=where)
+
+    async def delete(self, where: str) -> int:
+        """Deletes the matching rows in one commit; returns how many there were.
+
+        Raises:
+            LeaseLostError: Another process has taken over; nothing was written.
+            StoreError: LanceDB refused it.
+        """
+        return await self._touched.delete(where)
+
+    def _arrow(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> pa.Table:
+        if isinstance(rows, pa.Table):
+            return rows
+        return pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
+
+
+class Context:
+    """Given to a migration's `up`.
+
+    Attributes:
+        params: The run's parameters.
+        connection: LanceDB's `AsyncConnection`. Commits made through it are not recorded: after a
+            crash they count as someone else's, and a person must decide. Prefer `table`.
+        log: A structlog logger bound to the run and the migration.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        tables: Mapping[str, Touched],
+        *,
+        params: Params,
+        connection: Any,
+        log: Any,
+        apply: Apply,
+        progress: Callable[[int, int | None], None],
+    ) -> None:
+        """Built by the executor."""
+        self.params = params
+        self.connection = connection
+        self.log = log
+        self._script = script
+        self._tables = tables
+        self._apply = apply
+        self._progress = progress
+        self._applied = 0
+
+    def table(self, name: str | None = None) -> RecordedTable:
+        """Returns a table that this migration touches, the migration's own by default.
+
+        The table may not exist yet: see `RecordedTable.exists`.
+
+        Raises:
+            InvalidMigrationError: The migration does not declare that it touches the table.
+        """
+        return RecordedTable(self._touched(name))
+
+    def _touched(self, name: str | None) -> Touched:
+        wanted = name or self._script.table
+        if wanted is None or wanted not in self._tables:
+            raise InvalidMigrationError(
+                f"{self._script} does not touch table {wanted!r}.",
+                f"Declare it: touches={(*sorted(self._tables), wanted)!r}.",
+                line=self._script.line,
+                version=self._script.version,
+            )
+        return self._tables[wanted]
+
+    async def apply(self, operation: Operation) -> None:
+        """Runs one declarative operation; nothing happens when its effect is already there.
+
+        Args:
+            operation: On its own table, or on the migration's.
+
+        Raises:
+            OperationError: It does not fit the table.
+            InvalidMigrationError: The migration does not touch that table.
+            LeaseLostError: Another process has taken over; nothing was written.
+        """
+        bound = operation.on(self._script.table)
+        self._applied += 1
+        await self._apply(bound, self._touched(bound.table), self._applied)
+
+    def progress(self, done: int, total: int | None = None) -> None:
+        """Tells how far the function is, in whatever it counts. Costs nothing."""
+        self._progress(done, total)

@@ -1,0 +1,40 @@
+"""Names of the structlog events, stable across releases; all data travels as keys.
+
+For anyone who filters or counts log lines. Not the journal's event kinds: those are
+`aiomigrate.model.Kind`.
+"""
+
+RUN_STARTED = "run.started"
+RUN_AT_TARGET = "run.at_target"
+RUN_PLANNED = "run.planned"
+RUN_FINISHED = "run.finished"
+RUN_FAILED = "run.failed"
+
+LEASE_WAITING = "lease.waiting"
+LEASE_ACQUIRED = "lease.acquired"
+LEASE_STOLEN = "lease.stolen"
+LEASE_LOST = "lease.lost"
+LEASE_RELEASED = "lease.released"
+LEASE_LEFT = "lease.left_to_expire"
+
+LEDGER_FOUNDED = "ledger.founded"
+LEDGER_ADOPTED = "ledger.adopted"
+LEDGER_HEALED = "ledger.healed"
+LEDGER_COMPACTED = "ledger.compacted"
+LEDGER_RETRIED = "ledger.retried"
+
+STEP_STARTED = "step.started"
+STEP_APPLIED = "step.applied"  # the one canonical line per finished migration
+STEP_FAILED = "step.failed"
+STEP_SKIPPED = "step.skipped"
+STEP_RESTORED = "step.restored"
+STEP_UNRESOLVED = "step.unresolved"
+STEP_RECOVERING = "step.recovering"
+STEP_PROGRESS = "step.progress"
+
+LINE_UNKNOWN = "line.unknown"
+LINE_AHEAD = "line.ahead"
+LINE_STAMPED = "line.stamped"
+
+COMMIT_RETRIED = "commit.retried"
+COMMIT_UNRESOLVED = "commit.unresolved"

@@ -1,0 +1,554 @@
+"""The port to LanceDB: the only module that imports it.
+
+Opens tables, makes single commits and says which table_version each became, maps LanceDB's
+untyped errors to `aiomigrate.errors` (here and nowhere else), and resolves mutations under
+cancellation. It decides nothing: what to commit, to retry or to restore is for the layers above.
+Tests inject faults by subclassing `Store` and overriding `call`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import anyio
+import lancedb
+import lancedb.index
+import pyarrow as pa
+
+from aiomigrate.errors import (
+    ColumnNotNullableError,
+    CommitConflictError,
+    ConfigurationError,
+    StaleHandleError,
+    StoreError,
+    TableExistsError,
+    TableNotFoundError,
+    TableVersionGoneError,
+    UnsupportedDatabaseError,
+    WriterCongestionError,
+)
+from aiomigrate.operations.base import Index, TableState
+
+T = TypeVar("T")
+
+SCHEMES = ("s3", "s3+ddb", "gs", "az", "abfs", "abfss", "hf", "oss", "cos", "memory", "file")
+
+_CONFLICTS: tuple[tuple[str, type[StoreError], str], ...] = (
+    (r"Retryable commit conflict", CommitConflictError, "Run it again."),
+    (r"Incompatible transaction", StaleHandleError, "Reopen the table and run it again."),
+    (r"Too many concurrent writers", WriterCongestionError,
+     "Let fewer processes write to the table, then run it again."),
+    (r"Table '.*' was not found|Table not found", TableNotFoundError, "Create the table first."),
+    (r"Table '.*' already exists", TableExistsError, "Open the table, or choose another name."),
+    (r"no longer exists\. Was it cleaned up|_versions/\d+\.manifest was not found",
+     TableVersionGoneError, "Restore it from a backup, or run the migrations forward."),
+    (r"contain(s|ed) (null|NULL) values (and cannot|even though)|non-nullable but contains null",
+     ColumnNotNullableError, "Fill the column first with op.Update."),
+)  # fmt: skip
+
+
+def locate(uri: str | Path) -> str:
+    """Returns a database's URI as LanceDB is to be given it: local paths absolute.
+
+    Raises:
+        UnsupportedDatabaseError: It names a LanceDB Cloud database.
+        ConfigurationError: It is empty, of an unknown scheme, or a bare word that LanceDB could
+            take for the name of a cloud database.
+    """
+    if isinstance(uri, Path):
+        return str(uri.expanduser().absolute())
+    if not uri.strip():
+        raise ConfigurationError("The database's URI is empty.", "Pass a path or a URI.")
+    scheme, colon, _ = uri.partition(":")
+    if scheme == "db" and colon:
+        raise UnsupportedDatabaseError(
+            f"{redact(uri)} is a LanceDB Cloud or Enterprise database, which aiomigrate does not "
+            "support yet.",
+            "Use a local path or an object-store URI such as s3://bucket/database.",
+        )
+    if "://" in uri:
+        if scheme not in SCHEMES:
+            raise ConfigurationError(
+                f"{redact(uri)}: LanceDB knows no scheme {scheme!r}.",
+                f"Use a local path or one of {', '.join(SCHEMES)}.",
+            )
+        return str(Path(uri.removeprefix("file://"))) if scheme == "file" else uri
+    if not re.search(r"[/\\]", uri) and uri not in (".", ".."):
+        raise ConfigurationError(
+            f"{uri!r} has no slash: LanceDB may take it for the name of a cloud database.",
+            f"Write ./{uri} for a folder here.",
+        )
+    return str(Path(uri).expanduser().absolute())
+
+
+def is_local(uri: str) -> bool:
+    """Returns whether a located URI is a path."""
+    return "://" not in uri
+
+
+def redact(uri: str) -> str:
+    """Returns a URI without user information, query and fragment."""
+    if "://" not in uri:
+        return uri
+    parts = urlsplit(uri)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def secrets_of(uri: str, storage_options: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Returns the texts that must never be shown, longest first."""
+    found = {str(v) for v in (storage_options or {}).values() if len(str(v)) > 3}
+    found -= {"true", "false", "auto"}
+    endpoints = {text for text in found if text.startswith(("http://", "https://"))}
+    found -= endpoints
+    for text in (uri, *endpoints):
+        if "://" in text:
+            parts = urlsplit(text)
+            found |= {t for t in (parts.username, parts.password, parts.query) if t}
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+class Store:
+    """One connection, with errors mapped and mutations resolved.
+
+    Attributes:
+        uri: Where, without secrets.
+        unresolved: Whether a mutation was abandoned under cancellation and may still commit.
+    """
+
+    def __init__(
+        self,
+        connection: lancedb.AsyncConnection,
+        *,
+        uri: str,
+        secrets: Sequence[str] = (),
+        grace_s: float = 10.0,
+    ) -> None:
+        """Wraps an open connection.
+
+        Args:
+            connection: With the default read consistency: a handle's `version()` right after a
+                commit must be that commit (facts: restore).
+            uri: Shown in logs, already redacted.
+            secrets: Texts to remove from every error.
+            grace_s: Seconds a cancelled mutation is given to finish.
+        """
+        self.connection = connection
+        self.uri = uri
+        self.unresolved = False
+        self._location = str(connection.uri)
+        self._secrets = tuple(secrets)
+        self._grace_s = grace_s
+
+    @classmethod
+    async def connect(
+        cls,
+        uri: str,
+        storage_options: Mapping[str, str] | None = None,
+        *,
+        grace_s: float = 10.0,
+    ) -> Store:
+        """Connects to a located URI. On a missing local path LanceDB makes the folder.
+
+        Raises:
+            StoreError: LanceDB could not connect.
+        """
+        secrets = secrets_of(uri, storage_options)
+        options = dict(storage_options) if storage_options else None
+        try:
+            connection = await lancedb.connect_async(uri, storage_options=options)
+        except (ValueError, RuntimeError, OSError) as exc:
+            raise _mapped(exc, f"connect to {redact(uri)}", secrets) from None
+        return cls(connection, uri=redact(uri), secrets=secrets, grace_s=grace_s)
+
+    def scrub(self, text: str) -> str:
+        """Returns a text without the secrets of the URI and the storage options."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self.connection.close()  # type: ignore[no-untyped-call]
+
+    async def call(
+        self, verb: str, table: str, run: Callable[[], Awaitable[T]], *, mutates: bool = False
+    ) -> T:
+        """Awaits one LanceDB call; every call goes through here. A mutation is settled.
+
+        Raises:
+            StoreError: Or a subclass that names the failure.
+        """
+        try:
+            return await (self.settle(run) if mutates else run())
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as exc:
+            error = _mapped(exc, f"{verb} on table {table!r}", self._secrets)
+            told = any(secret in str(exc) for secret in self._secrets)
+            raise error from (None if told else exc)
+
+    async def settle(self, run: Callable[[], Awaitable[T]]) -> T:
+        """Awaits a mutation, and what must be noted of it, to its end.
+
+        Cancellation is raised only once it has ended, at most after the grace time. Then it is
+        abandoned, `unresolved` is set, and it may still commit.
+        """
+        result: list[T] = []
+        failure: list[BaseException] = []
+        ended = anyio.Event()
+        scope = anyio.CancelScope(shield=True)
+
+        async def work() -> None:
+            with scope:
+                try:
+                    result.append(await run())
+                except Exception as exc:  # noqa: BLE001 - carried to the caller as it is
+                    failure.append(exc)
+            ended.set()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(work)
+            try:
+                await ended.wait()
+            except anyio.get_cancelled_exc_class():
+                with anyio.move_on_after(self._grace_s, shield=True):
+                    await ended.wait()
+                if not ended.is_set():
+                    self.unresolved = True
+                    scope.cancel()
+                raise
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    async def table_names(self) -> list[str]:
+        """Returns the names of all tables; a killed create may have left one that cannot be opened.
+
+        Raises:
+            StoreError: LanceDB could not list them.
+        """
+        names: list[str] = []
+        token: str | None = None
+        while True:
+            page = await self.call(
+                "list",
+                "*",
+                lambda t=token: self.connection.list_tables(page_token=t),  # type: ignore[misc]
+            )
+            names += page.tables
+            token = page.page_token
+            if not token:
+                return names
+
+    async def open(self, name: str) -> Table:
+        """Opens a table at its latest version.
+
+        Raises:
+            TableNotFoundError: There is none.
+            StoreError: It could not be opened.
+        """
+        handle = await self.call("open", name, lambda: self.connection.open_table(name))
+        return Table(self, name, handle)
+
+    async def find(self, name: str) -> Table | None:
+        """Opens a table, `None` if there is none.
+
+        Raises:
+            StoreError: It exists but could not be opened.
+        """
+        try:
+            return await self.open(name)
+        except TableNotFoundError:
+            return None
+
+    async def has_remains(self, name: str) -> bool:
+        """Returns whether a table that cannot be found left data files behind.
+
+        A killed create of an empty table leaves none. Told of local databases only.
+        """
+        if not is_local(self._location):
+            return False
+        folder = anyio.Path(self._location, f"{name}.lance", "data")
+        return await folder.is_dir() and [_ async for _ in folder.iterdir()] != []
+
+    async def create(self, name: str, schema: pa.Schema) -> Table:
+        """Creates an empty table.
+
+        This is not exclusive: a table that another process creates at the same moment is
+        overwritten. A `version()` above 1 on the result tells; its content is one version below.
+
+        Raises:
+            TableExistsError: There is one already.
+            StoreError: LanceDB failed.
+        """
+        handle = await self.call(
+            "create",
+            name,
+            lambda: self.connection.create_table(name, schema=schema, mode="create"),
+            mutates=True,
+        )
+        return Table(self, name, handle)
+
+
+class Table:
+    """One open handle, pinned to the version it was opened at or last committed.
+
+    Each mutating method is one commit and returns the table_version it became.
+    """
+
+    def __init__(self, store: Store, name: str, handle: lancedb.AsyncTable) -> None:
+        self.store = store
+        self.name = name
+        self.handle = handle
+        self.on_commit: Callable[[int], None] = lambda version: None
+        """Told of each commit's table_version, even when its caller is being cancelled."""
+
+    async def _read(self, verb: str, run: Callable[[], Awaitable[T]]) -> T:
+        return await self.store.call(verb, self.name, run)
+
+    async def _write(self, verb: str, run: Callable[[], Awaitable[T]]) -> T:
+        return await self.store.call(verb, self.name, run, mutates=True)
+
+    async def _commit(self, verb: str, run: Callable[[], Awaitable[Any]]) -> Any:
+        """Makes one commit; returns LanceDB's result, which has its `version`."""
+
+        async def act() -> Any:
+            result = await run()
+            self.on_commit(int(result.version))
+            return result
+
+        return await self._write(verb, act)
+
+    async def _commit_unnumbered(self, verb: str, run: Callable[[], Awaitable[Any]]) -> int:
+        """Makes one commit of a kind whose result has no version, and returns it."""
+
+        async def act() -> int:
+            await run()
+            version = await self.handle.version()
+            self.on_commit(version)
+            return version
+
+        return await self._write(verb, act)
+
+    async def refresh(self) -> None:
+        """Moves the handle to the latest version."""
+        await self._read("refresh", self.handle.checkout_latest)
+
+    async def version(self) -> int:
+        """Returns the handle's table_version."""
+        return await self._read("version", self.handle.version)
+
+    async def at(self, table_version: int) -> Table:
+        """Opens a second handle, read-only, at an older table_version.
+
+        Raises:
+            TableVersionGoneError: It was cleaned up.
+        """
+        other = await self.store.open(self.name)
+        await other._read("checkout", lambda: other.handle.checkout(table_version))  # noqa: SLF001 - same class
+        return other
+
+    async def state(self) -> TableState:
+        """Returns schema and indexes."""
+        schema = await self._read("schema", self.handle.schema)
+        configs = await self._read("list_indices", self.handle.list_indices)
+        indexes = tuple(
+            Index(str(c.index_type), tuple(map(_unquoted, c.columns)), c.name) for c in configs
+        )
+        return TableState(schema, indexes)
+
+    async def read(
+        self, where: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Returns the matching rows, all columns unless some are named."""
+        return await self._read("read", lambda: self._query(where, columns).to_arrow())
+
+    async def batches(
+        self, where: str | None, columns: Sequence[str] | None, max_rows: int
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows in batches of at most `max_rows`."""
+        reader = await self._read(
+            "read",
+            lambda: self._query(where, columns).to_batches(max_batch_length=max_rows),
+        )
+        async for batch in reader:
+            yield batch
+
+    async def window(self, columns: Sequence[str], offset: int, rows: int) -> pa.Table:
+        """Returns at most `rows` rows from a position in the table's own order."""
+        query = self.handle.query().select(list(columns)).offset(offset).limit(rows)
+        return await self._read("read", query.to_arrow)
+
+    def _query(self, where: str | None, columns: Sequence[str] | None) -> Any:
+        query = self.handle.query()
+        if where is not None:
+            query = query.where(where)
+        return query if columns is None else query.select(list(columns))
+
+    async def count_rows(self, where: str | None = None) -> int:
+        """Returns how many rows match."""
+        return await self._read("count_rows", lambda: self.handle.count_rows(where))
+
+    async def fragments(self) -> int:
+        """Returns of how many fragments the table consists."""
+        stats: Any = await self._read("stats", self.handle.stats)
+        return int(stats["fragment_stats"]["num_fragments"])
+
+    async def add(self, data: pa.Table) -> int:
+        """Appends rows."""
+        result = await self._commit("add", lambda: self.handle.add(data))
+        return int(result.version)
+
+    async def insert_missing(self, key: str, data: pa.Table) -> int:
+        """Inserts the rows whose key is not there; returns how many.
+
+        Exclusive among processes where `key` is the table's primary key and has no index.
+        """
+        merge = self.handle.merge_insert(key).when_not_matched_insert_all()
+        result = await self._write("insert_missing", lambda: merge.execute(data))
+        return int(result.num_inserted_rows)
+
+    async def replace_matching(self, key: str, data: pa.Table, condition: str) -> int:
+        """Replaces the rows of equal key that satisfy the condition; returns how many."""
+        merge = self.handle.merge_insert(key).when_matched_update_all(where=condition)
+        result = await self._write("replace_matching", lambda: merge.execute(data))
+        return int(result.num_updated_rows)
+
+    async def merge(self, key: str, data: pa.Table) -> tuple[int, int]:
+        """Updates the rows of equal key and inserts the others; returns (rows, table_version)."""
+        merge = self.handle.merge_insert(key).when_matched_update_all()
+        merge = merge.when_not_matched_insert_all()
+        result = await self._commit("merge", lambda: merge.execute(data))
+        return int(result.num_updated_rows + result.num_inserted_rows), int(result.version)
+
+    async def update(
+        self,
+        *,
+        values: Mapping[str, Any] | None = None,
+        sql: Mapping[str, str] | None = None,
+        where: str | None = None,
+    ) -> tuple[int, int]:
+        """Sets columns of the matching rows; returns (rows, table_version)."""
+        both = dict(sql or {})
+        literal = dict(values or {})
+        if both and literal:
+            both |= {column: sql_literal(value) for column, value in literal.items()}
+            literal = {}
+        result = await self._commit(
+            "update",
+            lambda: self.handle.update(literal or None, where=where, updates_sql=both or None),
+        )
+        return int(result.rows_updated), int(result.version)
+
+    async def delete(self, where: str) -> int:
+        """Deletes the matching rows."""
+        result = await self._commit("delete", lambda: self.handle.delete(where))
+        return int(result.version)
+
+    async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> int:
+        """Adds nullable columns, NULL everywhere; metadata only."""
+        result = await self._commit("add_columns", lambda: self.handle.add_columns(list(fields)))
+        return int(result.version)
+
+    async def drop_columns(self, names: Sequence[str]) -> int:
+        """Drops columns; metadata only."""
+        result = await self._commit("drop_columns", lambda: self.handle.drop_columns(list(names)))
+        return int(result.version)
+
+    async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> int:
+        """Renames, retypes or changes nullability, all in one commit."""
+        changes = [dict(alteration) for alteration in alterations]
+        # LanceDB's annotation says a list where each argument is one alteration.
+        alter: Any = self.handle.alter_columns
+        result = await self._commit("alter_columns", lambda: alter(*changes))
+        return int(result.version)
+
+    async def create_index(self, index: Index, options: Mapping[str, Any]) -> int:
+        """Builds an index; see `operations.indexes.with_index` for what it replaces.
+
+        Raises:
+            ConfigurationError: lancedb's configuration class does not take such options.
+        """
+        try:
+            config = getattr(lancedb.index, index.kind)(**options)
+        except TypeError as exc:
+            raise ConfigurationError(
+                f"{index.kind} does not take these options: {exc}.",
+                f"See lancedb.index.{index.kind} for its options.",
+            ) from exc
+        return await self._commit_unnumbered(
+            "create_index", lambda: self.handle.create_index(index.columns[0], config=config)
+        )
+
+    async def drop_index(self, name: str) -> int:
+        """Drops an index."""
+        return await self._commit_unnumbered("drop_index", lambda: self.handle.drop_index(name))
+
+    async def set_primary_key(self, column: str) -> None:
+        """Declares the (unenforced) primary key; it cannot be changed later."""
+        await self._write("set_primary_key", lambda: self.handle.set_unenforced_primary_key(column))
+
+    async def restore(self, table_version: int) -> int:
+        """Makes a new version equal to an older one, and returns it.
+
+        Never fails because of other commits: those made since are discarded from the head.
+        Compare the result with the head before plus one (see `savepoint`).
+        """
+        return await self._commit_unnumbered("restore", lambda: self.handle.restore(table_version))
+
+    async def create_branch(self, name: str, table_version: int) -> Table:
+        """Makes a branch of a table_version: it keeps it from cleanup. Returns its handle."""
+        handle = await self._write(
+            "create_branch", lambda: self.handle.branches.create(name, from_version=table_version)
+        )
+        return Table(self.store, self.name, handle)
+
+    async def branches(self) -> list[str]:
+        """Returns the names of all branches."""
+        return list(await self._read("list_branches", self.handle.branches.list))
+
+    async def delete_branch(self, name: str) -> None:
+        """Deletes a branch."""
+        await self._write("delete_branch", lambda: self.handle.branches.delete(name))
+
+    async def compact(self) -> None:
+        """Merges small fragments and removes versions older than two hours (facts: cleanup)."""
+        import datetime as dt
+
+        with contextlib.suppress(CommitConflictError):  # someone wrote: the next run compacts
+            await self._write(
+                "optimize",
+                lambda: self.handle.optimize(cleanup_older_than=dt.timedelta(hours=2)),
+            )
+
+
+def _unquoted(path: str) -> str:
+    """Returns a column's name from the path LanceDB reports, which quotes unusual names."""
+    return path[1:-1].replace("``", "`") if re.fullmatch(r"`(?:[^`]|``)*`", path) else path
+
+
+def sql_literal(value: object) -> str:
+    """Returns a Python literal as SQL."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _mapped(exc: Exception, doing: str, secrets: Sequence[str]) -> StoreError:
+    # Rust's source positions and repeated prefixes say nothing to the reader.
+    text = re.sub(r",? /\S+\.rs:\d+:\d+", "", str(exc)).removeprefix("lance error: ")
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    for pattern, kind, remedy in _CONFLICTS:
+        if re.search(pattern, text):
+            return kind(f"Could not {doing}: {text}.", remedy)
+    return StoreError(
+        f"Could not {doing}: {text}.", "See LanceDB's message, correct the cause and run again."
+    )

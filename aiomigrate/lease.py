@@ -1,0 +1,226 @@
+"""The lease: the right to run migrations, with a fencing epoch.
+
+Taken by one compare-and-set on the lease's row (lancedb `update … WHERE`, judged by
+`rows_updated`: facts, single-winner primitives), stolen only after this process has itself seen
+the row unchanged for the whole TTL on its own monotonic clock. Renewal is for `writer`, which owns
+every write of a holder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from aiomigrate import events as ev
+from aiomigrate.clock import Clock
+from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
+from aiomigrate.lance import sql_literal
+from aiomigrate.ledger import RUN_LEASE, Head, Ledger
+from aiomigrate.model import HeadRow
+from aiomigrate.report import Holder
+
+HOST = platform.node()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseOptions:
+    """How a lease is taken and kept.
+
+    Attributes:
+        ttl_s: Seconds after which a silent holder may be succeeded.
+        beat_s: Seconds between renewals.
+        wait_s: Seconds to wait for another holder.
+    """
+
+    ttl_s: float = 30.0
+    beat_s: float = 5.0
+    wait_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A lease that was taken.
+
+    Attributes:
+        key: Its key.
+        epoch: Grows with every change of holder.
+        owner: This holder's nonce.
+        taken_at: Monotonic time before the update that took it: its TTL counts from here.
+        waited: Whether another process held it first.
+    """
+
+    key: str
+    epoch: int
+    owner: str
+    taken_at: float
+    waited: bool
+
+
+def phase_text(run_id: str, since: str, ttl_s: float, phase: str) -> str:
+    """Returns what a holder says of itself in the lease row."""
+    return json.dumps(
+        {"host": HOST, "pid": os.getpid(), "run": run_id, "since": since, "ttl": ttl_s,
+         "phase": phase}
+    )  # fmt: skip
+
+
+def holder_of(head: Head, key: str = RUN_LEASE) -> Holder | None:
+    """Returns who holds a lease according to the head, `None` if it is free."""
+    row = head.leases.get(key)
+    if row is None or not row.owner:
+        return None
+    said = _said(row)
+    return Holder(
+        host=str(said.get("host", "?")),
+        pid=_number(said.get("pid"), int, 0),
+        run_id=str(said.get("run", row.owner)),
+        phase=str(said.get("phase", "")),
+        since=str(said.get("since", "")),
+        epoch=row.epoch or 0,
+    )
+
+
+def _said(row: HeadRow) -> dict[str, Any]:
+    try:
+        said = json.loads(row.phase or "{}")
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _number(value: object, kind: type[Any], default: Any) -> Any:
+    return kind(value) if isinstance(value, (int, float)) else default
+
+
+async def acquire(
+    ledger: Ledger,
+    head: Head,
+    *,
+    owner: str,
+    phase: str,
+    options: LeaseOptions,
+    clock: Clock,
+    log: Any,
+    is_done: Callable[[Head], Awaitable[bool]],
+) -> Lease | None:
+    """Takes the lease, waiting for another holder if there is one.
+
+    Args:
+        ledger: Its tables exist.
+        head: The head as just read.
+        owner: This holder's nonce.
+        phase: What to write about ourselves.
+        options: TTL and patience.
+        clock: Clocks.
+        log: Bound logger.
+        is_done: Asked whenever the row changed while waiting: whether another process has done
+            the work, so that there is nothing left to take the lease for.
+
+    Returns:
+        The lease, or `None` if another process did the work meanwhile.
+
+    Raises:
+        LeaseTimeoutError: Another holder kept it all the time.
+        LedgerError: The head cannot be read.
+    """
+    begun = clock.monotonic()
+    seen: tuple[int | None, str | None, int | None] | None = None
+    seen_at = begun
+    waited = False
+    while True:
+        row = head.leases.get(RUN_LEASE)
+        now = clock.monotonic()
+        if row is not None:
+            state = (row.epoch, row.owner, row.beat)
+            if state != seen:
+                seen, seen_at = state, now
+            ttl = max(options.ttl_s, _number(_said(row).get("ttl"), float, 0.0))
+            if not row.owner or now - seen_at >= ttl:
+                if row.owner:
+                    log.warning(ev.LEASE_STOLEN, holder=str(holder_of(head)), silent_s=ttl)
+                # Shielded whole: a lease taken under cancellation must come into hands that
+                # give it back.
+                with anyio.CancelScope(shield=True):
+                    lease = await _take(ledger, row, owner, phase, clock, waited=waited)
+                if lease is not None:
+                    return lease
+            elif not waited:
+                waited = True
+                log.info(ev.LEASE_WAITING, holder=str(holder_of(head)), wait_s=options.wait_s)
+        else:
+            await ledger.ensure()
+        if clock.monotonic() - begun > options.wait_s:
+            raise LeaseTimeoutError(
+                f"Waited {options.wait_s:g} s for the lease, which is held by {holder_of(head)}.",
+                "Wait for it to finish, raise the wait, or if that process is dead run "
+                "`aiomigrate unlock`.",
+            )
+        await anyio.sleep(min(0.25, options.ttl_s / 10))
+        head = await ledger.read_head()
+        if waited and await is_done(head):
+            return None
+
+
+async def _take(
+    ledger: Ledger, row: HeadRow, owner: str, phase: str, clock: Clock, *, waited: bool
+) -> Lease | None:
+    epoch = (row.epoch or 0) + 1
+    taken_at = clock.monotonic()
+    try:
+        won = await ledger.update_lease(
+            {"epoch": epoch, "owner": owner, "beat": 0, "phase": phase},
+            f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
+            f"AND beat = {row.beat or 0}",
+            RUN_LEASE,
+        )
+    except StoreError:
+        won = None  # unknown: look
+    if won == 0:
+        return None
+    now = (await ledger.read_head()).leases.get(RUN_LEASE)
+    if now is None or (now.epoch, now.owner) != (epoch, owner):
+        return None
+    return Lease(key=RUN_LEASE, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited)
+
+
+async def unlock(ledger: Ledger, *, options: LeaseOptions, clock: Clock) -> Holder | None:
+    """Frees a lease whose holder is dead.
+
+    Watches the lease row for its TTL first: a holder that renews is alive.
+
+    Returns:
+        The holder that was removed, `None` if the lease was free.
+
+    Raises:
+        LeaseHeldError: The holder renewed the lease while being watched.
+    """
+    head = await ledger.read_head()
+    row = head.leases.get(RUN_LEASE)
+    holder = holder_of(head)
+    if row is None or holder is None:
+        return None
+    ttl = max(options.ttl_s, _number(_said(row).get("ttl"), float, 0.0))
+    deadline = clock.monotonic() + ttl
+    while clock.monotonic() < deadline:
+        await anyio.sleep(min(0.25, ttl / 10))
+        now = (await ledger.read_head()).leases.get(RUN_LEASE)
+        if now is None or not now.owner:
+            return None
+        if (now.epoch, now.owner, now.beat) != (row.epoch, row.owner, row.beat):
+            raise LeaseHeldError(
+                f"The lease is held by {holder}, which is alive.",
+                "Wait for it, or stop that process first.",
+            )
+    freed = await ledger.update_lease(
+        {"epoch": (row.epoch or 0) + 1, "owner": "", "beat": 0, "phase": ""},
+        f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
+        f"AND beat = {row.beat or 0}",
+        RUN_LEASE,
+    )
+    return holder if freed else None

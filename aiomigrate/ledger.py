@@ -1,0 +1,617 @@
+"""The two metadata tables: reading, founding, adopting, and single guarded writes.
+
+`table_migrations` (the head) has a row per line and a row per lease; `table_migrations_history`
+(the journal) is append-only. Both are made in races without a lock and survive a late creator's
+overwrite (see `_founded`). Who may write, and when, is for `lease` and `writer`; what the content
+means is for `fold` and `reconcile`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import pyarrow as pa
+
+from aiomigrate import events as ev
+from aiomigrate.clock import Clock
+from aiomigrate.errors import (
+    CommitConflictError,
+    LedgerCorruptError,
+    LedgerFormatError,
+    LedgerUnreadableError,
+    StaleHandleError,
+    StoreError,
+    TableExistsError,
+    WriterCongestionError,
+)
+from aiomigrate.lance import Store, Table, sql_literal
+from aiomigrate.model import MAX_VERSION, Event, HeadRow, Kind
+
+FORMAT = 1
+"""Of the metadata tables; a higher one found on disk is refused."""
+
+RUN_LEASE = "run"
+"""Key of the lease under which migrations run."""
+
+LEASE_PREFIX = ":lease:"
+"""Start of the names of lease rows: no table and no line can have such a name."""
+
+_PRIMARY_KEY = b"lance-schema:unenforced-primary-key"
+_FORMAT_KEY = b"aiomigrate:format"
+_ATTEMPTS = 40
+
+_KEYED = {_PRIMARY_KEY: b"true"}
+_OURS: tuple[pa.Field[Any], ...] = (
+    pa.field("epoch", pa.int64(), metadata={_FORMAT_KEY: str(FORMAT).encode()}),
+    pa.field("owner", pa.string()),
+    pa.field("beat", pa.int64()),
+    pa.field("phase", pa.string()),
+    pa.field("digest", pa.string()),
+    pa.field("lease", pa.string()),
+)
+_HEAD_FIELDS: list[pa.Field[Any]] = [
+    pa.field("tableName", pa.string(), nullable=False, metadata=_KEYED),
+    pa.field("currentVersion", pa.int32(), nullable=False),
+    pa.field("lastMigratedAt", pa.timestamp("ms"), nullable=False),
+    *_OURS,
+]
+_JOURNAL_FIELDS: list[pa.Field[Any]] = [
+    pa.field("id", pa.string(), nullable=False, metadata=_KEYED),
+    pa.field("lease", pa.string(), nullable=False),
+    pa.field("epoch", pa.int64(), nullable=False, metadata={_FORMAT_KEY: str(FORMAT).encode()}),
+    pa.field("seq", pa.int64(), nullable=False),
+    pa.field("at", pa.timestamp("us", tz="UTC"), nullable=False),
+    pa.field("kind", pa.string(), nullable=False),
+    pa.field("run_id", pa.string()),
+    pa.field("line", pa.string()),
+    pa.field("version", pa.int32()),
+    pa.field("description", pa.string()),
+    pa.field("checksum", pa.string()),
+    pa.field("algorithm", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("tables", pa.string()),
+    pa.field("waited_s", pa.float64()),
+    pa.field("ran_s", pa.float64()),
+    pa.field("ledger_s", pa.float64()),
+    pa.field("rows", pa.int64()),
+    pa.field("commits", pa.int64()),
+    pa.field("size", pa.int64()),
+    pa.field("retries", pa.int64()),
+    pa.field("host", pa.string()),
+    pa.field("pid", pa.int64()),
+    pa.field("tool", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("detail", pa.string()),
+]
+HEAD_SCHEMA = pa.schema(_HEAD_FIELDS)
+JOURNAL_SCHEMA = pa.schema(_JOURNAL_FIELDS)
+_JSON = ("tables", "detail")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The head as read.
+
+    Attributes:
+        exists: Whether the table is there.
+        rows: A row per line, in no order; duplicates are possible where another system wrote.
+        leases: The lease rows by key.
+        is_adopted: Whether our columns are there.
+    """
+
+    exists: bool = False
+    rows: tuple[HeadRow, ...] = ()
+    leases: Mapping[str, HeadRow] = field(default_factory=dict)
+    is_adopted: bool = False
+
+
+class Ledger:
+    """The metadata tables of one database."""
+
+    def __init__(self, store: Store, name: str, *, clock: Clock, log: Any) -> None:
+        """Binds to the tables `name` and `name_history`; nothing is read yet."""
+        self.store = store
+        self.head_name = name
+        self.journal_name = f"{name}_history"
+        self.commits = 0
+        self._clock = clock
+        self._log = log
+        self._journal: Table | None = None
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    async def read_head(self) -> Head:
+        """Reads the whole head in one scan.
+
+        Returns:
+            An empty `Head` when the table does not exist.
+
+        Raises:
+            LedgerUnreadableError: It exists but cannot be read.
+            LedgerCorruptError: It holds what cannot be.
+            LedgerFormatError: A newer aiomigrate wrote it.
+        """
+        content = await self.read_head_content()
+        return Head() if content is None else parse_head(content, self.head_name)
+
+    async def read_head_content(self) -> pa.Table | None:
+        """Reads the whole head in one scan, unchecked; `None` when it does not exist.
+
+        Raises:
+            LedgerUnreadableError: It exists but cannot be read.
+        """
+        try:
+            table = await self._find(self.head_name)
+            return None if table is None else await table.read()
+        except StoreError as exc:
+            raise self._unreadable(self.head_name, exc) from exc
+
+    async def read_journal(self) -> list[Event]:
+        """Reads all events, valid or not, in no order; none when there is no journal.
+
+        Raises:
+            LedgerUnreadableError: It exists but cannot be read.
+            LedgerCorruptError: It holds what cannot be.
+            LedgerFormatError: A newer aiomigrate wrote it.
+        """
+        try:
+            table = await self._find(self.journal_name)
+            content = None if table is None else await table.read()
+        except StoreError as exc:
+            raise self._unreadable(self.journal_name, exc) from exc
+        return [] if content is None else parse_journal(content, self.journal_name)
+
+    async def _find(self, name: str) -> Table | None:
+        table = await self.store.find(name)
+        if table is None and await self.store.has_remains(name):
+            # Found again: a rival has created it between the two looks.
+            table = await self.store.find(name)
+            if table is None:
+                raise StoreError("it has data files, but no readable version.", "")
+        return table
+
+    def _unreadable(self, name: str, exc: StoreError) -> LedgerUnreadableError:
+        return LedgerUnreadableError(
+            f"The metadata table {name!r} exists but cannot be read: {exc.what}",
+            "Nothing was run. If the database can be reached, restore the table (an earlier "
+            "table_version, or a backup).",
+        )
+
+    # ---- founding and adopting ------------------------------------------------------------------
+
+    async def ensure(self) -> None:
+        """Makes both tables, or makes an existing head fit, safely beside others doing the same.
+
+        Takes no lease. A crash leaves a state from which the next caller goes on.
+
+        Raises:
+            LedgerError: A table cannot be read or made.
+        """
+        self._journal = await self._founded(
+            self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, _has_founding
+        )
+        await self._adopt_structure()
+        await self._founded(self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease)
+
+    async def _founded(
+        self,
+        name: str,
+        schema: pa.Schema,
+        key: str,
+        first: Callable[[], Awaitable[pa.Table]],
+        is_founded: Callable[[pa.Table], bool],
+    ) -> Table:
+        """Opens a table that has its first row, making both if need be.
+
+        `create_table` is not exclusive: a late creator overwrites what others have made, and may
+        have been paused for long before. So a table without its first row is taken as wiped: what
+        the version beneath holds is inserted again, else the first row. The insert is
+        insert-only on the primary key through a handle pinned to the wiped version: one of many
+        racers inserts each key, and if the table was overwritten meanwhile LanceDB refuses it.
+        """
+        last: StoreError | None = None
+        for attempt in range(_ATTEMPTS):
+            try:
+                table = await self._find(name)
+                if table is None:
+                    table = await self.store.create(name, schema)
+                content = await table.read()
+                if is_founded(content):
+                    return table
+                rows = await self._beneath(table, is_founded) if not len(content) else None
+                if rows is None:
+                    rows = await first()
+                elif len(rows):
+                    self._log.warning(ev.LEDGER_HEALED, ledger_table=name, rows=len(rows))
+                self.commits += 1
+                await table.insert_missing(key, rows)
+            except (
+                TableExistsError,
+                CommitConflictError,
+                StaleHandleError,
+                WriterCongestionError,
+            ) as exc:
+                last = exc
+                await anyio.sleep(min(0.005 * 2**attempt, 0.2))
+            except StoreError as exc:
+                raise self._unreadable(name, exc) from exc
+        raise LedgerUnreadableError(
+            f"The metadata table {name!r} could not be made: {last}",
+            "Run again when fewer processes write to it.",
+        )
+
+    async def _beneath(
+        self, table: Table, is_founded: Callable[[pa.Table], bool]
+    ) -> pa.Table | None:
+        version = await table.version() - 1
+        while version >= 1:
+            older = await table.at(version)
+            content = await older.read()
+            if is_founded(content):
+                return content
+            if len(content):
+                return None
+            version -= 1
+        return None
+
+    async def _first_event(self) -> pa.Table:
+        self._log.info(ev.LEDGER_FOUNDED, ledger_table=self.journal_name)
+        event = Event(lease="", epoch=0, seq=0, at=self._clock.wall(), kind=Kind.FOUNDED)
+        return events_to_arrow([event], "")
+
+    async def _first_lease(self) -> pa.Table:
+        # Above every epoch ever used, so that no event of an earlier head is taken for a new one.
+        events = await self.read_journal()
+        top = max((event.epoch for event in events), default=0)
+        row = HeadRow(
+            name=lease_row_name(RUN_LEASE),
+            version=0,
+            migrated_at=self._clock.wall(),
+            epoch=top,
+            owner="",
+            beat=0,
+            phase="",
+            lease=RUN_LEASE,
+        )
+        return rows_to_arrow([row])
+
+    async def _adopt_structure(self) -> None:
+        """Adds our columns to a head that another system made, and makes its key primary."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                table = await self.store.find(self.head_name)
+                if table is None:
+                    return
+                state = await table.state()
+                parse_head(await table.read(), self.head_name)  # refuse what is no head
+                missing = [f for f in _OURS if not state.has(f.name)]
+                keyed = state.schema.field("tableName").metadata or {}
+                if state.indexes:  # with an index the primary key would not protect
+                    await table.drop_index(state.indexes[0].name)
+                elif not any(k.startswith(_PRIMARY_KEY) for k in keyed):
+                    await table.set_primary_key("tableName")
+                elif missing:
+                    await table.add_columns(missing)
+                    self._log.info(ev.LEDGER_ADOPTED, ledger_table=self.head_name)
+                else:
+                    return
+                self.commits += 1
+            except StoreError as exc:  # another process is adopting too: look again
+                if attempt == _ATTEMPTS - 1:
+                    raise self._unreadable(self.head_name, exc) from exc
+                await anyio.sleep(0.01)
+
+    # ---- writing --------------------------------------------------------------------------------
+
+    async def update_lease(self, values: Mapping[str, Any], condition: str, key: str) -> int:
+        """Changes a lease row if it is as the condition says; returns 1 if it was, else 0."""
+        table = await self.store.open(self.head_name)
+        self.commits += 1
+        rows, _ = await table.update(
+            values=values, where=f"tableName = {sql_literal(lease_row_name(key))} AND {condition}"
+        )
+        return rows
+
+    async def take_rows(self, key: str, epoch: int, owner: str) -> None:
+        """Raises every row of a lease to the holder's epoch: older holders' writes then miss."""
+        table = await self.store.open(self.head_name)
+        self.commits += 1
+        await table.update(
+            values={"epoch": epoch, "owner": owner},
+            where=f"lease = {sql_literal(key)} AND epoch < {epoch}",
+        )
+
+    async def own_rows(self, rows: Sequence[HeadRow]) -> None:
+        """Makes rows for these lines, or takes over those that other systems wrote.
+
+        Identical duplicates that another system left are merged. Called under the lease.
+        """
+        if not rows:
+            return
+        table = await self.store.open(self.head_name)
+        self.commits += 1
+        inserted = await table.insert_missing("tableName", rows_to_arrow(rows))
+        if inserted == len(rows):
+            return
+        names = ", ".join(sql_literal(row.name) for row in rows)
+        # Never a newer holder's row: this very call may be made late, by a paused process.
+        not_newer = f"(epoch IS NULL OR epoch <= {rows[0].epoch})"
+        table = await self.store.open(self.head_name)
+        self.commits += 1
+        await table.update(
+            values={"epoch": rows[0].epoch, "owner": rows[0].owner, "lease": rows[0].lease},
+            where=f"tableName IN ({names}) AND {not_newer}",
+        )
+        table = await self.store.open(self.head_name)
+        have = await table.read(f"tableName IN ({names})", ["tableName"])
+        for name, count in Counter(have["tableName"].to_pylist()).items():
+            if count > 1:
+                # The journal already holds the version: a crash in between is healed from it.
+                await table.delete(f"tableName = {sql_literal(name)} AND {not_newer}")
+                await table.refresh()
+                keep = [row for row in rows if row.name == name]
+                await table.insert_missing("tableName", rows_to_arrow(keep))
+                await table.refresh()
+                self.commits += 2
+
+    async def write_rows(self, rows: Sequence[HeadRow], epoch: int, owner: str) -> bool:
+        """Replaces rows, each only if it still carries the holder's epoch and owner.
+
+        Returns:
+            Whether every row was replaced. If not, someone else has written: look.
+        """
+        table = await self.store.open(self.head_name)
+        self.commits += 1
+        fence = f"target.epoch = {epoch} AND target.owner = {sql_literal(owner)}"
+        changed = await table.replace_matching("tableName", rows_to_arrow(rows), fence)
+        return changed == len(rows)
+
+    async def append(self, events: Sequence[Event], owner: str) -> None:
+        """Appends events as one commit; durable on return.
+
+        Raises:
+            StoreError: LanceDB failed and the events are known not to be there.
+        """
+        data = events_to_arrow(events, owner)
+        wanted = data["id"][0].as_py()
+        for attempt in range(_ATTEMPTS):
+            try:
+                if self._journal is None:
+                    self._journal = await self.store.open(self.journal_name)
+                self.commits += 1
+                await self._journal.add(data)
+            except StoreError:
+                # Unknown: it may have been committed. Look; and heal if it was overwritten.
+                self._journal = await self._founded(
+                    self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, _has_founding
+                )
+                if await self._journal.count_rows(f"id = {sql_literal(wanted)}"):
+                    return
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                await anyio.sleep(min(0.01 * 2**attempt, 0.5))
+            else:
+                return
+
+    async def compact(self, *, head_over: int, journal_over: int) -> None:
+        """Compacts each table that consists of more fragments than given. Under the lease only."""
+        for name, limit in ((self.head_name, head_over), (self.journal_name, journal_over)):
+            table = await self.store.find(name)
+            if table is not None and await table.fragments() > limit:
+                await table.compact()
+                self.commits += 1
+                self._log.debug(ev.LEDGER_COMPACTED, ledger_table=name)
+
+
+# ---- rows and events as Arrow -------------------------------------------------------------------
+
+
+def lease_row_name(key: str) -> str:
+    """Returns the name of a lease's row in the head."""
+    return LEASE_PREFIX + key
+
+
+def _has_lease(content: pa.Table) -> bool:
+    return lease_row_name(RUN_LEASE) in content["tableName"].to_pylist()
+
+
+def _has_founding(content: pa.Table) -> bool:
+    return Kind.FOUNDED in content["kind"].to_pylist()
+
+
+def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
+    """Returns head rows as Arrow, in `HEAD_SCHEMA`."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "tableName": row.name,
+                "currentVersion": row.version,
+                "lastMigratedAt": row.migrated_at.replace(tzinfo=None),
+                "epoch": row.epoch,
+                "owner": row.owner,
+                "beat": row.beat,
+                "phase": row.phase,
+                "digest": row.digest,
+                "lease": row.lease,
+            }
+            for row in rows
+        ],
+        schema=HEAD_SCHEMA,
+    )
+
+
+def events_to_arrow(events: Iterable[Event], owner: str) -> pa.Table:
+    """Returns events as Arrow, in `JOURNAL_SCHEMA`; the id is unique per holder and sequence."""
+    out = []
+    for event in events:
+        row = {name: getattr(event, name) for name in JOURNAL_SCHEMA.names if name != "id"}
+        row["id"] = f"{event.lease}:{event.epoch}:{event.seq}:{owner}"
+        row["kind"] = str(event.kind)
+        for name in _JSON:
+            row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else None
+        out.append(row)
+    return pa.Table.from_pylist(out, schema=JOURNAL_SCHEMA)
+
+
+def parse_head(content: pa.Table, name: str) -> Head:
+    """Returns the head's rows as values.
+
+    Raises:
+        LedgerCorruptError: A column is missing or of another type, or a value cannot be.
+        LedgerFormatError: A newer aiomigrate wrote it.
+    """
+    _check_columns(content.schema, HEAD_SCHEMA, name, required=3)
+    adopted = all(f.name in content.schema.names for f in _OURS)
+    if adopted:
+        _check_format(content.schema, name)
+    columns = [n for n in HEAD_SCHEMA.names if n in content.schema.names]
+    values = {column: content[column].to_pylist() for column in columns}
+    empty = [None] * len(content)
+    rows: list[HeadRow] = []
+    leases: dict[str, HeadRow] = {}
+    zipped = zip(*(values.get(n, empty) for n in HEAD_SCHEMA.names), strict=True)
+    for table, version, at, epoch, owner, beat, phase, digest, lease in zipped:
+        if not isinstance(table, str) or not isinstance(version, int) or at is None:
+            raise LedgerCorruptError(
+                f"The metadata table {name!r} has a row with NULL: "
+                f"tableName {table!r}, currentVersion {version!r}.",
+                "Correct the row, or restore an earlier table_version of that table.",
+            )
+        if not 0 <= version <= MAX_VERSION:
+            raise LedgerCorruptError(
+                f"The metadata table {name!r} records version {version} for {table!r}.",
+                "Versions are 0 or more: correct the row.",
+                line=table,
+                version=version,
+            )
+        row = HeadRow(
+            name=table,
+            version=version,
+            migrated_at=at.replace(tzinfo=dt.UTC),
+            epoch=epoch,
+            owner=owner,
+            beat=beat,
+            phase=phase,
+            digest=digest,
+            lease=lease,
+        )
+        if table.startswith(LEASE_PREFIX):
+            leases[table.removeprefix(LEASE_PREFIX)] = row
+        else:
+            rows.append(row)
+    return Head(exists=True, rows=tuple(rows), leases=leases, is_adopted=adopted)
+
+
+def _repeated(names: Sequence[str]) -> set[str]:
+    if len(set(names)) == len(names):
+        return set()
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def versions_if_current(
+    content: pa.Table, expected: Mapping[str, tuple[int, str]]
+) -> dict[str, int] | None:
+    """Returns the version of every line if the head proves that nothing is to be done.
+
+    What every start costs, so it looks at few columns and builds no rows. Any doubt is `None`:
+    look closer.
+
+    Args:
+        content: The head as read.
+        expected: Version and chain digest at target, by line.
+    """
+    if not content.schema.equals(HEAD_SCHEMA, check_metadata=False):
+        return None
+    if _format_of(content.schema) != FORMAT:
+        return None
+    columns = ("tableName", "currentVersion", "digest", "epoch")
+    values: list[list[Any]] = [content[column].to_pylist() for column in columns]
+    names, versions, digests, epochs = values
+    # Rows of lines without scripts stay as other systems left them, twice or not.
+    foreign = {name for name, epoch in zip(names, epochs, strict=True) if epoch is None}
+    if not foreign.isdisjoint(expected) or _repeated(names) & expected.keys():
+        return None
+    found = dict(zip(names, zip(versions, digests, strict=True), strict=True))
+    for line, wanted in expected.items():
+        if found.get(line, (0, "")) != wanted:
+            return None
+    return {n: v for n, (v, _) in found.items() if not n.startswith(LEASE_PREFIX)}
+
+
+def parse_journal(content: pa.Table, name: str) -> list[Event]:
+    """Returns the journal's events as values.
+
+    Raises:
+        LedgerCorruptError: A column is missing or of another type, or a value cannot be.
+        LedgerFormatError: A newer aiomigrate wrote it.
+    """
+    _check_columns(content.schema, JOURNAL_SCHEMA, name, required=len(JOURNAL_SCHEMA))
+    _check_format(content.schema, name)
+    fields = [n for n in JOURNAL_SCHEMA.names if n != "id"]
+    events = []
+    for row in content.select(fields).to_pylist():
+        for column in _JSON:
+            row[column] = _json_object(row[column])
+            if row[column] is None:
+                raise LedgerCorruptError(
+                    f"The metadata table {name!r} has an event whose {column!r} is no JSON object "
+                    f"(epoch {row['epoch']}, seq {row['seq']}).",
+                    "Restore an earlier table_version of that table.",
+                )
+        if None in (row["lease"], row["epoch"], row["seq"], row["at"], row["kind"]):
+            raise LedgerCorruptError(
+                f"The metadata table {name!r} has an event with NULL "
+                f"(kind {row['kind']!r}, epoch {row['epoch']}, seq {row['seq']}).",
+                "Restore an earlier table_version of that table.",
+            )
+        events.append(Event(**row))
+    return events
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _check_columns(have: pa.Schema, want: pa.Schema, name: str, *, required: int) -> None:
+    for position, wanted in enumerate(want):
+        index = have.get_field_index(wanted.name)
+        if index < 0:
+            if position < required:
+                raise LedgerCorruptError(
+                    f"The metadata table {name!r} has no column {wanted.name!r}.",
+                    "It is not a ledger: choose another name for ours, or restore the table.",
+                )
+            continue
+        if have.field(index).type != wanted.type:
+            raise LedgerCorruptError(
+                f"The metadata table {name!r} has column {wanted.name!r} of type "
+                f"{have.field(index).type}, not {wanted.type}.",
+                "It is not a ledger: choose another name for ours, or restore the table.",
+            )
+
+
+def _check_format(schema: pa.Schema, name: str) -> None:
+    found = _format_of(schema)
+    if found > FORMAT:
+        raise LedgerFormatError(
+            f"The metadata table {name!r} has format {found}, "
+            f"this aiomigrate writes format {FORMAT}.",
+            "Upgrade aiomigrate.",
+        )
+
+
+def _format_of(schema: pa.Schema) -> int:
+    written = (schema.field("epoch").metadata or {}).get(_FORMAT_KEY, b"1")
+    return int(written) if written.isdigit() else MAX_VERSION

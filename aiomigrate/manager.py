@@ -1,0 +1,683 @@
+"""The face of the library: `MigrationManager`.
+
+Decides, from as few reads as possible, whether there is anything to do; hands what there is to a
+`runner`. Looking (plan, status, validation, history) never writes, takes no lease, and makes no
+database where there is none.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from aiomigrate import discovery
+from aiomigrate import events as ev
+from aiomigrate.clock import Clock
+from aiomigrate.diff import differences
+from aiomigrate.errors import (
+    AiomigrateError,
+    ConfigurationError,
+    LedgerError,
+    MigrationFailedError,
+    TargetError,
+    ValidationFailedError,
+)
+from aiomigrate.fold import Journal, fold
+from aiomigrate.lance import Store, is_local, locate, redact, secrets_of
+from aiomigrate.lease import LeaseOptions, holder_of, unlock
+from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
+from aiomigrate.model import Event, HeadRow, Scripts, Target
+from aiomigrate.operations.base import TableState
+from aiomigrate.plan import Plan, build_plan, check_operations
+from aiomigrate.reconcile import (
+    OnAhead,
+    Reconciled,
+    at_target,
+    disputed,
+    nearest,
+    pending,
+    reconcile,
+)
+from aiomigrate.report import Holder, LineStatus, Outcome, Report, Status, StepReport, Validation
+from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
+
+if TYPE_CHECKING:
+    import lancedb
+
+
+class MigrationManager:
+    """Brings one LanceDB database to the state its migrations describe.
+
+    An async context manager; each method may also be awaited on its own. Several managers may
+    work on one database, in one process or many: each migration is applied once.
+    """
+
+    _store_type: type[Store] = Store  # tests subclass it to inject faults
+
+    def __init__(
+        self,
+        database: str | Path | lancedb.AsyncConnection,
+        *,
+        migrations: discovery.Source = "migrations",
+        params: Mapping[str, Any] | None = None,
+        ledger: str = "table_migrations",
+        concurrency: int = 16,
+        lease_ttl: float = 30.0,
+        lease_wait: float = 600.0,
+        timeout: float | None = None,
+        storage_options: Mapping[str, str] | None = None,
+        on_ahead: OnAhead = OnAhead.ERROR,
+        on_progress: Callable[[Progress], None] | None = None,
+        logger: Any = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Checks the options; reads nothing.
+
+        Args:
+            database: A local path, an object-store URI, or an open `AsyncConnection` (which is
+                never closed here; handles opened from it before do not see the changes until they
+                are refreshed).
+            migrations: A folder, a package, or a sequence of `Migration`s.
+            params: Given to operations that are functions of them, and to `Context.params`.
+            ledger: Name of the head table; the journal is named after it.
+            concurrency: How many migrations may run at once.
+            lease_ttl: Seconds after which a silent process may be succeeded.
+            lease_wait: Seconds to wait for another process that is migrating.
+            timeout: Seconds one migration may take; by default no limit.
+            storage_options: As for `lancedb.connect_async`; never shown anywhere.
+            on_ahead: Whether a database newer than the code is an error.
+            on_progress: Called in the event loop with each `Progress`.
+            logger: A structlog logger; by default `structlog.get_logger("aiomigrate")`.
+            clock: Clocks, for tests.
+
+        Raises:
+            ConfigurationError: An option cannot be.
+            UnsupportedDatabaseError: The URI names a kind of database that is not supported.
+        """
+        self._connection: lancedb.AsyncConnection | None = None
+        if isinstance(database, str | Path):
+            self._uri = locate(database)
+        elif hasattr(database, "open_table"):
+            self._connection = database
+            self._uri = str(database.uri)
+        else:
+            raise ConfigurationError(
+                f"{database!r} is no database.",
+                "Pass a path, a URI, or a connection from lancedb.connect_async.",
+            )
+        for name, value in (("lease_ttl", lease_ttl), ("concurrency", concurrency)):
+            if not value > 0:
+                raise ConfigurationError(f"{name}={value!r} is not positive.", "Raise it.")
+        if not ledger or not all(c.isalnum() or c in "_-." for c in ledger):
+            raise ConfigurationError(
+                f"ledger={ledger!r} is no table name.", "Use letters, digits, and _ - . only."
+            )
+        self._source = migrations
+        self._params = dict(params or {})
+        self._ledger_name = ledger
+        self._storage_options = storage_options
+        self._on_ahead = on_ahead
+        self._options = RunOptions(
+            params=self._params,
+            concurrency=concurrency,
+            lease=LeaseOptions(ttl_s=lease_ttl, beat_s=lease_ttl / 6, wait_s=lease_wait),
+            timeout_s=timeout,
+            on_progress=on_progress,
+        )
+        self._clock = clock or Clock()
+        self._log = logger or structlog.get_logger("aiomigrate")
+        self._store: Store | None = None
+        self._scripts: Scripts | None = None
+        self._at_target: Mapping[str, tuple[int, str]] = {}
+
+    def __repr__(self) -> str:
+        return f"<MigrationManager of {self.database}>"
+
+    @property
+    def database(self) -> str:
+        """The database's URI without secrets."""
+        return redact(self._uri)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes the connection, if this manager opened it. May be called twice."""
+        if self._store is not None and self._store.connection is not self._connection:
+            self._store.close()
+        self._store = None
+
+    # ---- what is known without a database -------------------------------------------------------
+
+    async def scripts(self) -> Scripts:
+        """Returns all migrations, loaded once per manager, off the event loop.
+
+        Raises:
+            ConfigurationError: The folder does not exist.
+            ScriptError: A script is wrong.
+        """
+        if self._scripts is None:
+            self._scripts = await anyio.to_thread.run_sync(
+                discovery.load, self._source, self._params
+            )
+            self._at_target = at_target(self._scripts)
+        return self._scripts
+
+    # ---- changing -------------------------------------------------------------------------------
+
+    async def initialize(self) -> Report:
+        """Brings the database to its target, for application startup.
+
+        At target it costs connecting, opening and reading one small table. Otherwise it takes the
+        lease, or waits for the process that has it, and returns when the database is at target,
+        whoever did the work. Every change was compared with what its operations predicted. A
+        crash or a cancellation leaves what the next call recovers from.
+
+        Returns:
+            What this process did; without steps when there was nothing to do.
+
+        Raises:
+            MigrationFailedError: A migration failed, here or in the process waited for.
+            ValidationFailedError: A line did not arrive at its target.
+            PlanError: Scripts and database do not fit together; nothing was written.
+            ScriptError: A script is wrong; nothing was written.
+            LedgerError: The metadata tables cannot be trusted.
+            LeaseError: The lease could not be had or kept.
+            StoreError: LanceDB failed.
+        """
+        report = await self.upgrade()
+        scripts = await self.scripts()
+        behind = tuple(
+            f"{line}: current v{report.lines.get(line, 0)}, target v{scripts.latest(line)}"
+            for line in scripts.line_names()
+            if report.lines.get(line, 0) < scripts.latest(line)
+        )
+        if behind:
+            raise ValidationFailedError(behind, "Run `aiomigrate plan` to see why.")
+        return report
+
+    async def upgrade(self, *, tables: Collection[str] | None = None, to: Target = None) -> Report:
+        """Runs what is pending; lines run concurrently, each strictly in order.
+
+        Takes the lease only if there is something to do.
+
+        Args:
+            tables: Lines to upgrade; all by default.
+            to: To the newest scripts (`None`), to at most a version, or line by line.
+
+        Returns:
+            What this process did; without steps when there was nothing to do.
+
+        Raises:
+            MigrationFailedError: A migration failed; its report says what was done.
+            PlanError: Scripts and database do not fit together; nothing was written.
+            ScriptError: A script is wrong; nothing was written.
+            LedgerError: The metadata tables cannot be trusted.
+            LeaseError: The lease could not be had or kept.
+            StoreError: LanceDB failed.
+        """
+        run_id = secrets.token_hex(4)
+        log = self._log.bind(run_id=run_id)
+        begun, started_at = self._clock.monotonic(), self._clock.wall()
+        scripts = await self.scripts()
+        store = await self._open()
+        report = Report(run_id=run_id, database=self.database, started_at=started_at)
+        head = Head()
+        if store is not None:
+            ledger = self._ledger(store, log)
+            content = await ledger.read_head_content()
+            if content is not None:
+                lines = versions_if_current(content, self._at_target)
+                if lines is not None and tables is None and to is None:
+                    log.debug(ev.RUN_AT_TARGET, lines=len(lines))
+                    return self._ended(report, begun, lines=lines)
+                head = parse_head(content, ledger.head_name)
+        before = await self._look(store, scripts, log, tables=tables, to=to, head=head)
+        if not before.plan.needs_lease:
+            log.debug(ev.RUN_AT_TARGET, lines=len(before.plan.lines))
+            return self._ended(report, begun, lines=_currents(before.plan))
+        await self._check_operations(store, before.plan)
+        log.info(ev.RUN_PLANNED, migrations=len(before.plan.steps), database=self.database)
+        store = store or await self._connect()
+        ledger = self._ledger(store, log)
+        runner = Runner(
+            store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
+        )
+
+        async def look() -> Seen:
+            return await self._look(store, scripts, log, tables=tables, to=to, ledger=ledger)
+
+        def ended(steps: tuple[StepReport, ...] | None = None) -> Report:
+            results = runner.results
+            plan = runner.plan or before.plan  # what was found under the lease, if it was had
+            lines = _currents(plan)
+            for step in results.values():
+                if step.outcome is Outcome.APPLIED:
+                    lines[step.line] = max(step.version, lines.get(step.line, 0))
+            return self._ended(
+                report,
+                begun,
+                lease_s=runner.lease_s,
+                steps=tuple(results.values()) if steps is None else steps,
+                lines=lines,
+                adopted=plan.adopts,
+                ledger_commits=ledger.commits,
+            )
+
+        try:
+            worked = await runner.upgrade(before, look)
+        except FailedElsewhereError as exc:
+            raise _failed(ended((exc.step,)), log, elsewhere=True) from None
+        if not worked:  # another process did it while this one waited
+            lines = {row.name: row.version for row in (await ledger.read_head()).rows}
+            return self._ended(report, begun, lease_s=runner.lease_s, lines=lines)
+        result = ended()
+        if result.failed or result.skipped:
+            raise _failed(result, log)
+        log.info(
+            ev.RUN_FINISHED,
+            applied=len(result.applied),
+            total_s=round(result.total_s, 4),
+            lease_s=round(result.lease_s, 4),
+            ledger_commits=result.ledger_commits,
+        )
+        return result
+
+    def _ended(self, report: Report, begun: float, **facts: Any) -> Report:
+        from dataclasses import replace
+
+        return replace(report, total_s=self._clock.monotonic() - begun, **facts)
+
+    async def stamp(
+        self, *, tables: Collection[str] | None = None, to: Target = None
+    ) -> Mapping[str, int]:
+        """Records lines at versions without running anything: the baseline of a database.
+
+        Accepts the scripts up to there as they are now, and the tables as they are now; ends what
+        was interrupted. Takes the lease.
+
+        Args:
+            tables: Lines to stamp; all by default.
+            to: The newest scripts (`None`), at most a version, or line by line (0 forgets).
+
+        Returns:
+            The version recorded, by line; empty when there are no scripts.
+
+        Raises:
+            TargetError: A line has no scripts, or the version is above them.
+            LedgerError: The metadata tables cannot be read or written.
+            LeaseError: The lease could not be had or kept.
+        """
+        scripts = await self.scripts()
+        versions = _stamps(scripts, tables, to)
+        if not versions:
+            return versions
+        run_id = secrets.token_hex(4)
+        log = self._log.bind(run_id=run_id)
+        store = await self._connect()
+        ledger = self._ledger(store, log)
+        runner = Runner(
+            store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
+        )
+
+        async def look() -> Seen:
+            events = await ledger.read_journal()
+            nothing = Reconciled(lines={}, problems=())
+            return Seen(
+                head=await ledger.read_head(),
+                events=events,
+                journal=fold(events),
+                decided=nothing,
+                plan=Plan(),
+            )
+
+        await runner.stamp(versions, look)
+        return versions
+
+    async def unlock(self) -> Holder | None:
+        """Frees a lease whose holder is dead, after watching it for its TTL.
+
+        Returns:
+            The holder that was removed, `None` if the lease was free.
+
+        Raises:
+            LeaseHeldError: The holder is alive.
+            LedgerError: The head cannot be read.
+        """
+        store = await self._open()
+        if store is None:
+            return None
+        ledger = self._ledger(store, self._log)
+        return await unlock(ledger, options=self._options.lease, clock=self._clock)
+
+    # ---- looking --------------------------------------------------------------------------------
+
+    async def plan(self, *, tables: Collection[str] | None = None, to: Target = None) -> Plan:
+        """Returns what `upgrade` would do: a dry run. Writes nothing, takes no lease.
+
+        Args:
+            tables: Lines to upgrade; all by default.
+            to: To the newest scripts (`None`), to at most a version, or line by line.
+
+        Raises:
+            PlanError: Scripts and database do not fit together.
+            ScriptError: A script is wrong.
+            LedgerError: The metadata tables cannot be trusted.
+            StoreError: LanceDB failed.
+        """
+        scripts = await self.scripts()
+        store = await self._open()
+        seen = await self._look(store, scripts, self._log, tables=tables, to=to)
+        await self._check_operations(store, seen.plan)
+        return seen.plan
+
+    async def get_status(self) -> Status:
+        """Returns where every line is, and who holds the lease. One small read; writes nothing.
+
+        Raises:
+            ScriptError: A script is wrong.
+            LedgerError: The head cannot be trusted.
+        """
+        scripts = await self.scripts()
+        store = await self._open()
+        head = Head() if store is None else await self._ledger(store, self._log).read_head()
+        rows: dict[str, HeadRow] = {row.name: row for row in head.rows}
+        journal = Journal()
+        if store is not None and not head.exists:  # lost, or never there: the journal knows
+            journal = fold(await self._ledger(store, self._log).read_journal())
+        lines = {}
+        for name in sorted({*rows, *journal.lines, *scripts.line_names()}):
+            row = rows.get(name)
+            current = row.version if row else journal.of(name).current
+            known = bool(scripts.of(name))
+            lines[name] = LineStatus(
+                current=current,
+                target=scripts.latest(name) if known else None,
+                pending=tuple(s.version for s in scripts.after(name, current)),
+                migrated_at=row.migrated_at if row else None,
+            )
+        return Status(
+            database=self.database, exists=head.exists, lines=lines, holder=holder_of(head)
+        )
+
+    async def validate(self) -> Validation:
+        """Compares scripts, ledger and live tables. Writes nothing, takes no lease.
+
+        Finds lines that are not at target, edited, missing or inserted scripts, contradictions of
+        the metadata, interrupted migrations, and tables whose columns, types, nullability or
+        indexes are not what their last migration left.
+
+        Raises:
+            ScriptError: A script is wrong.
+            StoreError: LanceDB failed.
+        """
+        scripts = await self.scripts()
+        store = await self._open()
+        if store is None:
+            decided = reconcile((), Journal(), scripts)
+            behind = _behind(decided, scripts)
+            return Validation(errors=behind, not_at_target=behind)
+        ledger = self._ledger(store, self._log)
+        try:
+            head = await ledger.read_head()
+            journal = fold(await ledger.read_journal())
+        except LedgerError as exc:
+            return Validation(errors=(str(exc),))
+        decided = await self._decide(store, head, journal, scripts)
+        behind = _behind(decided, scripts)
+        errors = [*behind, *(problem.what for problem in decided.problems)]
+        errors += _head_errors(head, decided, scripts)
+        for line, state in decided.lines.items():
+            if state.unfinished is not None:
+                version = state.unfinished.started.version
+                errors.append(f"{line}: version {version} was interrupted and not recovered yet")
+        errors += await self._drifted(store, journal, decided)
+        unknown = [
+            f"{n}: recorded at v{s.current}, no script knows it; left alone"
+            for n, s in decided.lines.items()
+            if not scripts.of(n)
+        ]
+        ahead = [
+            f"{n}: recorded at v{s.current}, above its newest script v{s.latest}"
+            for n, s in decided.lines.items()
+            if s.is_ahead and self._on_ahead is OnAhead.WARN
+        ]
+        return Validation(errors=tuple(errors), warnings=(*ahead, *unknown), not_at_target=behind)
+
+    async def _drifted(self, store: Store, journal: Journal, decided: Reconciled) -> list[str]:
+        busy = {
+            table
+            for state in decided.lines.values()
+            if state.unfinished is not None
+            for table in state.unfinished.savepoints
+        }
+        errors = []
+        for name, shape in sorted(journal.shapes.items()):
+            if shape is None or name in busy:
+                continue
+            table = await store.find(name)
+            if table is None:
+                errors.append(f"table {name} is missing")
+                continue
+            found = differences(shape, (await table.state()).shape())
+            errors += [f"table {name}: {difference}" for difference in found]
+        return errors
+
+    async def history(self, line: str | None = None) -> tuple[Event, ...]:
+        """Returns the journal's valid events in order, of one line or all. Writes nothing.
+
+        Empty when there is no journal yet.
+
+        Raises:
+            LedgerError: The journal cannot be trusted.
+        """
+        store = await self._open()
+        if store is None:
+            return ()
+        events = fold(await self._ledger(store, self._log).read_journal()).events
+        return tuple(e for e in events if line is None or e.line == line)
+
+    # ---- within ---------------------------------------------------------------------------------
+
+    def _ledger(self, store: Store, log: Any) -> Ledger:
+        return Ledger(store, self._ledger_name, clock=self._clock, log=log)
+
+    async def _open(self) -> Store | None:
+        """Connects, but not to a local path that does not exist: LanceDB would make the folder."""
+        if (
+            self._store is None
+            and self._connection is None
+            and is_local(self._uri)
+            and not await anyio.Path(self._uri).exists()
+        ):
+            return None
+        return await self._connect()
+
+    async def _connect(self) -> Store:
+        if self._store is not None:
+            return self._store
+        grace_s = min(10.0, self._options.lease.ttl_s / 2)
+        if self._connection is not None:
+            interval: dt.timedelta | None = await self._connection.get_read_consistency_interval()
+            if interval is None:
+                self._store = self._store_type(
+                    self._connection,
+                    uri=self.database,
+                    secrets=secrets_of(self._uri, self._storage_options),
+                    grace_s=grace_s,
+                )
+                return self._store
+            if not is_local(self._uri):
+                raise ConfigurationError(
+                    "The connection was opened with read_consistency_interval, with which a "
+                    "commit cannot be told from another's.",
+                    "Pass the URI and storage_options instead of the connection.",
+                )
+        self._store = await self._store_type.connect(
+            self._uri, self._storage_options, grace_s=grace_s
+        )
+        return self._store
+
+    async def _look(
+        self,
+        store: Store | None,
+        scripts: Scripts,
+        log: Any,
+        *,
+        tables: Collection[str] | None,
+        to: Target,
+        head: Head | None = None,
+        ledger: Ledger | None = None,
+    ) -> Seen:
+        """Reads head and journal, decides and plans.
+
+        Raises:
+            AiomigrateError: What forbids running.
+        """
+        events: list[Event] = []
+        if store is not None:
+            ledger = ledger or self._ledger(store, log)
+            head = head or await ledger.read_head()
+            events = await ledger.read_journal()
+        head = head or Head()
+        journal = fold(events)
+        decided = await self._decide(store, head, journal, scripts)
+        decided.raise_first()
+        for name, state in decided.lines.items():
+            if not scripts.of(name):
+                log.debug(ev.LINE_UNKNOWN, table=name, version=state.current)
+            if state.is_ahead:
+                log.warning(ev.LINE_AHEAD, table=name, version=state.current, target=state.latest)
+        plan = build_plan(decided, scripts, tables=tables, to=to)
+        return Seen(head=head, events=events, journal=journal, decided=decided, plan=plan)
+
+    async def _decide(
+        self, store: Store | None, head: Head, journal: Journal, scripts: Scripts
+    ) -> Reconciled:
+        mismatched = {}
+        if store is not None:
+            for line in disputed(head.rows, journal, scripts):
+                last = journal.of(line).last
+                for name in sorted(last.tables if last else ()):
+                    shape = journal.shapes.get(name)
+                    table = await store.find(name)
+                    if shape is not None and table is None:
+                        mismatched[line] = f"table {name} is missing"
+                    elif shape is not None and table is not None:
+                        found = differences(shape, (await table.state()).shape())
+                        if found:
+                            mismatched[line] = f"table {name}: {'; '.join(found)}"
+        return reconcile(
+            head.rows, journal, scripts, on_ahead=self._on_ahead, mismatched=mismatched
+        )
+
+    async def _check_operations(self, store: Store | None, plan: Plan) -> None:
+        states: dict[str, TableState | None] = dict.fromkeys(plan.touched())
+        if store is not None:
+            existing = set(await store.table_names())
+            for name in states:
+                table = await store.find(name) if name in existing else None
+                states[name] = None if table is None else await table.state()
+        check_operations(plan, states)
+
+
+def _currents(plan: Plan) -> dict[str, int]:
+    return {name: state.current for name, state in plan.lines.items()}
+
+
+def _head_errors(head: Head, decided: Reconciled, scripts: Scripts) -> list[str]:
+    """Tells where the head lags behind the journal; the next upgrade mends it."""
+    recorded = {row.name: row.version for row in head.rows}
+    mend = "the next upgrade mends it"
+    errors = []
+    for line, state in decided.lines.items():
+        if not scripts.of(line):
+            continue
+        if state.rows > 1:
+            errors.append(f"{line}: the head has {state.rows} equal rows; {mend}")
+        elif state.history.current and line not in recorded:
+            errors.append(f"{line}: the head has no row, the journal says v{state.current}; {mend}")
+        elif recorded.get(line, 0) < state.history.current:
+            errors.append(
+                f"{line}: the head says v{recorded[line]}, the journal v{state.current}; {mend}"
+            )
+    return errors
+
+
+def _behind(decided: Reconciled, scripts: Scripts) -> tuple[str, ...]:
+    return tuple(
+        f"{line}: current v{state.current}, target v{state.latest}"
+        for line, state in decided.lines.items()
+        if pending(state, scripts, None)
+    )
+
+
+def _stamps(scripts: Scripts, tables: Collection[str] | None, to: Target) -> dict[str, int]:
+    for wanted in to.values() if isinstance(to, Mapping) else () if to is None else (to,):
+        if type(wanted) is not int or wanted < 0:
+            raise TargetError(f"{wanted!r} is no version to stamp.", "Use 0 or more.")
+    known = scripts.line_names()
+    asked = tables if tables is not None else (to.keys() if isinstance(to, Mapping) else known)
+    result = {}
+    for line in asked:
+        if line not in known:
+            raise TargetError(
+                f"There is no migration of {line!r}.",
+                f"Lines with migrations: {', '.join(known) or 'none'}.{nearest(line, known)}",
+                line=line,
+            )
+        exact = to[line] if isinstance(to, Mapping) and line in to else None
+        if exact is None and isinstance(to, int) and tables is not None:
+            exact = to  # a line was named: exactly there
+        version = scripts.target(line, to) if exact is None else exact
+        if not isinstance(version, int) or not 0 <= version <= scripts.latest(line):
+            raise TargetError(
+                f"{line!r} cannot be stamped at {version!r}: its newest script is "
+                f"{scripts.latest(line)}.",
+                "Choose 0 to that.",
+                line=line,
+            )
+        result[line] = version
+    return result
+
+
+def _failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFailedError:
+    step = next(iter(report.failed), report.steps[0])
+    others = len(report.failed) - 1
+    more = f" ({others} more failed)" if others > 0 else ""
+    where = " in another process" if elsewhere else ""
+    log.error(
+        ev.RUN_FAILED,
+        applied=len(report.applied),
+        failed=len(report.failed),
+        skipped=len(report.skipped),
+        total_s=round(report.total_s, 4),
+    )
+    return MigrationFailedError(
+        f"Migration {step.line} {step.version} failed{where}: "
+        f"{step.error.strip().splitlines()[-1] if step.error else 'unknown'}{more}. "
+        f"{len(report.applied)} applied, {len(report.skipped)} skipped.",
+        step.remedy or "Correct the migration and run again; what was applied stays.",
+        report=report,
+        line=step.line,
+        version=step.version,
+    )
+
+
+__all__ = ["AiomigrateError", "MigrationManager"]

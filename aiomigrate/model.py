@@ -1,0 +1,374 @@
+"""The values everything else speaks in: migrations, journal events, head rows.
+
+Frozen, without I/O. Not for deciding (see `fold` and `plan`) nor for storing (see `ledger`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from aiomigrate.errors import InvalidMigrationError
+from aiomigrate.operations.base import Operation
+from aiomigrate.operations.data import Run, Up
+
+MAX_VERSION = 2**31 - 1
+"""Versions are stored as int32."""
+
+Params = Mapping[str, Any]
+Target = int | Mapping[str, int] | None
+"""Where to go: every line to its newest script (`None`), to at most a version, or line by line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Migration:
+    """One step of one line, to `version`.
+
+    Attributes:
+        version: A positive integer, unique in its line, equal to the number of its file.
+        table: The table it changes; also the name of its line.
+        line: The name of its line where that is not a table (then give `touches`).
+        description: A few words, shown wherever the migration is.
+        operations: What to do, in order; or a function of the run's parameters returning that.
+        up: An async function of a `Context`, instead of `operations`; it must be idempotent.
+        down: The inverse of `up`.
+        touches: The tables it changes; by default `table` and those its operations name.
+        depends_on: Version of another line that must be applied first, by line.
+
+    Raises:
+        InvalidMigrationError: The values cannot be.
+    """
+
+    version: int
+    table: str | None = None
+    line: str | None = None
+    description: str = ""
+    operations: Sequence[Operation] | Callable[[Params], Sequence[Operation]] = ()
+    up: Up | None = None
+    down: Up | None = None
+    touches: Sequence[str] | None = None
+    depends_on: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:  # noqa: C901 - one check after another
+        name = self.line or self.table
+        where: dict[str, Any] = {
+            "line": name,
+            "version": self.version if _is_int(self.version) else None,
+        }
+        for text in (self.table, self.line):
+            if text is not None and (not isinstance(text, str) or not text or text[0] == ":"):
+                raise InvalidMigrationError(
+                    f"{text!r} is no name for a table or line.",
+                    "Use a non-empty string that does not start with a colon.",
+                    **where,
+                )
+        if name is None:
+            raise InvalidMigrationError(
+                "A Migration names no table.", 'Pass table="..." (or line= and touches=).'
+            )
+
+        def wrong(what: str, remedy: str) -> InvalidMigrationError:
+            return InvalidMigrationError(f"Migration of {name!r}: {what}", remedy, **where)
+
+        if not _is_int(self.version) or not 1 <= self.version <= MAX_VERSION:
+            raise wrong(
+                f"version {self.version!r} is not a positive integer.",
+                "Number it like its file: 004_add_tags.py holds version 4.",
+            )
+        if self.table is None and self.touches is None:
+            raise wrong("a line without a table touches nothing.", "Pass touches=(tables...).")
+        if (self.up is not None) == bool(self.operations):
+            raise wrong("it needs operations or up, not both.", "Pass one of them.")
+        if self.down is not None and self.up is None:
+            raise wrong("down has no up.", "Pass up=, or leave down= out.")
+        if isinstance(self.touches, str):
+            raise wrong("touches is text, not names.", f"Write touches=({self.touches!r},).")
+        for text in self.touches or ():
+            if not isinstance(text, str) or not text:
+                raise wrong(f"touches {text!r} is no table.", "Name tables as text.")
+        for other, version in self.depends_on.items():
+            if not _is_int(version) or version < 1 or not isinstance(other, str):
+                raise wrong(
+                    f"depends_on {other!r}: {version!r} is no version.",
+                    'Write depends_on={"users": 2}.',
+                )
+        if isinstance(self.operations, Operation):
+            raise wrong("operations is one operation, not a list.", "Write operations=[...].")
+        if not callable(self.operations):
+            object.__setattr__(self, "operations", self._checked(self.operations))
+        object.__setattr__(self, "depends_on", MappingProxyType(dict(self.depends_on)))
+
+    def _checked(self, operations: Iterable[Operation]) -> tuple[Operation, ...]:
+        given = tuple(operations)  # once: it may be a generator
+        for operation in given:
+            if not isinstance(operation, Operation):
+                raise InvalidMigrationError(
+                    f"Migration of {self.name!r}: {operation!r} is no operation.",
+                    "Use operations from aiomigrate.op.",
+                    line=self.name,
+                    version=self.version,
+                )
+        return given
+
+    @property
+    def name(self) -> str:
+        """The line it belongs to."""
+        name = self.line or self.table
+        assert name is not None  # noqa: S101 - __post_init__ checked it
+        return name
+
+    def resolve(self, params: Params) -> tuple[Operation, ...]:
+        """Returns its operations for a run's parameters, each bound to a table.
+
+        Raises:
+            InvalidMigrationError: The function of the parameters returned something else, or an
+                operation names no table and neither does the migration.
+        """
+        if self.up is not None:
+            return (Run(self.up, self.down, table=self.table),)
+        found = self.operations(params) if callable(self.operations) else self.operations
+        bound = tuple(operation.on(self.table) for operation in self._checked(found))
+        for operation in bound:
+            if operation.table is None and not isinstance(operation, Run):
+                raise InvalidMigrationError(
+                    f"Migration of {self.name!r}: {operation.describe()!r} names no table.",
+                    'Pass table="..." to the operation.',
+                    line=self.name,
+                    version=self.version,
+                )
+            if self.touches is not None and operation.table not in (None, *self.touches):
+                raise InvalidMigrationError(
+                    f"Migration of {self.name!r}: {operation.describe()!r} changes table "
+                    f"{operation.table!r}, which is not in touches.",
+                    "Add the table to touches=(...).",
+                    line=self.name,
+                    version=self.version,
+                )
+        return bound
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """A migration as loaded: resolved for a run's parameters, with where it came from.
+
+    Attributes:
+        line: Its line.
+        version: Its version.
+        description: Its description.
+        operations: Its operations, each bound to a table (`Run` may have none).
+        touches: Tables it may change, sorted.
+        depends_on: Version that must be applied first, by line.
+        checksum: Digest of its content; formatting and comments do not count.
+        source: The file's name, or empty.
+        table: The table of the line, `None` for a pseudo-table.
+    """
+
+    line: str
+    version: int
+    description: str
+    operations: tuple[Operation, ...]
+    touches: tuple[str, ...]
+    depends_on: Mapping[str, int]
+    checksum: str
+    source: str = ""
+    table: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Line and version: what identifies it."""
+        return (self.line, self.version)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether a function of the user's takes part, so that its effect cannot be predicted."""
+        return any(isinstance(operation, Run) for operation in self.operations)
+
+    @property
+    def is_journaled_before(self) -> bool:
+        """Whether `started` is written first: unless it is one operation whose effect shows."""
+        return len(self.operations) != 1 or not self.operations[0].shows
+
+    def __str__(self) -> str:
+        return f"{self.line} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scripts:
+    """All loaded migrations: the questions that need no database.
+
+    Attributes:
+        all: Every script, ordered by version, then line.
+    """
+
+    all: tuple[Script, ...]
+    _lines: Mapping[str, tuple[Script, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        lines: dict[str, list[Script]] = {}
+        for script in sorted(self.all, key=lambda s: (s.version, s.line)):
+            lines.setdefault(script.line, []).append(script)
+        object.__setattr__(self, "_lines", {k: tuple(v) for k, v in lines.items()})
+
+    def line_names(self) -> tuple[str, ...]:
+        """Returns the names of all lines (tables and pseudo-tables), sorted."""
+        return tuple(sorted(self._lines))
+
+    def of(self, line: str) -> tuple[Script, ...]:
+        """Returns a line's scripts by version; empty for an unknown line."""
+        return self._lines.get(line, ())
+
+    def after(self, line: str, version: int) -> tuple[Script, ...]:
+        """Returns a line's scripts above a version: those pending there."""
+        return tuple(s for s in self.of(line) if s.version > version)
+
+    def up_to(self, line: str, version: int) -> tuple[Script, ...]:
+        """Returns a line's scripts at or below a version: those applied there."""
+        return tuple(s for s in self.of(line) if s.version <= version)
+
+    def latest(self, line: str) -> int:
+        """Returns a line's newest version, 0 for an unknown line."""
+        found = self.of(line)
+        return found[-1].version if found else 0
+
+    def get(self, line: str, version: int) -> Script | None:
+        """Returns one script, `None` if there is none."""
+        return next((s for s in self.of(line) if s.version == version), None)
+
+    def target(self, line: str, to: Target) -> int:
+        """Returns the version a line goes to: its newest script at or below what `to` asks."""
+        if to is None:
+            return self.latest(line)
+        limit = to if isinstance(to, int) else to.get(line)
+        if limit is None:
+            return self.latest(line)
+        below = self.up_to(line, limit)
+        return below[-1].version if below else 0
+
+
+class Kind(enum.StrEnum):
+    """Kinds of journal events. An event is never changed once written."""
+
+    FOUNDED = "founded"
+    OPENED = "opened"
+    CLOSED = "closed"
+    ADOPTED = "adopted"
+    STAMPED = "stamped"
+    STARTED = "started"
+    ADVANCED = "advanced"
+    INTENDED = "intended"
+    APPLIED = "applied"
+    RESTORED = "restored"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One journal entry.
+
+    Attributes:
+        lease: Key of the lease it was written under.
+        epoch: That lease's epoch.
+        seq: Position within the epoch.
+        at: When, UTC.
+        kind: What happened, a `Kind` value; unknown kinds of newer releases are kept as text.
+        run_id: The run.
+        line: The line concerned.
+        version: The version concerned.
+        description: The migration's description.
+        checksum: The migration's checksum.
+        algorithm: How the checksum was made.
+        source: The migration's file.
+        tables: Per touched table `before` and `after` (table_version) and `shape`.
+        waited_s: Seconds it waited for dependencies and a slot.
+        ran_s: Seconds its operations took.
+        ledger_s: Seconds spent waiting for the journal.
+        rows: Rows changed.
+        commits: Commits made on touched tables.
+        size: Bytes written, where known.
+        retries: Commits tried again after a conflict.
+        host: Host name.
+        pid: Process id.
+        tool: Version of aiomigrate.
+        error: Error with traceback.
+        detail: Anything else, per kind.
+    """
+
+    lease: str
+    epoch: int
+    seq: int
+    at: dt.datetime
+    kind: str
+    run_id: str = ""
+    line: str | None = None
+    version: int | None = None
+    description: str | None = None
+    checksum: str | None = None
+    algorithm: str | None = None
+    source: str | None = None
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    waited_s: float | None = None
+    ran_s: float | None = None
+    ledger_s: float | None = None
+    rows: int | None = None
+    commits: int | None = None
+    size: int | None = None
+    retries: int | None = None
+    host: str | None = None
+    pid: int | None = None
+    tool: str | None = None
+    error: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the event as a JSON-ready dictionary, without what is unknown."""
+        out: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, dt.datetime):
+                out[name] = value.isoformat()
+            elif isinstance(value, Mapping):
+                if value:
+                    out[name] = dict(value)
+            elif value is not None:
+                out[name] = value
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRow:
+    """One row of the head: a line's recorded version, or (for a lease row) who holds a lease.
+
+    Attributes:
+        name: The line, or the lease's name.
+        version: Its recorded version.
+        migrated_at: When that was written, UTC.
+        epoch: Epoch of the holder that wrote it; `None` if another system did.
+        owner: The holder's nonce; empty on a free lease.
+        beat: Counts the holder's renewals.
+        phase: On a lease row, JSON about the holder and what it is doing.
+        digest: Chain digest of the applied migrations.
+        lease: Key of the lease the row belongs to.
+    """
+
+    name: str
+    version: int
+    migrated_at: dt.datetime
+    epoch: int | None = None
+    owner: str | None = None
+    beat: int | None = None
+    phase: str | None = None
+    digest: str | None = None
+    lease: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether aiomigrate wrote it last; another system's write leaves our columns NULL."""
+        return self.epoch is not None

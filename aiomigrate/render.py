@@ -1,0 +1,152 @@
+"""Plain-text tables of plans, reports and statuses. Pure; colours and terminals are the CLI's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aiomigrate.plan import Plan
+from aiomigrate.report import Outcome, Report, Status
+
+
+def seconds(value: float) -> str:
+    """Returns a duration for people: `12 ms`, `3.4 s`, `2 min 5 s`."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 60:
+        return f"{value:.1f} s"
+    return f"{value // 60:.0f} min {value % 60:.0f} s"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Returns aligned columns; `right` are the indexes of right-aligned ones."""
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def plan_text(plan: Plan) -> str:
+    """Returns a plan as text: one paragraph per migration, its operations beneath."""
+    if plan.is_empty:
+        head = "Everything is at target; nothing to do."
+    else:
+        lines = len({step.script.line for step in plan.steps})
+        count = len(plan.steps)
+        head = f"{count} migration{'s'[: count != 1]} on {lines} line{'s'[: lines != 1]}:"
+    out = [head]
+    for step in plan.steps:
+        script = step.script
+        title = f"  {script.version:>4}  {script.line}"
+        if script.description:
+            title += f"  {script.description}"
+        if step.resumes:
+            title += "  (interrupted; will be recovered)"
+        out.append(title)
+        for operation in script.operations:
+            where = "" if operation.table in (None, script.table) else f"{operation.table}: "
+            traits = operation.traits
+            marks = [
+                word
+                for word, on in (
+                    ("rewriting", traits.rewriting),
+                    ("destructive", traits.destructive),
+                )
+                if on
+            ]
+            marked = f"  [{', '.join(marks)}]" if marks else ""
+            out.append(f"        - {where}{operation.describe()}{marked}")
+        others = [f"{line} {version}" for line, version in step.after if line != script.line]
+        if others:
+            out.append(f"        after {', '.join(others)}")
+    out += [f"adopt: {line} was written by another system" for line in plan.adopts]
+    out += [f"unknown: {line} is recorded at {v}, no script knows it; left alone"
+            for line, v in sorted(plan.unknown.items())]  # fmt: skip
+    out += [f"warning: {warning}" for warning in plan.warnings]
+    return "\n".join(out)
+
+
+REPORT_HEADER = (
+    "line", "version", "outcome", "waited", "ran", "ledger", "rows", "commits", "table_version",
+)  # fmt: skip
+REPORT_RIGHT = (1, 3, 4, 5, 6, 7)
+
+
+def report_rows(report: Report) -> list[tuple[str, ...]]:
+    """Returns the cells of a report's table, one row per migration, as in `REPORT_HEADER`."""
+    return [
+        (
+            step.line,
+            str(step.version),
+            step.outcome.value + (" (resumed)" if step.resumed else ""),
+            seconds(step.waited_s),
+            seconds(step.ran_s),
+            seconds(step.ledger_s),
+            str(step.rows),
+            str(step.commits),
+            _versions(step.tables),
+        )
+        for step in report.steps
+    ]
+
+
+def _versions(tables: object) -> str:
+    assert hasattr(tables, "items")  # noqa: S101 - a mapping of pairs
+    changed = {t: pair for t, pair in tables.items() if pair[0] != pair[1]}
+    if len(changed) == 1:
+        before, after = next(iter(changed.values()))
+        return f"{before} -> {after}"
+    return ", ".join(f"{t} {before} -> {after}" for t, (before, after) in changed.items()) or "-"
+
+
+def report_summary(report: Report) -> str:
+    """Returns a run in one line."""
+    if not report.steps:
+        return f"{report.database} is at target: nothing to do ({seconds(report.total_s)})."
+    parts = [f"{len(report.applied)} applied"]
+    parts += [f"{len(found)} {word}"
+              for word, found in (("failed", report.failed), ("skipped", report.skipped))
+              if found]  # fmt: skip
+    return (
+        f"{', '.join(parts)} in {seconds(report.total_s)} "
+        f"(lease {seconds(report.lease_s)}, {report.ledger_commits} ledger commits)."
+    )
+
+
+def report_text(report: Report) -> str:
+    """Returns a run as a table of timings and a summary; one line when nothing was pending."""
+    if not report.steps:
+        return report_summary(report)
+    out = [table(REPORT_HEADER, report_rows(report), REPORT_RIGHT)]
+    out += [
+        f"{step.line} {step.version}: {step.error} {step.remedy}".rstrip()
+        for step in report.steps
+        if step.outcome is not Outcome.APPLIED
+    ]
+    return "\n".join([*out, report_summary(report)])
+
+
+def status_text(status: Status) -> str:
+    """Returns a status as a table."""
+    rows = []
+    for name, line in sorted(status.lines.items()):
+        target = "?" if line.target is None else str(line.target)
+        if line.target is None:
+            note = "unknown: no script; left alone"
+        elif line.current > line.target:
+            note = "ahead of its scripts"
+        elif line.pending:
+            note = f"{len(line.pending)} pending"
+        else:
+            note = "at target"
+        rows.append((name, str(line.current), target, note))
+    out = [f"{status.database}" + ("" if status.exists else " (no metadata table yet)")]
+    if rows:
+        out.append(table(("line", "current", "target", "state"), rows, (1, 2)))
+    if status.holder:
+        out.append(f"lease held by {status.holder}")
+    return "\n".join(out)

@@ -1,0 +1,257 @@
+"""What came of a run, of looking, of validating: values for people and programs. Pure."""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Outcome(enum.StrEnum):
+    """How a migration ended."""
+
+    APPLIED = "applied"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One migration of a run.
+
+    Attributes:
+        line: Its line.
+        version: Its version.
+        description: Its description.
+        outcome: How it ended.
+        waited_s: Seconds it waited for dependencies and a slot.
+        ran_s: Seconds its operations took.
+        ledger_s: Seconds it waited for the journal.
+        rows: Rows changed.
+        commits: Commits made on touched tables.
+        size: Bytes written, `None` where unknown.
+        retries: Commits tried again after a conflict.
+        tables: table_version before and after, by table; 0 where the table did not exist.
+        resumed: Whether it recovered what a crash had interrupted.
+        error: Why it failed or was skipped, or empty.
+        remedy: What to do about it, or empty.
+    """
+
+    line: str
+    version: int
+    description: str = ""
+    outcome: Outcome
+    waited_s: float = 0.0
+    ran_s: float = 0.0
+    ledger_s: float = 0.0
+    rows: int = 0
+    commits: int = 0
+    size: int | None = None
+    retries: int = 0
+    tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    resumed: bool = False
+    error: str = ""
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        out = {name: getattr(self, name) for name in self.__slots__}
+        out["tables"] = {t: {"before": b, "after": a} for t, (b, a) in self.tables.items()}
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A whole run. `str()` is a table of timings; `to_dict()` and `to_json()` are for programs.
+
+    Attributes:
+        run_id: Identifies the run in logs and journal.
+        database: The database's URI, without secrets.
+        started_at: When, UTC.
+        total_s: Seconds from start to end.
+        lease_s: Seconds waited for the lease; 0 when none was needed.
+        steps: Every migration of the plan, in the plan's order; empty when nothing was pending.
+        lines: The version each line is at now, by line.
+        adopted: Lines that another system had written.
+        ledger_commits: Commits made on the two metadata tables.
+    """
+
+    run_id: str
+    database: str
+    started_at: dt.datetime
+    total_s: float = 0.0
+    lease_s: float = 0.0
+    steps: tuple[StepReport, ...] = ()
+    lines: Mapping[str, int] = field(default_factory=dict)
+    adopted: tuple[str, ...] = ()
+    ledger_commits: int = 0
+
+    @property
+    def applied(self) -> tuple[StepReport, ...]:
+        """The migrations that were applied."""
+        return tuple(s for s in self.steps if s.outcome is Outcome.APPLIED)
+
+    @property
+    def failed(self) -> tuple[StepReport, ...]:
+        """The migrations that failed."""
+        return tuple(s for s in self.steps if s.outcome is Outcome.FAILED)
+
+    @property
+    def skipped(self) -> tuple[StepReport, ...]:
+        """The migrations that were not tried because one they follow failed."""
+        return tuple(s for s in self.steps if s.outcome is Outcome.SKIPPED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        return {
+            "run_id": self.run_id,
+            "database": self.database,
+            "started_at": self.started_at.isoformat(),
+            "total_s": self.total_s,
+            "lease_s": self.lease_s,
+            "applied": len(self.applied),
+            "failed": len(self.failed),
+            "skipped": len(self.skipped),
+            "ledger_commits": self.ledger_commits,
+            "adopted": list(self.adopted),
+            "lines": dict(self.lines),
+            "steps": [step.to_dict() for step in self.steps],
+        }
+
+    def to_json(self) -> str:
+        """Returns it as JSON text."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def __str__(self) -> str:
+        from aiomigrate.render import report_text  # rendering is a layer above the value it prints
+
+        return report_text(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineStatus:
+    """Where one line is.
+
+    Attributes:
+        current: The recorded version, 0 for none.
+        target: Its newest script's version, `None` when no script knows the line.
+        pending: Versions to run, in order.
+        migrated_at: When the head row was last written.
+    """
+
+    current: int
+    target: int | None
+    pending: tuple[int, ...] = ()
+    migrated_at: dt.datetime | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether no script knows the line; it is left alone."""
+        return self.target is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        return {
+            "current": self.current,
+            "target": self.target,
+            "pending": list(self.pending),
+            "migrated_at": self.migrated_at.isoformat() if self.migrated_at else None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds the lease.
+
+    Attributes:
+        host: Host name.
+        pid: Process id.
+        run_id: Its run.
+        phase: What it is doing.
+        since: When it took the lease.
+        epoch: The lease's epoch.
+    """
+
+    host: str = ""
+    pid: int = 0
+    run_id: str = ""
+    phase: str = ""
+    since: str = ""
+    epoch: int = 0
+
+    def __str__(self) -> str:
+        doing = f", {self.phase}" if self.phase else ""
+        return f"process {self.pid} on {self.host} (run {self.run_id}{doing})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Where a database is. `str()` is a table.
+
+    Attributes:
+        database: Its URI, without secrets.
+        exists: Whether its metadata table exists.
+        lines: Every line recorded or scripted, by name.
+        holder: Who holds the lease, if anyone does.
+    """
+
+    database: str
+    exists: bool
+    lines: Mapping[str, LineStatus] = field(default_factory=dict)
+    holder: Holder | None = None
+
+    @property
+    def is_at_target(self) -> bool:
+        """Whether every line that has scripts is at its newest."""
+        return all(s.current == s.target for s in self.lines.values() if s.target is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        return {
+            "database": self.database,
+            "exists": self.exists,
+            "at_target": self.is_at_target,
+            "holder": str(self.holder) if self.holder else None,
+            "lines": {name: status.to_dict() for name, status in self.lines.items()},
+        }
+
+    def __str__(self) -> str:
+        from aiomigrate.render import status_text  # rendering is a layer above what it prints
+
+        return status_text(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Whether a database is what ledger and scripts say.
+
+    Attributes:
+        errors: One sentence for each difference; empty when valid.
+        warnings: One sentence for each thing worth knowing.
+        not_at_target: The errors that only say a line has pending migrations.
+    """
+
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    not_at_target: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> bool:
+        """Whether there are no errors."""
+        return not self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        return {
+            "valid": self.valid,
+            "errors": list(self.errors),
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        lines = [*(f"error: {e}" for e in self.errors), *(f"warning: {w}" for w in self.warnings)]
+        return "\n".join(lines) or "valid"

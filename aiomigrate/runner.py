@@ -1,0 +1,499 @@
+"""One run under one lease: take over, settle the ledger, run the plan's lines concurrently.
+
+The facade that decides whether a run is needed at all is `manager`; one migration is `executor`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from aiomigrate import events as ev
+from aiomigrate.checksum import ALGORITHM
+from aiomigrate.clock import Clock
+from aiomigrate.errors import AiomigrateError, MigrationFailedError
+from aiomigrate.executor import Executor
+from aiomigrate.fold import Journal, seen_epochs
+from aiomigrate.lance import Store
+from aiomigrate.lease import HOST, Lease, LeaseOptions, acquire, phase_text
+from aiomigrate.ledger import Head, Ledger
+from aiomigrate.model import Event, HeadRow, Kind, Params, Script, Scripts
+from aiomigrate.plan import Key, Plan
+from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, is_at_target, newly_covered
+from aiomigrate.report import Outcome, StepReport
+from aiomigrate.version import __version__
+from aiomigrate.writer import Writer
+
+_HEAD_FRAGMENTS = 8
+_JOURNAL_FRAGMENTS = 64
+
+_UNSET: dict[str, Any] = {"lease": "", "epoch": 0, "seq": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far one migration is: what an `on_progress` callback is given.
+
+    Attributes:
+        line: Its line.
+        version: Its version.
+        description: Its description.
+        state: `waiting`, `running`, or an outcome.
+        doing: What it is doing now.
+        done: How much is done, in what `total` counts.
+        total: How much there is, `None` if unknown.
+    """
+
+    line: str
+    version: int
+    description: str = ""
+    state: str = "running"
+    doing: str = ""
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What every run of a manager has in common.
+
+    Attributes:
+        params: Parameters of the migrations.
+        concurrency: How many migrations may run at once.
+        lease: How the lease is taken and kept.
+        timeout_s: Seconds one migration may take, `None` for no limit.
+        on_progress: Told how migrations proceed.
+    """
+
+    params: Params = field(default_factory=dict)
+    concurrency: int = 16
+    lease: LeaseOptions = field(default_factory=LeaseOptions)
+    timeout_s: float | None = None
+    on_progress: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What was read of a database, and decided from it.
+
+    Attributes:
+        head: The head.
+        events: All journal events.
+        journal: Their fold.
+        decided: The state of every line.
+        plan: What is to run.
+    """
+
+    head: Head
+    events: Sequence[Event]
+    journal: Journal
+    decided: Reconciled
+    plan: Plan
+
+
+Look = Callable[[], Awaitable[Seen]]
+"""Reads head and journal, decides and plans; raises what forbids running."""
+
+
+class Runner:
+    """Runs plans, and other work that needs the lease."""
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        scripts: Scripts,
+        options: RunOptions,
+        *,
+        run_id: str,
+        clock: Clock,
+        log: Any,
+    ) -> None:
+        """Binds to a database; nothing is read or written yet."""
+        self._store = store
+        self._ledger = ledger
+        self._scripts = scripts
+        self._options = options
+        self._run_id = run_id
+        self._clock = clock
+        self._log = log
+        self._since = clock.wall().isoformat(timespec="seconds")
+        self._running: dict[str, str] = {}
+        self.results: dict[Key, StepReport] = {}
+        self.plan: Plan | None = None
+        self.lease_s = 0.0
+
+    async def hold(
+        self,
+        work: Callable[[Writer, Lease], Awaitable[None]],
+        *,
+        is_done: Callable[[Head], Awaitable[bool]],
+        doing: str,
+    ) -> bool:
+        """Takes the lease, does some work under it, and gives it back.
+
+        Args:
+            work: Called with the writer; when the lease is lost it is cancelled.
+            is_done: Whether another process has done it while this one waited.
+            doing: What to show in the lease row.
+
+        Returns:
+            Whether the work was done here.
+
+        Raises:
+            LeaseError: The lease could not be had or kept.
+            LedgerError: The metadata tables cannot be read or written.
+        """
+        worked: list[bool] = []
+
+        async def held() -> None:
+            worked.append(await self._hold(work, is_done, doing))
+
+        # In a task of its own: a task's native cancellation, which passes through shields, then
+        # ends here and reaches what holds the lease as a cancelled scope.
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(held)
+        except BaseExceptionGroup as failures:
+            raise _sole(failures) from None
+        return worked[0]
+
+    async def _hold(
+        self,
+        work: Callable[[Writer, Lease], Awaitable[None]],
+        is_done: Callable[[Head], Awaitable[bool]],
+        doing: str,
+    ) -> bool:
+        begun = self._clock.monotonic()
+        await self._ledger.ensure()
+        lease = await acquire(
+            self._ledger,
+            await self._ledger.read_head(),
+            owner=secrets.token_hex(6),
+            phase=phase_text(self._run_id, self._since, self._options.lease.ttl_s, doing),
+            options=self._options.lease,
+            clock=self._clock,
+            log=self._log,
+            is_done=is_done,
+        )
+        self.lease_s = self._clock.monotonic() - begun
+        if lease is None:
+            return False
+        self._log.info(ev.LEASE_ACQUIRED, epoch=lease.epoch, waited_s=round(self.lease_s, 4))
+        writer = Writer(
+            self._ledger,
+            lease,
+            self._options.lease,
+            clock=self._clock,
+            log=self._log,
+            stamp={"run_id": self._run_id, "host": HOST, "pid": os.getpid(), "tool": __version__},
+            phase=lambda: phase_text(
+                self._run_id, self._since, self._options.lease.ttl_s, self._phase() or doing
+            ),
+        )
+        async with anyio.create_task_group() as group:
+            try:
+                group.start_soon(writer.run)
+                with anyio.CancelScope() as scope:
+                    writer.on_lost = scope.cancel
+                    await work(writer, lease)
+                    await self._ledger.compact(
+                        head_over=_HEAD_FRAGMENTS, journal_over=_JOURNAL_FRAGMENTS
+                    )
+            finally:
+                writer.close(release=not self._store.unresolved)
+        if writer.error is not None:
+            raise writer.error
+        return True
+
+    def _phase(self) -> str:
+        return "; ".join(list(self._running.values())[:3])
+
+    async def take_over(self, writer: Writer, lease: Lease, look: Look) -> Seen:
+        """Fences every older holder, then reads and decides again.
+
+        Raises:
+            AiomigrateError: What was read forbids running.
+        """
+        head = await self._ledger.read_head()
+        if any(r.lease == lease.key and (r.epoch or 0) < lease.epoch for r in head.rows):
+            await self._ledger.take_rows(lease.key, lease.epoch, lease.owner)
+        seen = {
+            str(epoch): seq
+            for epoch, seq in seen_epochs(await self._ledger.read_journal(), lease.key).items()
+        }
+        await writer.record(
+            Event(**_UNSET, at=self._clock.wall(), kind=Kind.OPENED, detail={"seen": seen})
+        )
+        return await look()
+
+    async def upgrade(self, before: Seen, look: Look) -> bool:
+        """Takes the lease and brings the database to the plan's target.
+
+        Args:
+            before: What was seen without the lease: a hint, and the failures known then.
+            look: Reads and decides again.
+
+        Returns:
+            Whether anything was done here; `results` holds the migrations.
+
+        Raises:
+            MigrationFailedError: Another process failed with the same migration while this one
+                waited for it; this one's own failures are in `results`.
+            AiomigrateError: The run could not begin or go on.
+        """
+
+        async def is_done(head: Head) -> bool:
+            return is_at_target(head.rows, self._scripts) and not before.plan.is_empty
+
+        async def work(writer: Writer, lease: Lease) -> None:
+            seen = await self.take_over(writer, lease, look)
+            self.plan = seen.plan
+            if lease.waited:
+                _raise_if_failed_elsewhere(before, seen)
+            executor = self._executor(writer)
+            await self._settle(seen, writer, lease, executor)
+            await self._run_plan(seen.plan, executor)
+
+        return await self.hold(work, is_done=is_done, doing="starting")
+
+    def _executor(self, writer: Writer) -> Executor:
+        return Executor(
+            self._store,
+            writer,
+            params=self._options.params,
+            digest_at=lambda line, version: digest_at(self._scripts, line, version),
+            clock=self._clock,
+            log=self._log,
+            timeout_s=self._options.timeout_s,
+            concurrency=self._options.concurrency,
+            progress=self._tell_running,
+        )
+
+    # ---- before the first migration -------------------------------------------------------------
+
+    async def _settle(self, seen: Seen, writer: Writer, lease: Lease, executor: Executor) -> None:
+        """Makes the head ours and as the journal says, line by line."""
+        pending = {step.script.line for step in seen.plan.steps}
+        owned: list[HeadRow] = []
+        adopted: list[Event] = []
+        lifted: list[LineState] = []
+        for line, state in seen.plan.lines.items():
+            merge = state.rows > 1
+            if state.act is Act.ENROL and not (line in pending or state.current):
+                continue
+            if state.act in (Act.ENROL, Act.ADOPT, Act.REOWN) or merge:
+                owned.append(self._row(line, state.current, lease))
+            if state.act in (Act.ADOPT, Act.REOWN, Act.LIFT):
+                lifted.append(state)
+            if state.act is Act.ADOPT:
+                adopted.append(await self._adoption(state))
+                self._log.info(ev.LEDGER_ADOPTED, table=line, version=state.current)
+        if adopted:
+            await writer.record(*adopted)
+        await self._ledger.own_rows(owned)
+        for state in lifted:
+            last = state.history.last
+            if last is not None and last.detail:  # a crash came before this was removed
+                await executor.clean(
+                    list(last.detail.get("cleanup", [])), last.detail.get("branches", {})
+                )
+            executor.lift(state.line, state.current)
+
+    def _row(self, line: str, version: int, lease: Lease) -> HeadRow:
+        return HeadRow(
+            name=line,
+            version=version,
+            migrated_at=self._clock.wall(),
+            epoch=lease.epoch,
+            owner=lease.owner,
+            digest=digest_at(self._scripts, line, version),
+            lease=lease.key,
+        )
+
+    async def _adoption(self, state: LineState) -> Event:
+        tables = [s.table for s in self._scripts.of(state.line) if s.table]
+        return Event(
+            **_UNSET,
+            at=self._clock.wall(),
+            kind=Kind.ADOPTED,
+            line=state.line,
+            version=state.current,
+            algorithm=ALGORITHM,
+            tables=await self.shapes(tables[:1]),
+            detail={"checksums": newly_covered(state, self._scripts)},
+        )
+
+    async def shapes(self, tables: Sequence[str]) -> dict[str, Any]:
+        """Returns version and shape of those tables that exist, as events record them."""
+        result: dict[str, Any] = {}
+        for name in tables:
+            table = await self._store.find(name)
+            if table is not None:
+                version = await table.version()
+                shape = (await table.state()).shape()
+                result[name] = {"before": version, "after": version, "shape": shape}
+        return result
+
+    # ---- the plan -------------------------------------------------------------------------------
+
+    async def _run_plan(self, plan: Plan, executor: Executor) -> None:
+        ended = {step.key: anyio.Event() for step in plan.steps}
+        begun = self._clock.monotonic()
+        lines: dict[str, list[Any]] = {}
+        for step in plan.steps:
+            lines.setdefault(step.script.line, []).append(step)
+            self._tell(step.script, "waiting")
+
+        async def run_line(line: str) -> None:
+            for step in lines[line]:
+                script = step.script
+                for key in step.after:
+                    await ended[key].wait()
+                blocked = [k for k in step.after if self.results[k].outcome is not Outcome.APPLIED]
+                if blocked:
+                    waited_s = self._clock.monotonic() - begun
+                    result = self._skipped(script, blocked[0], waited_s)
+                else:
+                    unfinished = plan.lines[line].unfinished if step.resumes else None
+                    result = await executor.run(script, unfinished, begun)
+                self.results[script.key] = result
+                self._running.pop(line, None)
+                self._tell(script, result.outcome.value)
+                ended[script.key].set()
+
+        async with anyio.create_task_group() as group:
+            for line in lines:
+                group.start_soon(run_line, line)
+
+    def _skipped(self, script: Script, cause: Key, waited_s: float) -> StepReport:
+        why = f"{cause[0]} {cause[1]} was not applied."
+        self._log.warning(ev.STEP_SKIPPED, table=script.line, version=script.version, error=why)
+        return StepReport(
+            line=script.line,
+            version=script.version,
+            description=script.description,
+            outcome=Outcome.SKIPPED,
+            waited_s=waited_s,
+            error=why,
+        )
+
+    def _tell_running(self, script: Script, doing: str, done: int, total: int | None) -> None:
+        self._running[script.line] = f"{script}: {doing}"
+        self._tell(script, "running", doing, done, total)
+
+    def _tell(
+        self, script: Script, state: str, doing: str = "", done: int = 0, total: int | None = None
+    ) -> None:
+        if self._options.on_progress is not None:
+            self._options.on_progress(
+                Progress(
+                    line=script.line,
+                    version=script.version,
+                    description=script.description,
+                    state=state,
+                    doing=doing,
+                    done=done,
+                    total=total,
+                )
+            )
+
+    # ---- stamping -------------------------------------------------------------------------------
+
+    async def stamp(self, versions: Mapping[str, int], look: Look) -> None:
+        """Records lines at versions without running anything, ending what was interrupted.
+
+        Raises:
+            LeaseError: The lease could not be had or kept.
+            LedgerError: The metadata tables cannot be read or written.
+        """
+
+        async def never(head: Head) -> bool:
+            return False
+
+        async def work(writer: Writer, lease: Lease) -> None:
+            seen = await self.take_over(writer, lease, look)
+            executor = self._executor(writer)
+            events, rows = [], []
+            for line, version in versions.items():
+                covered = self._scripts.up_to(line, version)
+                tables = sorted({t for script in covered for t in script.touches})
+                checksums = {str(s.version): s.checksum for s in covered}
+                if version:
+                    checksums.setdefault(str(version), None)  # type: ignore[arg-type]
+                events.append(
+                    Event(
+                        **_UNSET,
+                        at=self._clock.wall(),
+                        kind=Kind.STAMPED,
+                        line=line,
+                        version=version,
+                        algorithm=ALGORITHM,
+                        tables=await self.shapes(tables),
+                        detail={"checksums": checksums},
+                    )
+                )
+                rows.append(self._row(line, version, lease))
+                self._log.info(ev.LINE_STAMPED, table=line, version=version)
+            await writer.record(*events)
+            await self._ledger.own_rows(rows)
+            for line, version in versions.items():
+                left = seen.journal.of(line).unfinished
+                if left is not None:
+                    branches = left.started.detail.get("branches", {})
+                    await executor.clean(list(left.savepoints), branches)
+                executor.lift(line, version)
+
+        await self.hold(work, is_done=never, doing="stamping")
+
+
+def _raise_if_failed_elsewhere(before: Seen, seen: Seen) -> None:
+    """Raises a failure of a migration we were about to run, seen while waiting for its holder."""
+    known = {(event.epoch, event.seq) for event in before.events}
+    planned = {step.key: step.script.checksum for step in seen.plan.steps}
+    for event in seen.journal.events:
+        key = (event.line or "", event.version or 0)
+        if (
+            event.kind == Kind.FAILED
+            and (event.epoch, event.seq) not in known
+            and planned.get(key) == event.checksum
+            and not event.detail.get("cancelled")
+        ):
+            step = StepReport(
+                line=key[0],
+                version=key[1],
+                description=event.description or "",
+                outcome=Outcome.FAILED,
+                ran_s=event.ran_s or 0.0,
+                error=event.error or "",
+            )
+            raise FailedElsewhereError(step, event)
+
+
+class FailedElsewhereError(Exception):
+    """Carries a failure of another process to the manager, which has the report to raise it in."""
+
+    def __init__(self, step: StepReport, event: Event) -> None:
+        super().__init__(step.error)
+        self.step = step
+        self.event = event
+
+
+def _sole(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Returns the one exception a caller should see: an error of ours before any other."""
+    flat: list[BaseException] = []
+    stack: list[BaseException] = [failures]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, BaseExceptionGroup):
+            stack.extend(reversed(item.exceptions))
+        else:
+            flat.append(item)
+    ours = [e for e in flat if isinstance(e, (AiomigrateError, MigrationFailedError))]
+    fatal = [e for e in flat if not isinstance(e, Exception)]
+    return (fatal or ours or flat)[0]

@@ -1,0 +1,226 @@
+"""Going back: fenced restores, savepoint branches, and telling our own commits from others'.
+
+LanceDB's `restore` never fails and silently discards what was committed meanwhile; version
+arithmetic on a pinned handle tells (facts: restore, measured 84 of 84). Everything here refuses to
+discard a commit that is not known to be ours. When to go back is for `executor`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aiomigrate.errors import StoreError, UnresolvedError
+from aiomigrate.lance import Store, Table
+from aiomigrate.model import Script
+from aiomigrate.operations.base import TableState, spell
+
+Guard = Callable[[], Awaitable[None]]
+"""Raises unless the lease is safely ours."""
+
+_WINDOW_ROWS = 20_000
+
+
+async def restore_fenced(
+    store: Store, name: str, *, to: int, head: int, guard: Guard, script: Script
+) -> int:
+    """Returns a table to an older table_version, if its head is still the one we know.
+
+    Args:
+        store: Where.
+        name: The table.
+        to: The table_version to return to.
+        head: The latest table_version known to be ours (or the savepoint itself).
+        guard: Asked immediately before the restore.
+        script: The migration being undone, for the error.
+
+    Returns:
+        The table_version of the restore.
+
+    Raises:
+        UnresolvedError: Someone else has committed; nothing of theirs is discarded, or, where two
+            commits crossed ours, what was covered is named.
+    """
+    table = await store.open(name)
+    found = await table.version()
+    if found != head:
+        raise unresolved(script, name, to, [(head + 1, found)])
+    await guard()
+    mine = await table.restore(to)
+    if mine == head + 1:
+        return mine
+    # Commits landed between the look and the restore, which covered them: bring them back.
+    back = await table.restore(mine - 1)
+    covered = [(head + 1, mine - 1)]
+    if back != mine + 1:
+        raise UnresolvedError(
+            f"{script}: restoring table {name!r} crossed other writers twice. Its table_versions "
+            f"{mine + 1} to {back - 1} hold commits that its head {back} does not.",
+            f"Inspect them with `table.checkout({mine + 1})`, merge by hand, then "
+            f"{_accept(script)}",
+            line=script.line,
+            version=script.version,
+        )
+    raise unresolved(script, name, to, covered)
+
+
+def unresolved(
+    script: Script, table: str, savepoint: int, foreign: Sequence[tuple[int, int]]
+) -> UnresolvedError:
+    """Builds the error that names the commits which undoing would discard."""
+    spans = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in foreign)
+    return UnresolvedError(
+        f"{script}: others committed to table {table!r} (table_version {spans}) since savepoint "
+        f"{savepoint}, so it was not undone and holds part of this migration.",
+        f"To keep the data as it is, {_accept(script)} To go back instead, first "
+        f"`await table.restore({savepoint})`, which discards those commits.",
+        line=script.line,
+        version=script.version,
+    )
+
+
+def _accept(script: Script) -> str:
+    return (
+        f"run `aiomigrate stamp --table {script.line} --to {script.version - 1}` and then "
+        f"`aiomigrate upgrade` (or stamp --to {script.version} if the migration is complete)."
+    )
+
+
+def branch_name(epoch: int, owner: str, script: Script) -> str:
+    """Returns a name no branch ever had: one whose creation crashed can never be used again."""
+    return f"aiomigrate-{epoch}-{owner}-{script.version}"
+
+
+async def drop_branch(store: Store, table: str, name: str) -> None:
+    """Deletes a savepoint branch if it is there."""
+    handle = await store.find(table)
+    if handle is None or name not in await handle.branches():
+        return
+    try:
+        await handle.delete_branch(name)
+    except StoreError:
+        if name in await handle.branches():  # else another holder was faster
+            raise
+
+
+# ---- was that commit ours? ----------------------------------------------------------------------
+
+
+def shape_effect(state: TableState) -> dict[str, Any]:
+    """Describes a commit that changes schema or indexes: what is there after it."""
+    return {
+        "do": "shape",
+        "fields": {f.name: spell(f) for f in state.schema},
+        "indexes": sorted(str(i) for i in state.indexes),
+    }
+
+
+def add_effect(data: pa.Table) -> dict[str, Any]:
+    """Describes an append."""
+    return {"do": "add", "rows": len(data), "columns": data.schema.names, "digest": digest(data)}
+
+
+def merge_effect(key: str, data: pa.Table) -> dict[str, Any]:
+    """Describes a merge, with its rows, so that it can be replayed."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, data.schema) as stream:
+        stream.write_table(data)
+    payload = base64.b64encode(sink.getvalue().to_pybytes()).decode()
+    return {"do": "merge", "key": key, "data": payload}
+
+
+async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any]) -> bool:
+    """Returns whether the commit after `base` is what an announced one would have written.
+
+    Used after a crash, for the one commit that was announced but not confirmed. A commit with the
+    very same effect by someone else counts as ours: undoing and redoing it loses nothing.
+    """
+    try:
+        after = await (await store.open(name)).at(base + 1)
+        if effect["do"] == "create":
+            return base == 0
+        if effect["do"] == "restore":
+            return await _same_content(await (await store.open(name)).at(int(effect["to"])), after)
+        before = await (await store.open(name)).at(base)
+        match effect["do"]:
+            case "shape":
+                found = shape_effect(await after.state())
+                return found == dict(effect) and await _same_content(before, after)
+            case "add":
+                return await _was_appended(before, after, effect)
+            case _:
+                return await _replays(store, name, base, effect, after)
+    except StoreError:
+        return False
+
+
+async def _was_appended(before: Table, after: Table, effect: Mapping[str, Any]) -> bool:
+    old = await before.count_rows()
+    if await after.count_rows() - old != effect["rows"]:
+        return False
+    tail = [rows async for rows in _windows(after, effect["columns"], start=old)]
+    return bool(tail) and digest(pa.concat_tables(tail)) == effect["digest"]
+
+
+async def _replays(
+    store: Store, name: str, base: int, effect: Mapping[str, Any], after: Table
+) -> bool:
+    branch = f"aiomigrate-replay-{hashlib.sha256(repr(effect).encode()).hexdigest()[:12]}-{base}"
+    main = await store.open(name)
+    if branch in await main.branches():
+        await main.delete_branch(branch)
+    copy = await main.create_branch(branch, base)
+    try:
+        match effect["do"]:
+            case "update":
+                await copy.update(values=effect["values"], sql=effect["sql"], where=effect["where"])
+            case "delete":
+                await copy.delete(effect["where"])
+            case "merge":
+                payload = base64.b64decode(effect["data"])
+                await copy.merge(effect["key"], pa.ipc.open_stream(payload).read_all())
+            case _:
+                return False
+        return await _same_content(copy, after)
+    finally:
+        await main.delete_branch(branch)
+
+
+async def _same_content(one: Table, other: Table) -> bool:
+    """Returns whether two versions hold the same rows, in the columns both have."""
+    if await one.count_rows() != await other.count_rows():
+        return False
+    names = set((await other.state()).schema.names)
+    common = [n for n in (await one.state()).schema.names if n in names]
+    theirs = _windows(other, common)
+    async for rows in _windows(one, common):
+        if digest(rows) != digest(await anext(theirs)):
+            return False
+    return True
+
+
+async def _windows(table: Table, columns: Sequence[str], start: int = 0) -> Any:
+    total = await table.count_rows()
+    while start < total:
+        rows = await table.window(columns, start, _WINDOW_ROWS)
+        yield rows
+        start += max(len(rows), 1)
+
+
+def digest(data: pa.Table) -> str:
+    """Returns a digest of rows that does not depend on chunks, offsets or validity buffers."""
+    hasher = hashlib.sha256(repr([data.schema.names, len(data)]).encode())
+    for column in data.columns:
+        values: Any = column
+        if pa.types.is_fixed_size_list(column.type) and not column.null_count:
+            values = pc.list_flatten(column)  # respects offsets: slices of one array hash alike
+        if pa.types.is_floating(values.type) and not values.null_count:
+            hasher.update(values.to_numpy().tobytes())
+        else:
+            hasher.update(repr(values.to_pylist()).encode())
+    return hasher.hexdigest()

@@ -1,0 +1,294 @@
+"""The one task that writes a holder's ledger: group commit, renewals, the head that follows.
+
+Lines run concurrently; if each wrote its own rows, commits would queue behind each other for
+seconds (facts: one-row commits by many writers). So all of them hand events to this task, which
+appends what is waiting as one journal commit, and lets the head follow in coalesced, fenced
+updates that also renew the lease. It decides nothing about migrations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio
+
+from aiomigrate import events as ev
+from aiomigrate.clock import Clock
+from aiomigrate.errors import AiomigrateError, LeaseLostError, StoreError
+from aiomigrate.lease import Lease, LeaseOptions
+from aiomigrate.ledger import Ledger, lease_row_name
+from aiomigrate.model import Event, HeadRow
+
+_MAX_GATHER_S = 0.05
+
+
+@dataclass(eq=False)
+class _Request:
+    events: Sequence[Event]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: AiomigrateError | None = None
+
+
+class Writer:
+    """Owns every ledger write between taking the lease and giving it back."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        lease: Lease,
+        options: LeaseOptions,
+        *,
+        clock: Clock,
+        log: Any,
+        stamp: Mapping[str, Any],
+        phase: Callable[[], str],
+    ) -> None:
+        """Prepares; nothing is written before `run`.
+
+        Args:
+            ledger: Where to write.
+            lease: The lease held.
+            options: TTL and beat.
+            clock: Clocks.
+            log: Bound logger.
+            stamp: Fields every event gets: run, host, process, tool.
+            phase: Returns the lease row's text about this holder, asked at every renewal.
+        """
+        self.lease = lease
+        self.error: AiomigrateError | None = None
+        self.on_lost: Callable[[], None] = lambda: None
+        self._ledger = ledger
+        self._options = options
+        self._clock = clock
+        self._log = log
+        self._stamp = stamp
+        self._phase = phase
+        self._requests: list[_Request] = []
+        self._dirty: dict[str, HeadRow] = {}
+        self._wake = anyio.Event()
+        self._closing = False
+        self._release = True
+        self._seq = 0
+        self._beat = 0
+        self._renewed_at = lease.taken_at
+        self._renewals: list[anyio.Event] = []
+        self._working = 0
+        self._append_s = 0.0
+
+    # ---- asked by others ------------------------------------------------------------------------
+
+    async def record(self, *events: Event) -> None:
+        """Appends events to the journal; they are durable on return.
+
+        Raises:
+            LeaseLostError: Another process has the lease; nothing was appended.
+            StoreError: The journal could not be written.
+        """
+        if self.error is not None:
+            raise self.error
+        request = _Request(events)
+        self._requests.append(request)
+        self._wake.set()
+        await request.done.wait()
+        if request.error is not None:
+            raise request.error
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Tells that a migration is operating, so that events of it may soon follow."""
+        self._working += 1
+        try:
+            yield
+        finally:
+            self._working -= 1
+            self._wake.set()
+
+    def lift(self, row: HeadRow) -> None:
+        """Lets a line's head row follow with the next head update."""
+        self._dirty[row.name] = row
+
+    async def check(self) -> None:
+        """Returns if the lease is safely ours, renewing it first if it is about to run out.
+
+        Asked immediately before every mutation of a user's table.
+
+        Raises:
+            LeaseLostError: It is not.
+        """
+        if self.error is not None:
+            raise self.error
+        margin = min(2.0, self._options.ttl_s / 4)
+        if self._clock.monotonic() < self._renewed_at + self._options.ttl_s - margin:
+            return
+        renewed = anyio.Event()
+        self._renewals.append(renewed)
+        self._wake.set()
+        await renewed.wait()
+        if self.error is not None:
+            raise self.error
+
+    def close(self, *, release: bool) -> None:
+        """Writes what is waiting, updates the head a last time, and gives the lease back.
+
+        Args:
+            release: Otherwise the lease is left to expire: a mutation may still be under way.
+        """
+        self._closing = True
+        self._release = release
+        self._wake.set()
+
+    # ---- the task -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Writes until closed. Shielded: it outlives the cancellation of the lines it serves.
+
+        Never raises: a lost lease or a broken ledger is kept in `error`, told to everyone who
+        waits or asks, and cancels the run through `on_lost`.
+        """
+        with anyio.CancelScope(shield=True):
+            try:
+                while not (self._closing and not self._requests):
+                    await self._turn()
+                await self._write_head(closing=True)
+            except AiomigrateError as exc:
+                self.error = exc
+                if isinstance(exc, LeaseLostError):
+                    self._log.error(ev.LEASE_LOST, epoch=self.lease.epoch)
+                self.on_lost()
+            finally:
+                self._tell_all()
+
+    def _tell_all(self) -> None:
+        for request in self._requests:
+            request.error = self.error
+            request.done.set()
+        for renewal in self._renewals:
+            renewal.set()
+
+    async def _turn(self) -> None:
+        due = self._renewed_at + self._options.beat_s - self._clock.monotonic()
+        if not self._requests and not self._renewals and not self._closing and due > 0:
+            with anyio.move_on_after(due):
+                await self._wake.wait()
+        self._wake = anyio.Event()
+        if self._requests:
+            await self._gather()
+        if batch := self._requests:
+            self._requests = []
+            await self._append(batch)
+        if self._renewals or self._clock.monotonic() >= self._renewed_at + self._options.beat_s:
+            await self._write_head(closing=False)
+            renewals, self._renewals = self._renewals, []
+            for renewal in renewals:
+                renewal.set()
+
+    async def _gather(self) -> None:
+        """Lets others that are about to hand in events join the commit, for as long as one takes.
+
+        Who waits alone waits for nothing: then no migration operates that is not waiting too.
+        """
+        await anyio.lowlevel.checkpoint()
+        with anyio.move_on_after(min(self._append_s, _MAX_GATHER_S)):
+            while self._working > len(self._requests):
+                self._wake = anyio.Event()
+                await self._wake.wait()
+
+    async def _append(self, batch: list[_Request]) -> None:
+        now = self._clock.wall()
+        events = []
+        for request in batch:
+            for event in request.events:
+                events.append(
+                    replace(
+                        event,
+                        lease=self.lease.key,
+                        epoch=self.lease.epoch,
+                        seq=self._seq,
+                        at=now,
+                        **self._stamp,
+                    )
+                )
+                self._seq += 1
+        begun = self._clock.monotonic()
+        try:
+            await self._ledger.append(events, self.lease.owner)
+            self._append_s = self._clock.monotonic() - begun
+        except AiomigrateError as exc:
+            for request in batch:
+                request.error = exc
+            raise
+        finally:
+            for request in batch:
+                request.done.set()
+
+    async def _write_head(self, *, closing: bool) -> None:
+        started = self._clock.monotonic()
+        released = closing and self._release
+        lease_row = HeadRow(
+            name=lease_row_name(self.lease.key),
+            version=0,
+            migrated_at=self._clock.wall(),
+            epoch=self.lease.epoch,
+            owner="" if released else self.lease.owner,
+            beat=self._beat + 1,
+            phase="" if released else self._phase(),
+            lease=self.lease.key,
+        )
+        dirty = dict(self._dirty)
+        rows = [lease_row, *dirty.values()]
+        deadline = self._renewed_at + self._options.ttl_s
+        while True:
+            try:
+                done = await self._ledger.write_rows(rows, self.lease.epoch, self.lease.owner)
+            except StoreError as exc:
+                done = False
+                self._log.warning(ev.LEDGER_RETRIED, error=exc.what)
+            if done or await self._is_written(lease_row, dirty):
+                break
+            if self._clock.monotonic() > deadline:
+                raise self._lost("could not renew it in time")
+            await anyio.sleep(min(0.05, self._options.ttl_s / 20))
+        self._beat += 1
+        self._renewed_at = started
+        for name, row in dirty.items():
+            if self._dirty.get(name) is row:  # else it was lifted again meanwhile
+                del self._dirty[name]
+        if released:
+            self._log.debug(ev.LEASE_RELEASED, epoch=self.lease.epoch)
+        elif closing:
+            self._log.warning(ev.LEASE_LEFT, epoch=self.lease.epoch)
+
+    async def _is_written(self, lease_row: HeadRow, dirty: Mapping[str, HeadRow]) -> bool:
+        """Looks why not every row was replaced; returns whether they are there all the same.
+
+        Raises:
+            LeaseLostError: The lease row carries a newer epoch, or another owner.
+        """
+        try:
+            head = await self._ledger.read_head()
+        except StoreError:
+            return False
+        row = head.leases.get(self.lease.key)
+        if row is None or (row.epoch or 0) < self.lease.epoch:
+            # An epoch never goes back: the table was overwritten, and is about to be healed.
+            await self._ledger.ensure()
+            return False
+        mine = {self.lease.owner, lease_row.owner}
+        if row.epoch != self.lease.epoch or row.owner not in mine:
+            raise self._lost(f"epoch {row.epoch} is held by {row.owner or 'nobody'}")
+        have = {r.name: (r.version, r.digest, r.epoch) for r in head.rows}
+        want = {n: (r.version, r.digest, r.epoch) for n, r in dirty.items()}
+        if row.beat == lease_row.beat and all(have.get(n) == v for n, v in want.items()):
+            return True
+        # Another system rewrote a row of ours meanwhile: take it over again.
+        await self._ledger.own_rows([r for n, r in dirty.items() if have.get(n) != want[n]])
+        return False
+
+    def _lost(self, why: str) -> LeaseLostError:
+        return LeaseLostError(
+            f"The lease (epoch {self.lease.epoch}) was lost: {why}. Nothing more was written.",
+            "Another process goes on with the migrations; run again to see where they are.",
+        )
