@@ -1,0 +1,752 @@
+"""The command: what it prints, how it exits, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from aiomigrate import cli
+from aiomigrate.cli import interruption
+from aiomigrate.console import Output, Tracker, error_line
+from aiomigrate.model import Event, Kind
+from aiomigrate.report import Holder, Status
+from aiomigrate.runner import Progress
+
+VERBS = ("upgrade", "plan", "status", "validate", "history", "stamp", "new", "unlock", "version")
+
+CREATE = """\
+import pyarrow as pa
+from aiomigrate import Migration, op
+
+SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False)])
+memos = Migration(table="memos", version=1, description="create memos",
+                  operations=[op.CreateTable(SCHEMA)])
+users = Migration(table="users", version=1, description="create users",
+                  operations=[op.CreateTable(SCHEMA)])
+"""
+
+ADD = """\
+import pyarrow as pa
+from aiomigrate import Migration, op
+
+memos = Migration(table="memos", version=2, description="add tags",
+                  operations=[op.AddColumns({"tags": pa.string()})])
+"""
+
+VECTOR = """\
+import pyarrow as pa
+from aiomigrate import Migration, op
+
+def create(params):
+    size = params["dim"]
+    return [op.CreateTable(pa.schema([pa.field(f"v{size:d}", pa.list_(pa.float32(), size))]))]
+
+memos = Migration(table="memos", version=1, operations=create)
+"""
+
+SLOW = """\
+import anyio
+from aiomigrate import Migration
+
+async def up(ctx):
+    await ctx.table().add([{"id": "mine"}])
+    ctx.progress(1, 2)
+    await anyio.sleep(60)
+
+memos = Migration(table="memos", version=2, description="slow", up=up)
+users = Migration(table="users", version=2, description="after", up=up, depends_on={"memos": 2})
+"""
+
+FAILS = """\
+from aiomigrate import Migration
+
+async def up(ctx):
+    raise ValueError("boom")
+
+memos = Migration(table="memos", version=2, description="fails", up=up)
+users = Migration(table="users", version=2, description="after", up=up, depends_on={"memos": 2})
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one call."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one document on stdout."""
+        return json.loads(self.out)
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder, without settings from outside."""
+    for name in [name for name in os.environ if name.startswith("AIOMIGRATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def call(folder: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Calls the command in this process, in the empty folder."""
+
+    def call(*args: str) -> Result:
+        code = cli.run(list(args))
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def scripts(folder: Path) -> Callable[..., None]:
+    """Writes migration files, numbered from 1."""
+
+    def write(*texts: str) -> None:
+        (folder / "migrations").mkdir(exist_ok=True)
+        for number, text in enumerate(texts, 1):
+            (folder / "migrations" / f"{number:03d}_step.py").write_text(text)
+
+    return write
+
+
+def command(*args: str) -> list[str]:
+    """The real command, as a process."""
+    return [sys.executable, "-m", "aiomigrate", *args]
+
+
+def is_two_lines(result: Result) -> bool:
+    """Whether stderr says what happened and what to do, and nothing else."""
+    lines = result.err.splitlines()
+    return len(lines) == 2 and lines[0].startswith("Error: ") and bool(lines[1].strip())
+
+
+class TestHelp:
+    def test_every_verb_has_an_example(self, call: Call) -> None:
+        """`--help` of each verb shows how it is called."""
+        for verb in VERBS:
+            result = call(verb, "--help")
+
+            assert result.code == 0
+            assert f"Example: aiomigrate {verb}" in result.out
+
+    def test_exit_codes_are_documented(self, call: Call) -> None:
+        """`--help` lists the verbs and says what the exit codes mean; so does no argument."""
+        text = " ".join(call("--help").out.split())
+
+        for verb in VERBS:
+            assert f" {verb} " in text
+        for said in ("0 at target", "1 failed", "2 usage", "3 not at target", "130"):
+            assert said in text
+        assert call().code == 0
+
+    def test_does_not_load_lancedb(self) -> None:
+        """Help and version answer without importing LanceDB or Arrow."""
+        code = (
+            "import sys; from aiomigrate.cli import run\n"
+            "assert run(['upgrade', '--help']) == 0 and run(['version']) == 0\n"
+            "assert not {'lancedb', 'pyarrow'} & set(sys.modules)"
+        )
+
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+    @pytest.mark.parametrize("name", ["typer", "rich"])
+    def test_without_the_extra(self, name: str) -> None:
+        """Without typer or rich the command says in two lines how to install them."""
+        code = (
+            f"import sys; sys.modules[{name!r}] = None\n"
+            "from aiomigrate.__main__ import main; sys.exit(main())"
+        )
+
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+
+        assert result.returncode == 2
+        assert f"needs {name}" in result.stderr
+        assert "pip install 'aiomigrate[cli]'" in result.stderr
+        assert len(result.stderr.splitlines()) == 2
+
+    def test_version(self, call: Call) -> None:
+        """`version` names the versions that matter in a report of a defect."""
+        from aiomigrate import __version__
+
+        assert f"aiomigrate {__version__} (lancedb " in call("version").out
+        assert call("version", "--json").json["aiomigrate"] == __version__
+
+
+class TestQuickStart:
+    def test_new_then_upgrade(self, folder: Path) -> None:
+        """In an empty folder, `new` and `upgrade` work as they are, as real commands."""
+        for args in (["new", "add tags", "--table", "memos"], ["upgrade"]):
+            done = subprocess.run(command(*args), capture_output=True, text=True, check=False)
+
+            assert (done.returncode, done.stderr) == (0, "")
+
+        assert "1 migration on 1 line" in done.stdout
+        assert "applied  memos 1  add tags" in done.stdout
+        assert "1 applied in" in done.stdout
+        assert (folder / "data" / "app.lancedb").is_dir()
+
+    def test_upgrade_shows_plan_progress_and_timings(
+        self, call: Call, scripts: Callable[..., None]
+    ) -> None:
+        """The plan comes first, then each migration, then a row of timings for each."""
+        scripts(CREATE, ADD)
+
+        result = call("upgrade")
+
+        assert (result.code, result.err) == (0, "")
+        plan, progress, table, summary = re.split(r"\n\n", result.out.strip())
+        assert "3 migrations on 2 lines:" in plan
+        assert "- add tags string" in plan
+        assert progress.index("running  memos 2") < progress.index("applied  memos 2")
+        assert table.split("\n")[0].split() == [
+            "line", "version", "outcome", "waited", "ran", "ledger", "rows", "commits",
+            "table_version",
+        ]  # fmt: skip
+        assert re.search(r"^memos +2 +applied .* 1 -> 2$", table, re.MULTILINE)
+        assert summary.startswith("3 applied in ")
+
+    def test_at_target_is_one_line(self, call: Call, scripts: Callable[..., None]) -> None:
+        """A second upgrade says in one line that everything is at target."""
+        scripts(CREATE)
+        call("upgrade")
+
+        result = call("upgrade")
+
+        assert (result.code, result.err) == (0, "")
+        assert result.out.count("\n") == 1
+        assert "at target" in result.out
+
+    def test_new_names_the_file(self, call: Call, folder: Path) -> None:
+        """`new` says which file it wrote and what to do with it."""
+        result = call("new", "add tags to memos")
+
+        assert "migrations/001_add_tags_to_memos.py: version 1 of 'memos'" in result.out
+        assert call("new", "more", "--json").json == {
+            "path": "migrations/002_more.py",
+            "version": 2,
+            "table": "app",
+        }
+        assert len(list((folder / "migrations").iterdir())) == 2
+
+
+class TestExitCodes:
+    def test_check(self, call: Call, scripts: Callable[..., None]) -> None:
+        """With --check plan, status and validate exit with 3 until the database is at target."""
+        scripts(CREATE)
+        verbs = ("plan", "status", "validate")
+
+        assert [call(verb).code for verb in verbs] == [0, 0, 0]
+        assert [call(verb, "--check").code for verb in verbs] == [3, 3, 3]
+        assert call("upgrade").code == 0
+        assert [call(verb, "--check").code for verb in verbs] == [0, 0, 0]
+
+    def test_looking_makes_no_database(
+        self, call: Call, scripts: Callable[..., None], folder: Path
+    ) -> None:
+        """Looking at a missing database does not make one, nor does a dry run."""
+        scripts(CREATE)
+
+        for args in (["plan"], ["status"], ["validate"], ["history"], ["unlock"]):
+            assert call(*args).code == 0
+        dry = call("upgrade", "--dry-run")
+
+        assert (dry.code, dry.out) == (0, call("plan").out)
+        assert not (folder / "data").exists()
+
+    def test_validate_fails_on_more_than_pending(
+        self, call: Call, scripts: Callable[..., None], folder: Path
+    ) -> None:
+        """An edited script makes validate exit with 1, with or without --check."""
+        scripts(CREATE)
+        call("upgrade")
+        scripts(CREATE.replace('"id"', '"key"'))
+
+        result = call("validate")
+
+        assert result.code == 1
+        assert "error: " in result.out
+        assert call("validate", "--check", "--json").json["valid"] is False
+
+    def test_failure(self, call: Call, scripts: Callable[..., None]) -> None:
+        """A failed migration exits with 1: what happened, what was done, where the traceback is."""
+        scripts(CREATE, FAILS)
+
+        result = call("upgrade")
+
+        assert result.code == 1
+        assert is_two_lines(result)
+        assert "ValueError: boom" in result.err
+        assert "2 applied, 1 failed, 1 skipped in" in result.out
+        assert "skipped  users 2: memos 2 was not applied." in result.out
+        assert "aiomigrate history memos -v" in result.out
+        assert "Traceback" not in result.out + result.err
+        assert 'raise ValueError("boom")' in call("history", "memos", "-v").out
+
+    def test_verbose_failure_has_the_traceback(
+        self, call: Call, scripts: Callable[..., None]
+    ) -> None:
+        """With -v a failed migration shows its own traceback, and debug logs."""
+        scripts(CREATE, FAILS)
+
+        result = call("upgrade", "-v")
+
+        assert result.code == 1
+        assert 'raise ValueError("boom")' in result.err
+        assert "step.started" in result.err
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["nonsense"],
+            ["upgrade", "--nonsense"],
+            ["upgrade", "--to", "x"],
+            ["upgrade", "--concurrency", "many"],
+            ["upgrade", "--concurrency", "0"],
+            ["upgrade", "--on-ahead", "ignore"],
+            ["upgrade", "--uri", "db://cloud"],
+            ["upgrade", "--uri", "word"],
+            ["upgrade", "-x", "novalue"],
+            ["upgrade"],  # there is no folder of migrations
+            ["new"],
+            ["new", "../escape"],
+            ["stamp"],
+        ],
+    )
+    def test_usage(self, call: Call, folder: Path, args: Sequence[str]) -> None:
+        """Wrong usage and configuration exit with 2, in two lines, and write nothing."""
+        result = call(*args)
+
+        assert result.code == 2
+        assert is_two_lines(result)
+        assert result.out == ""
+        assert list(folder.iterdir()) == []
+
+    def test_plan_error(self, call: Call, scripts: Callable[..., None]) -> None:
+        """What does not fit the database exits with 1, in two lines."""
+        scripts(CREATE)
+
+        result = call("upgrade", "--table", "memo")
+
+        assert result.code == 1
+        assert is_two_lines(result)
+        assert "Did you mean 'memos'?" in result.err
+
+    def test_defect_is_no_traceback(
+        self, call: Call, scripts: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An unexpected error is told in two lines too; -v shows where it came from."""
+        from aiomigrate import MigrationManager
+
+        async def broken(self: object) -> None:
+            raise RuntimeError("unheard of")
+
+        monkeypatch.setattr(MigrationManager, "get_status", broken)
+        scripts(CREATE)
+
+        result, verbose = call("status"), call("status", "-v")
+
+        assert (result.code, verbose.code) == (1, 1)
+        assert is_two_lines(result)
+        assert "RuntimeError: unheard of" in result.err
+        assert "Traceback" in verbose.err
+
+
+class TestVerbs:
+    def test_targets(self, call: Call, scripts: Callable[..., None]) -> None:
+        """--to and --table choose how far, and which lines."""
+        scripts(CREATE, ADD)
+
+        assert call("upgrade", "--table", "memos", "--to", "1").code == 0
+        assert self._versions(call) == {"memos": 1, "users": 0}
+        assert call("upgrade", "--to", "memos=2", "--to", "users=1").code == 0
+        assert self._versions(call) == {"memos": 2, "users": 1}
+
+    def _versions(self, call: Call) -> dict[str, int]:
+        lines = call("status", "--json").json["lines"]
+        return {line: status["current"] for line, status in lines.items()}
+
+    def test_stamp(self, call: Call, scripts: Callable[..., None]) -> None:
+        """`stamp` records versions without running anything."""
+        scripts(CREATE, ADD)
+
+        assert "memos is recorded at version 1." in call("stamp", "--table=memos", "--to=1").out
+        assert call("stamp", "--to", "latest", "--json").json == {
+            "stamped": {"memos": 2, "users": 1}
+        }
+
+    def test_history(self, call: Call, scripts: Callable[..., None]) -> None:
+        """`history` is a table with times and versions, of one line if asked."""
+        scripts(CREATE, ADD)
+        call("upgrade")
+
+        everything, users = call("history").out, call("history", "users").out
+
+        assert re.search(
+            r"Z  memos +2  applied +add tags .* memos 1 -> 2$", everything, re.MULTILINE
+        )
+        assert "memos" not in users
+        assert "Nothing is recorded of 'nobody'." in call("history", "nobody").out
+
+    def test_unlock_when_free(self, call: Call, scripts: Callable[..., None]) -> None:
+        """`unlock` on a free lease says so and succeeds; it needs no migrations."""
+        assert "The lease is free." in call("unlock").out
+
+    def test_params(self, call: Call, scripts: Callable[..., None]) -> None:
+        """-x reaches operations that are functions of the parameters, numbers as numbers."""
+        scripts(VECTOR)
+
+        missing, given = call("plan"), call("plan", "-x", "dim=7", "--json")
+
+        assert missing.code == 1
+        assert is_two_lines(missing)
+        assert "(-x key=value)" in missing.err
+        assert given.json["steps"][0]["operations"][0]["does"] == "create table (v7)"
+
+    def test_settings_of_file_and_environment(
+        self, call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """pyproject.toml is read from a parent folder; the environment and options win over it."""
+        (folder / "pyproject.toml").write_text(
+            "[tool.aiomigrate]\nuri = 'db'\nmigrations = 'steps'\nledger = 'ours'\n"
+        )
+        (folder / "steps").mkdir()
+        (folder / "steps" / "001_create.py").write_text(CREATE)
+        (folder / "below").mkdir()
+        monkeypatch.chdir(folder / "below")
+        monkeypatch.setenv("AIOMIGRATE_URI", "./env")
+
+        assert call("upgrade").code == 0
+        assert call("upgrade", "--uri", "./option").code == 0
+        monkeypatch.delenv("AIOMIGRATE_URI")
+        assert call("upgrade").code == 0
+
+        for path in ("below/env", "below/option", "db"):
+            assert (folder / path / "ours.lance").is_dir()
+
+    def test_on_ahead(self, call: Call, scripts: Callable[..., None], folder: Path) -> None:
+        """A newer database is an error, or with --on-ahead warn a warning."""
+        scripts(CREATE, ADD)
+        call("upgrade")
+        (folder / "migrations" / "002_step.py").unlink()
+
+        refused, warned = call("upgrade"), call("upgrade", "--on-ahead", "warn")
+
+        assert refused.code == 1
+        assert "newer than this code" in refused.err
+        assert (warned.code, warned.err) == (0, "")
+        assert "warning: memos is at version 2, above its newest script 1" in warned.out
+
+
+class TestJson:
+    def test_one_document_each(self, call: Call, scripts: Callable[..., None]) -> None:
+        """With --json stdout is exactly one JSON document, for every verb."""
+        scripts(CREATE)
+
+        assert call("plan", "--json").json["at_target"] is False
+        assert call("upgrade", "--json").json["applied"] == 2
+        assert call("upgrade", "--json").json["steps"] == []
+        assert call("status", "--json").json["at_target"] is True
+        assert call("validate", "--json").json["valid"] is True
+        events = call("history", "--json").json
+        assert sorted(e["line"] for e in events if e["kind"] == "applied") == ["memos", "users"]
+        assert call("unlock", "--json").json == {"removed": None}
+
+    def test_failure(self, call: Call, scripts: Callable[..., None]) -> None:
+        """A failure is a document too: the report, and the error with its type and place."""
+        scripts(CREATE, FAILS)
+
+        result = call("upgrade", "--json")
+
+        assert result.code == 1
+        assert (result.json["applied"], result.json["failed"]) == (2, 1)
+        assert result.json["error"]["type"] == "MigrationFailedError"
+        assert (result.json["error"]["line"], result.json["error"]["version"]) == ("memos", 2)
+        assert result.err.splitlines()[-2].startswith("Error: ")
+
+    def test_usage(self, call: Call) -> None:
+        """A configuration that cannot be is a document too."""
+        result = call("status", "--json", "--uri", "db://cloud")
+
+        assert result.json["error"]["type"] == "UnsupportedDatabaseError"
+
+    def test_logs_are_lines_on_stderr(self, call: Call, scripts: Callable[..., None]) -> None:
+        """Elsewhere than on a terminal each log is a JSON object; one tells of each migration."""
+        scripts(CREATE)
+
+        result = call("upgrade", "--json")
+
+        logs = [json.loads(line) for line in result.err.splitlines()]
+        assert sorted(e["table"] for e in logs if e["event"] == "step.applied") == [
+            "memos",
+            "users",
+        ]
+        assert len({e["run_id"] for e in logs}) == 1
+
+
+class TestSecrets:
+    def test_never_shown(self, call: Call, scripts: Callable[..., None]) -> None:
+        """Neither user information of the URI nor storage options reach any output."""
+        scripts(CREATE)
+        options = {
+            "aws_access_key_id": "AKIAHUNTER",
+            "aws_secret_access_key": "hunter2hunter2",
+            "region": "hunter-region",
+            "endpoint": "http://127.0.0.1:9",  # nothing listens there
+            "allow_http": "true",
+            "client_max_retries": "0",
+            "connect_timeout": "1s",
+            "timeout": "1s",
+        }
+        pairs = [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
+
+        uri = "s3://hunter1:hunter0pass@bucket/db"
+        result = call("status", "-v", "--json", "--uri", uri, *pairs)
+
+        assert result.code == 1
+        assert "bucket" in result.err
+        assert "bucket" in result.json["error"]["what"]
+        assert not re.search("hunter", result.out + result.err, re.IGNORECASE)
+
+    def test_scrubbed_from_everything(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Whatever is printed passes one place that takes secrets out, escaped ones too."""
+        output = Output(as_json=False, verbose=True, secrets=('se"cret',))
+
+        output.say('say se"cret')
+        output.note('note se"cret')
+        output.error('what se"cret', 'remedy se"cret', trace=ValueError('se"cret'))
+        Output(as_json=True, verbose=True, secrets=('se"cret',)).document(lambda: ['se"cret'])
+
+        out, err = capsys.readouterr()
+        assert "cret" not in out + err
+        assert out.count("***") == 2
+
+
+class TestSignals:
+    def test_says_what_state_things_are_in(self, call: Call, scripts: Callable[..., None]) -> None:
+        """Ctrl-C and SIGTERM undo what was in hand, free the lease, and say so; one goes on."""
+        scripts(CREATE, SLOW)
+        expected = {signal.SIGINT: 130, signal.SIGTERM: 143}
+        running = {number: self._start(number.name) for number in expected}
+
+        for number, code in expected.items():
+            result = self._interrupt(running[number], number)
+
+            assert result.code == code
+            what, remedy = result.err.splitlines()
+            assert "memos 1" in what.partition("Applied: ")[2].partition(".")[0]
+            assert "memos 2 was in hand: it was undone." in what
+            assert "Not begun: users 2." in what
+            assert "Nothing is locked." in what
+            assert "aiomigrate upgrade" in remedy
+            status = call("status", "--json", "--uri", f"./{number.name}").json
+            assert status["holder"] is None
+            assert status["lines"]["memos"]["current"] == 1
+        scripts(CREATE, SLOW.replace("60", "0"))
+        assert call("upgrade", "--uri", "./SIGINT").code == 0
+        assert self._rows("./SIGINT", "memos") == 1
+
+    def _start(self, name: str) -> subprocess.Popen[str]:
+        args = command("upgrade", "--uri", f"./{name}")
+        return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def _interrupt(self, process: subprocess.Popen[str], number: signal.Signals) -> Result:
+        """Sends a signal once the row of the slow migration was committed."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("running  memos 2"):
+                break
+        _wait_for(lambda: self._rows(f"./{number.name}", "memos") == 1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        return Result(process.returncode, out, err)
+
+    def _rows(self, uri: str, table: str) -> int:
+        import lancedb
+
+        return int(lancedb.connect(uri).open_table(table).count_rows())
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+PROCESS = ("host", 7)
+
+
+def progress(line: str, version: int, state: str) -> Progress:
+    """How far one migration is."""
+    return Progress(line=line, version=version, state=state)
+
+
+def event(kind: Kind, epoch: int = 2, pid: int = 7, **facts: Any) -> Event:
+    """A journal entry of memos 2."""
+    import datetime as dt
+
+    at = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
+    return Event(
+        lease="run", epoch=epoch, seq=1, at=at, kind=kind, line="memos", version=2, pid=pid,
+        host="host", **facts,
+    )  # fmt: skip
+
+
+class TestInterruption:
+    """What an interruption left, in words."""
+
+    def _told(self, events: Sequence[Event], *, holder: Holder | None = None) -> str:
+        tracker = Tracker(Output(as_json=True, verbose=False))
+        tracker(progress("memos", 2, "running"))
+        status = Status(database="x", exists=True, holder=holder)
+        return interruption(tracker, events, status, process=PROCESS)
+
+    def test_undone(self) -> None:
+        """A migration whose tables were restored was undone."""
+        told = self._told([event(Kind.STARTED), event(Kind.RESTORED), event(Kind.FAILED)])
+
+        assert told == "memos 2 was in hand: it was undone. Nothing is locked."
+
+    def test_nothing_had_happened(self) -> None:
+        """A migration that had committed nothing had changed nothing."""
+        told = self._told([event(Kind.FAILED, tables={"memos": {"before": 1, "after": 1}})])
+
+        assert "it had changed nothing" in told
+        assert "it had changed nothing" in self._told([])
+
+    def test_resumed(self) -> None:
+        """A recovery that was interrupted again is gone on with by the next run."""
+        told = self._told([event(Kind.FAILED, tables={"memos": {"before": 1, "after": 2}})])
+
+        assert "the next run goes on with it" in told
+
+    def test_foreign_commit(self) -> None:
+        """What could not be undone is told with the reason."""
+        told = self._told([event(Kind.FAILED, detail={"unresolved": "see versions 3 to 4"})])
+
+        assert "it could not be undone (see versions 3 to 4)" in told
+
+    def test_unresolved_commit(self) -> None:
+        """A lease left behind on purpose is said to expire by itself."""
+        told = self._told([event(Kind.STARTED)], holder=Holder(host="host", pid=7))
+
+        assert "the next run looks how far it came" in told
+        assert "left to expire by itself" in told
+
+    def test_older_runs_do_not_count(self) -> None:
+        """Events of an older run are not taken for this one's, even with the same process id."""
+        old = event(Kind.RESTORED, epoch=1)
+        told = self._told([old, event(Kind.APPLIED, pid=9), event(Kind.STARTED)])
+
+        assert "the next run recovers it" in told
+
+    def test_waiting_for_another(self) -> None:
+        """Interrupted while waiting, it says that nothing was begun and who holds the lease."""
+        tracker = Tracker(Output(as_json=True, verbose=False))
+        status = Status(database="x", exists=True, holder=Holder(host="other", pid=7))
+
+        told = interruption(tracker, [], status, process=PROCESS)
+
+        assert told.startswith("No migration was begun. The lease is held by process 7 on other")
+
+    def test_unreadable(self) -> None:
+        """When the database cannot be read afterwards, that is said."""
+        tracker = Tracker(Output(as_json=True, verbose=False))
+
+        assert "could not be read" in interruption(tracker, [], None, process=PROCESS)
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The command on a terminal of its own."""
+
+    process: subprocess.Popen[bytes]
+    leader: int
+
+    @classmethod
+    def start(cls, *args: str, **env: str) -> Terminal:
+        """Starts it."""
+        leader, follower = pty.openpty()
+        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "CI")}
+        process = subprocess.Popen(
+            command(*args),
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            env={**clean, "TERM": "xterm", "COLUMNS": "120", "LINES": "40", **env},
+        )
+        os.close(follower)
+        return cls(process, leader)
+
+    def shown(self) -> str:
+        """Returns everything it showed, when it has ended."""
+        found = b""
+        while True:
+            try:
+                chunk = os.read(self.leader, 65536)
+            except OSError:  # on Linux: the other side has closed
+                chunk = b""
+            if not chunk:
+                break
+            found += chunk
+        os.close(self.leader)
+        self.process.wait()
+        return found.decode()
+
+
+class TestTerminal:
+    def test_live_view(self, folder: Path, scripts: Callable[..., None]) -> None:
+        """On a terminal: live progress, colour unless NO_COLOR, each failure told once."""
+        scripts(CREATE, FAILS)
+        plain_terminal = Terminal.start("upgrade", "--uri", "./plain", NO_COLOR="1")
+
+        shown = Terminal.start("upgrade").shown()
+        plain = plain_terminal.shown()
+
+        for text in (shown, plain):
+            assert "migrations" in text
+            assert "step.failed" not in text
+            assert text.count("Error: Migration memos 2 failed") == 1
+        assert "\x1b[31mfailed" in shown
+        assert "\x1b[32mapplied" in shown
+        assert not re.search(r"\x1b\[(?:[\d;]*;)?[39]\d", plain)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (None, ""),
+        ("boom\nmore", "boom"),
+        ("Traceback (most recent call last):\n  File x\nValueError: boom\n", "ValueError: boom"),
+    ],
+)
+def test_error_line(error: str | None, line: str) -> None:
+    """History shows the telling line of an error."""
+    assert error_line(error) == line

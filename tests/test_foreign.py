@@ -1,0 +1,209 @@
+"""P3: commits of others are never discarded silently."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import lancedb
+import pyarrow as pa
+import pytest
+
+from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, op
+from tests.faults import Fault
+from tests.processes import initialize, quiet_logger, start
+
+T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])
+FAST = {"lease_ttl": 0.5}
+
+
+async def made(path: Path) -> None:
+    """Makes a table with three rows at version 1 of its line."""
+    db = await lancedb.connect_async(path)
+    await db.create_table("t", pa.table({"id": [1, 2, 3], "n": [10, 20, 30]}, schema=T))
+    async with MigrationManager(path, migrations=first(), logger=quiet_logger()) as manager:
+        await manager.initialize()
+
+
+def first() -> list[Migration]:
+    """Returns the migration that adopts the table."""
+    return [Migration(table="t", version=1, operations=[op.CreateTable(T)])]
+
+
+async def append(path: Path | str, number: int) -> None:
+    """Adds a row as an application would: through its own connection."""
+    table = await (await lancedb.connect_async(path)).open_table("t")
+    await table.add([{"id": number, "n": number}])
+
+
+async def ids(path: Path) -> list[int]:
+    """Returns the ids of all rows, sorted."""
+    table = await (await lancedb.connect_async(path)).open_table("t")
+    return sorted((await table.to_arrow())["id"].to_pylist())
+
+
+def interrupted_by_a_writer(path: Path) -> list[Migration]:
+    """Returns a migration that fails after two commits, another's append between them."""
+
+    async def up(context: Context) -> None:
+        await context.apply(op.AddColumns({"extra": pa.string()}))
+        await append(path, 99)
+        await context.table().update({"n": 0}, where="id = 1")
+        raise RuntimeError("boom")
+
+    return [*first(), Migration(table="t", version=2, up=up)]
+
+
+async def test_a_failure_does_not_undo_over_a_foreign_append(tmp_path: Path) -> None:
+    """The row stays, and the error names the versions and the command that resolves it."""
+    path = tmp_path / "db"
+    await made(path)
+    async with MigrationManager(
+        path, migrations=interrupted_by_a_writer(path), logger=quiet_logger()
+    ) as manager:
+        with pytest.raises(MigrationFailedError) as caught:
+            await manager.upgrade()
+        events = await manager.history("t")
+
+    step = caught.value.report.failed[0]
+    assert await ids(path) == [1, 2, 3, 99]
+    assert "boom" in step.error
+    assert "table_version 3" in step.error
+    assert "aiomigrate stamp --table t --to 1" in step.remedy
+    assert events[-1].kind == "failed"
+    assert "restored" not in [event.kind for event in events]
+
+
+async def test_what_could_not_be_undone_waits_for_a_person_and_stamp_resolves_it(
+    tmp_path: Path,
+) -> None:
+    """Running again changes nothing until `stamp` accepts the data; then it goes on."""
+    path = tmp_path / "db"
+    await made(path)
+    again: list[int] = []
+
+    async def up(context: Context) -> None:
+        again.append(1)
+        await context.apply(op.AddColumns({"extra": pa.string()}))
+
+    for _ in range(2):
+        async with MigrationManager(
+            path, migrations=interrupted_by_a_writer(path), logger=quiet_logger()
+        ) as manager:
+            with pytest.raises(MigrationFailedError):
+                await manager.upgrade()
+    fixed = [*first(), Migration(table="t", version=2, up=up)]
+    async with MigrationManager(path, migrations=fixed, logger=quiet_logger()) as manager:
+        with pytest.raises(MigrationFailedError, match="others committed"):
+            await manager.upgrade()
+        assert again == []
+        await manager.stamp(to={"t": 1})
+        await manager.upgrade()
+        assert (await manager.validate()).valid
+
+    assert again == [1]
+    assert await ids(path) == [1, 2, 3, 99]
+
+
+def declared() -> list[Migration]:
+    """Returns a declared migration of several commits."""
+    return [
+        *first(),
+        Migration(
+            table="t",
+            version=2,
+            operations=[
+                op.AddColumns({"extra": pa.int64()}),
+                op.Update(sql={"extra": "n * 2"}),
+                op.CreateIndex("id"),
+            ],
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("verb", "when"), [("update", "before"), ("update", "after")])
+async def test_a_killed_declared_migration_goes_on_over_a_foreign_append(
+    tmp_path: Path, verb: str, when: str
+) -> None:
+    """Rows appended between crash and recovery stay, and the SQL takes effect once."""
+    path = tmp_path / "db"
+    await made(path)
+    fault = Fault(action="kill", at=1, when=when, verb=verb, table="t")
+    process = start(child, str(path), fault)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    await append(path, 99)
+    async with MigrationManager(
+        path, migrations=declared(), logger=quiet_logger(), **FAST
+    ) as manager:
+        await manager.initialize()
+        assert (await manager.validate()).valid
+
+    table = await (await lancedb.connect_async(path)).open_table("t")
+    rows = {r["id"]: r["extra"] for r in (await table.to_arrow()).to_pylist()}
+    assert rows == {1: 20, 2: 40, 3: 60, 99: 198}
+    assert (await table.to_arrow()).column_names == ["id", "n", "extra"]
+
+
+async def child(path: str, fault: Fault, which: str = "declared") -> None:
+    """Migrates in a process of its own, with a fault."""
+    await initialize(path, {"declared": declared, "run": killed_run}[which](), fault, FAST)
+
+
+async def _two_commits(context: Context) -> None:
+    await context.table().add([{"id": 4, "n": 40}])
+    await context.table().update({"n": 0}, where="id = 1")
+
+
+def killed_run() -> list[Migration]:
+    """Returns a function of two commits."""
+    return [*first(), Migration(table="t", version=2, up=_two_commits)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_killed_function_with_a_foreign_append_stops_and_says_so(
+    tmp_path: Path, when: str
+) -> None:
+    """The one case a person decides: no row is lost, the versions and the way out are named."""
+    path = tmp_path / "db"
+    await made(path)
+    fault = Fault(action="kill", at=1, when=when, verb="update", table="t")
+    process = start(child, str(path), fault, "run")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    await append(path, 99)
+    async with MigrationManager(
+        path, migrations=killed_run(), logger=quiet_logger(), **FAST
+    ) as manager:
+        with pytest.raises(MigrationFailedError, match="others committed") as caught:
+            await manager.initialize()
+
+    assert await ids(path) == [1, 2, 3, 4, 99]
+    assert "aiomigrate stamp" in str(caught.value)
+
+
+async def test_a_writer_beside_a_migration_loses_nothing(tmp_path: Path) -> None:
+    """An application that appends all the while finds each of its rows afterwards."""
+    path = tmp_path / "db"
+    await made(path)
+    stop = False
+    written: list[int] = []
+
+    async def write() -> None:
+        number = 1000
+        while not stop:
+            await append(path, number)
+            written.append(number)
+            number += 1
+
+    migrations: list[Any] = declared()
+    async with anyio.create_task_group() as group:
+        group.start_soon(write)
+        async with MigrationManager(path, migrations=migrations, logger=quiet_logger()) as manager:
+            report = await manager.initialize()
+        stop = True
+
+    assert len(report.applied) == 1
+    assert await ids(path) == [1, 2, 3, *written]
