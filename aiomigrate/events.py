@@ -4,7 +4,6 @@ For anyone who filters or counts log lines. Not the journal's event kinds: those
 `aiomigrate.model.Kind`.
 """
 
-RUN_STARTED = "run.started"
 RUN_AT_TARGET = "run.at_target"
 RUN_PLANNED = "run.planned"
 RUN_FINISHED = "run.finished"
@@ -30,7 +29,6 @@ STEP_SKIPPED = "step.skipped"
 STEP_RESTORED = "step.restored"
 STEP_UNRESOLVED = "step.unresolved"
 STEP_RECOVERING = "step.recovering"
-STEP_PROGRESS = "step.progress"
 
 LINE_UNKNOWN = "line.unknown"
 LINE_AHEAD = "line.ahead"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from aiomigrate.errors import (
     WriterCongestionError,
 )
 from aiomigrate.fold import Unfinished
-from aiomigrate.lance import Store
+from aiomigrate.lance import Store, Table
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import WITNESS_PREFIX, Missing, Operation, TableState
 from aiomigrate.operations.data import Run
@@ -349,20 +349,43 @@ class Executor:
         Raises:
             LeaseLostError: Another process has taken over.
         """
-        for name in tables:
-            for attempt in range(_ATTEMPTS):
-                table = await self._store.find(name)
-                ours = (await table.state()).witnesses() if table is not None else []
-                if table is None or not ours:
-                    break
+
+        async def drop_witnesses(table: Table) -> None:
+            if ours := (await table.state()).witnesses():
                 await self._writer.check()
-                try:
-                    await table.drop_columns(ours)
-                except _AGAIN:
-                    await anyio.sleep(min(0.005 * 2**attempt, 0.25))
+                await table.drop_columns(ours)
+
+        for name in tables:
+            await self._insist(name, drop_witnesses)
         for name, branch in branches.items():
             await self._writer.check()
             await drop_branch(self._store, name, branch)
+
+    async def _fence(self, tables: Iterable[str]) -> None:
+        """Makes schema changes fail that a dead or paused process has in flight (facts: 10d)."""
+
+        async def rename_to_itself(table: Table) -> None:
+            column = (await table.state()).schema.names[0]
+            await self._writer.check()
+            await table.alter_columns([{"path": column, "rename": column}])
+
+        for name in tables:
+            await self._insist(name, rename_to_itself)
+
+    async def _insist(self, name: str, change: Callable[[Table], Awaitable[None]]) -> None:
+        """Changes a table if it exists, on a fresh handle each time another commit came first."""
+        for attempt in range(_ATTEMPTS):
+            table = await self._store.find(name)
+            if table is None:
+                return
+            try:
+                await change(table)
+            except _AGAIN:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                await anyio.sleep(min(0.005 * 2**attempt, 0.25))
+            else:
+                return
 
     def lift(self, line: str, version: int) -> None:
         """Lets the head follow to a version the journal holds."""
@@ -507,6 +530,7 @@ class Executor:
             work.resumed = True
             work.savepoints = unfinished.savepoints
             work.branches = dict(unfinished.started.detail.get("branches", {}))
+            await self._fence(unfinished.savepoints)
             return
         restores: list[tuple[str, int, int]] = []
         for table, savepoint in unfinished.savepoints.items():
@@ -521,6 +545,9 @@ class Executor:
             )
         await self._record(work, Event(**_of(script, Kind.RESTORED)))
         log.info(ev.STEP_RESTORED, tables={t: to for t, to, _ in restores})
+        # A restore fences what it returned. Only now: a commit of ours before the event would be
+        # taken for someone else's if we died too.
+        await self._fence(unfinished.savepoints.keys() - {table for table, _, _ in restores})
         await self.clean([], unfinished.started.detail.get("branches", {}))
 
     async def _owned_head(

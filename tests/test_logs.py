@@ -82,8 +82,8 @@ async def test_names_are_stable() -> None:
         "lease.waiting",
         "ledger.adopted", "ledger.compacted", "ledger.founded", "ledger.healed", "ledger.retried",
         "line.ahead", "line.stamped", "line.unknown",
-        "run.at_target", "run.failed", "run.finished", "run.planned", "run.started",
-        "step.applied", "step.failed", "step.progress", "step.recovering", "step.restored",
+        "run.at_target", "run.failed", "run.finished", "run.planned",
+        "step.applied", "step.failed", "step.recovering", "step.restored",
         "step.skipped", "step.started", "step.unresolved",
     ]  # fmt: skip
 
