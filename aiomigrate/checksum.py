@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from aiomigrate.errors import InvalidMigrationError
 from aiomigrate.model import Migration
-from aiomigrate.operations.base import Operation, spell
+from aiomigrate.operations.base import TUNING, Operation, spell
 
 ALGORITHM = "aiomigrate-1"
 """Recorded with every checksum, so that a later algorithm does not read as an edit."""
@@ -89,14 +89,15 @@ def canonical(value: Any) -> Any:  # noqa: C901 - a closed case list
             return {"timedelta": value.total_seconds()}
         case enum.Enum():
             return {"enum": f"{type(value).__name__}.{value.name}"}
+        case pa.Field():
+            return {"field": spell(value), "metadata": _texts(value.metadata)}
         case pa.DataType():
             return {"type": str(value)}
         case pa.Schema():
             return {"schema": {f.name: spell(f) for f in value}}
         case Operation():
-            fields = dataclasses.fields(value)
-            content = {f.name: canonical(getattr(value, f.name)) for f in fields}
-            return {type(value).__name__: content}
+            told = [f for f in dataclasses.fields(value) if _counts(f, getattr(value, f.name))]
+            return {type(value).__name__: {f.name: canonical(getattr(value, f.name)) for f in told}}
         case Mapping():
             return {str(key): canonical(item) for key, item in value.items()}
         case list() | tuple():
@@ -113,6 +114,24 @@ def canonical(value: Any) -> Any:  # noqa: C901 - a closed case list
                 f"{value!r} cannot be part of a migration's checksum.",
                 "Use plain values, Arrow types, and functions defined with def.",
             )
+
+
+def _texts(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
+    return {key.hex(): value.hex() for key, value in (metadata or {}).items()}
+
+
+def _counts(field: dataclasses.Field[Any], value: object) -> bool:
+    """Returns whether a field says what an operation does, and not only how.
+
+    What was not given does not count: a release that adds an option leaves old checksums alone.
+    """
+    if field.metadata.get(TUNING):
+        return False
+    if field.default is not dataclasses.MISSING:
+        return bool(value != field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value != field.default_factory())
+    return True
 
 
 def _definition(function: Callable[..., Any]) -> ast.AST:

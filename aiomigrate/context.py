@@ -229,8 +229,11 @@ class Context:
             LeaseLostError: Another process has taken over; nothing was written.
         """
         bound = operation.on(self._script.table)
-        self._applied += 1
-        await self._apply(bound, self._touched(bound.table), self._applied)
+        for name in bound.tables:
+            self._touched(name)
+        for simple in bound.expand():
+            self._applied += 1
+            await self._apply(simple, self._touched(simple.table), self._applied)
 
     def progress(self, done: int, total: int | None = None) -> None:
         """Tells how far the function is, in whatever it counts. Costs nothing."""

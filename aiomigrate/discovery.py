@@ -206,7 +206,7 @@ def _script(migration: Migration, source: str, params: Params) -> Script:
             path=source or None,
         ) from exc
     touches = set(migration.touches or ())
-    touches |= {operation.table for operation in operations if operation.table}
+    touches |= {table for operation in operations for table in operation.tables}
     if migration.table and migration.touches is None:
         touches.add(migration.table)
     return Script(

@@ -164,6 +164,14 @@ class MigrationFailedError(AiomigrateError):
         self.report = report
 
 
+class OverwriteLostError(AiomigrateError):
+    """Others committed during every attempt to overwrite a table. Everything of theirs is kept."""
+
+
+class DestructiveError(PlanError):
+    """A step discards what could not be brought back, and that was not allowed."""
+
+
 class SchemaMismatchError(AiomigrateError):
     """After its operations ran, a table is not what they predicted."""
 
@@ -205,6 +213,10 @@ class TableExistsError(StoreError):
 
 class ColumnNotNullableError(StoreError):
     """NULL values stand where NOT NULL was asked for."""
+
+
+class CastRefusedError(StoreError):
+    """LanceDB does not cast a column from its type to another."""
 
 
 class CommitConflictError(StoreError):

@@ -39,7 +39,14 @@ from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import WITNESS_PREFIX, Missing, Operation, TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.report import Outcome, StepReport
-from aiomigrate.savepoint import branch_name, drop_branch, is_ours, restore_fenced, unresolved
+from aiomigrate.savepoint import (
+    branch_name,
+    drop_branch,
+    is_ours,
+    restore_fenced,
+    uncover,
+    unresolved,
+)
 from aiomigrate.touched import Touched
 from aiomigrate.writer import Writer
 
@@ -180,7 +187,9 @@ class Executor:
                 self._store,
                 name,
                 guard=self._writer.check,
-                announce=self._announcer(work) if script.runs_code else None,
+                announce=self._announcer(work),
+                announces_all=script.runs_code,
+                others=work.tables,
             )
             await touched.open()
             touched.before = work.savepoints.get(name, touched.before)
@@ -239,6 +248,9 @@ class Executor:
     ) -> None:
         """Runs one operation until its effect is there: look, act, and on a conflict look again."""
         touched.witness = f"{WITNESS_PREFIX}{script.version}_{position}_{script.checksum[:8]}"
+        touched.on_progress = lambda done, total: self._progress(
+            script, operation.describe(), done, total
+        )
         if touched.state is None and operation.when_missing is Missing.SKIP:
             return
         for attempt in range(_ATTEMPTS):
@@ -530,6 +542,16 @@ class Executor:
             work.resumed = True
             work.savepoints = unfinished.savepoints
             work.branches = dict(unfinished.started.detail.get("branches", {}))
+            overwrites = [i for i in unfinished.intents if i.detail["effect"]["do"] == "overwrite"]
+            for intent in overwrites:
+                await uncover(
+                    self._store,
+                    intent.detail["table"],
+                    base=int(intent.detail["base"]),
+                    witness=intent.detail["effect"]["witness"],
+                    guard=self._writer.check,
+                    script=script,
+                )
             await self._fence(unfinished.savepoints)
             return
         restores: list[tuple[str, int, int]] = []
@@ -609,10 +631,7 @@ def _check(script: Script, tables: Mapping[str, Touched]) -> None:
     for operation in script.operations:
         if isinstance(operation, Run):
             return
-        name = operation.table or ""
-        if states[name] is None and operation.when_missing is Missing.SKIP:
-            continue
-        states[name] = operation.evolve(states[name])
+        states = operation.fold(states)
 
 
 def _compare(operation: Operation, expected: TableState | None, touched: Touched) -> None:

@@ -9,18 +9,21 @@ Tests inject faults by subclassing `Store` and overriding `call`.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
+import anyio.from_thread
 import lancedb
 import lancedb.index
 import pyarrow as pa
 
 from aiomigrate.errors import (
+    CastRefusedError,
     ColumnNotNullableError,
     CommitConflictError,
     ConfigurationError,
@@ -33,6 +36,7 @@ from aiomigrate.errors import (
     WriterCongestionError,
 )
 from aiomigrate.operations.base import Index, TableState
+from aiomigrate.operations.indexes import config_name, told_options
 
 T = TypeVar("T")
 
@@ -47,6 +51,7 @@ _CONFLICTS: tuple[tuple[str, type[StoreError], str], ...] = (
     (r"Table '.*' already exists", TableExistsError, "Open the table, or choose another name."),
     (r"no longer exists\. Was it cleaned up|_versions/\d+\.manifest was not found",
      TableVersionGoneError, "Restore it from a backup, or run the migrations forward."),
+    (r"Cannot cast column", CastRefusedError, "Use op.Rebuild with a function."),
     (r"contain(s|ed) (null|NULL) values (and cannot|even though)|non-nullable but contains null",
      ColumnNotNullableError, "Fill the column first with op.Update."),
 )  # fmt: skip
@@ -274,8 +279,8 @@ class Store:
         folder = anyio.Path(self._location, f"{name}.lance", "data")
         return await folder.is_dir() and [_ async for _ in folder.iterdir()] != []
 
-    async def create(self, name: str, schema: pa.Schema) -> Table:
-        """Creates an empty table.
+    async def create(self, name: str, schema: pa.Schema, rows: pa.Table | None = None) -> Table:
+        """Creates a table, empty unless rows are given.
 
         This is not exclusive: a table that another process creates at the same moment is
         overwritten. A `version()` above 1 on the result tells; its content is one version below.
@@ -287,10 +292,67 @@ class Store:
         handle = await self.call(
             "create",
             name,
-            lambda: self.connection.create_table(name, schema=schema, mode="create"),
+            lambda: self.connection.create_table(name, rows, schema=schema, mode="create"),
             mutates=True,
         )
         return Table(self, name, handle)
+
+    async def create_from(
+        self,
+        name: str,
+        schema: pa.Schema,
+        batches: AsyncIterator[pa.RecordBatch],
+        *,
+        overwrite: bool = False,
+    ) -> Table:
+        """Creates a table from a stream, in one commit; memory is bounded by the batches.
+
+        An overwrite never fails because of other commits: those made since the stream was begun
+        are discarded from the head. Compare its version with the one before plus one.
+
+        Raises:
+            StoreError: LanceDB failed; nothing was committed.
+            Exception: What the stream raised; nothing was committed.
+        """
+        failures: list[BaseException] = []
+
+        async def following() -> pa.RecordBatch | None:
+            try:
+                return await anext(batches, None)
+            except BaseException as exc:
+                failures.append(exc)
+                raise
+
+        async with anyio.from_thread.BlockingPortal() as portal:
+
+            def pull() -> Iterator[pa.RecordBatch]:  # in a thread of LanceDB's
+                while (batch := portal.call(following)) is not None:
+                    yield batch
+
+            reader = pa.RecordBatchReader.from_batches(schema, pull())
+            try:
+                handle = await self.call(
+                    "overwrite" if overwrite else "create",
+                    name,
+                    lambda: self.connection.create_table(
+                        name, reader, schema=schema, mode="overwrite" if overwrite else "create"
+                    ),
+                    mutates=True,
+                )
+            except StoreError as exc:
+                if failures:
+                    raise failures[0] from exc
+                raise
+        return Table(self, name, handle)
+
+    async def drop(self, name: str) -> None:
+        """Drops a table, or the remains of one; nothing happens when there is none."""
+        await self.call(
+            "drop",
+            name,
+            lambda: self.connection.drop_table(name, ignore_missing=True),
+            mutates=True,
+        )
 
 
 class Table:
@@ -356,9 +418,39 @@ class Table:
         schema = await self._read("schema", self.handle.schema)
         configs = await self._read("list_indices", self.handle.list_indices)
         indexes = tuple(
-            Index(str(c.index_type), tuple(map(_unquoted, c.columns)), c.name) for c in configs
+            Index(
+                str(c.index_type),
+                tuple(map(_unquoted, c.columns)),
+                c.name,
+                told_options(getattr(c, "index_details", None) or {}),
+            )
+            for c in configs
         )
         return TableState(schema, indexes)
+
+    async def uncovered(self, index: Index) -> int:
+        """Returns how many rows an index does not cover."""
+        configs = await self._read("list_indices", self.handle.list_indices)
+        return sum(
+            int(c.num_unindexed_rows or 0)
+            for c in configs
+            if str(c.index_type) == index.kind and tuple(map(_unquoted, c.columns)) == index.columns
+        )
+
+    async def recent_commits(self, within_s: float) -> list[int]:
+        """Returns the table_versions made in the last seconds, by the wall clock of their makers.
+
+        One request for each version on an object store: not for anything done often.
+        """
+        versions = await self._read("list_versions", self.handle.list_versions)
+        newest = dt.datetime.now(tz=None) - dt.timedelta(seconds=within_s)  # noqa: DTZ005 - as given
+        return [int(v["version"]) for v in versions if v["timestamp"] >= newest]
+
+    async def row_ids(self, where: str | None) -> list[int]:
+        """Returns the row ids of the matching rows, sorted; compaction and updates change them."""
+        query = self._query(where, []).with_row_id()
+        found = await self._read("row_ids", query.to_arrow)
+        return sorted(found["_rowid"].to_pylist())
 
     async def read(
         self, where: str | None = None, columns: Sequence[str] | None = None
@@ -374,7 +466,7 @@ class Table:
             "read",
             lambda: self._query(where, columns).to_batches(max_batch_length=max_rows),
         )
-        async for batch in reader:
+        while (batch := await self._read("read", lambda: anext(reader, None))) is not None:
             yield batch
 
     async def window(self, columns: Sequence[str], offset: int, rows: int) -> pa.Table:
@@ -410,6 +502,12 @@ class Table:
         merge = self.handle.merge_insert(key).when_not_matched_insert_all()
         result = await self._write("insert_missing", lambda: merge.execute(data))
         return int(result.num_inserted_rows)
+
+    async def insert_new(self, key: str, data: pa.Table) -> tuple[int, int]:
+        """Inserts the rows whose key is not there; returns (rows, table_version)."""
+        merge = self.handle.merge_insert(key).when_not_matched_insert_all()
+        result = await self._commit("insert_new", lambda: merge.execute(data))
+        return int(result.num_inserted_rows), int(result.version)
 
     async def replace_matching(self, key: str, data: pa.Table, condition: str) -> int:
         """Replaces the rows of equal key that satisfy the condition; returns how many."""
@@ -473,11 +571,11 @@ class Table:
             ConfigurationError: lancedb's configuration class does not take such options.
         """
         try:
-            config = getattr(lancedb.index, index.kind)(**options)
+            config = getattr(lancedb.index, config_name(index.kind))(**options)
         except TypeError as exc:
             raise ConfigurationError(
-                f"{index.kind} does not take these options: {exc}.",
-                f"See lancedb.index.{index.kind} for its options.",
+                f"{config_name(index.kind)} does not take these options: {exc}.",
+                f"See lancedb.index.{config_name(index.kind)} for its options.",
             ) from exc
         return await self._commit_unnumbered(
             "create_index", lambda: self.handle.create_index(index.columns[0], config=config)
@@ -486,6 +584,24 @@ class Table:
     async def drop_index(self, name: str) -> int:
         """Drops an index."""
         return await self._commit_unnumbered("drop_index", lambda: self.handle.drop_index(name))
+
+    async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> int:
+        """Sets entries of a column's metadata, `None` removes one."""
+        change = {"path": column, "metadata": dict(metadata)}
+        result = await self._commit(
+            "set_metadata", lambda: self.handle.update_field_metadata(change)
+        )
+        return int(result.version)
+
+    async def optimize(self, cleanup_older_than_s: float | None) -> int:
+        """Compacts, brings indexes up to date, and removes old versions if told to.
+
+        Several commits, or none; returns the table_version afterwards.
+        """
+        age = None if cleanup_older_than_s is None else dt.timedelta(seconds=cleanup_older_than_s)
+        return await self._commit_unnumbered(
+            "optimize", lambda: self.handle.optimize(cleanup_older_than=age)
+        )
 
     async def set_primary_key(self, column: str) -> None:
         """Declares the (unenforced) primary key; it cannot be changed later."""
@@ -516,8 +632,6 @@ class Table:
 
     async def compact(self) -> None:
         """Merges small fragments and removes versions older than two hours (facts: cleanup)."""
-        import datetime as dt
-
         with contextlib.suppress(CommitConflictError):  # someone wrote: the next run compacts
             await self._write(
                 "optimize",

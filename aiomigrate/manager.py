@@ -252,7 +252,7 @@ class MigrationManager:
         if not before.plan.needs_lease:
             log.debug(ev.RUN_AT_TARGET, lines=len(before.plan.lines))
             return self._ended(report, begun, lines=_currents(before.plan))
-        await self._check_operations(store, before.plan)
+        await self._checked(store, before.plan)
         log.info(ev.RUN_PLANNED, migrations=len(before.plan.steps), database=self.database)
         store = store or await self._connect()
         ledger = self._ledger(store, log)
@@ -384,8 +384,7 @@ class MigrationManager:
         scripts = await self.scripts()
         store = await self._open()
         seen = await self._look(store, scripts, self._log, tables=tables, to=to)
-        await self._check_operations(store, seen.plan)
-        return seen.plan
+        return await self._checked(store, seen.plan)
 
     async def get_status(self) -> Status:
         """Returns where every line is, and who holds the lease. One small read; writes nothing.
@@ -587,14 +586,14 @@ class MigrationManager:
             head.rows, journal, scripts, on_ahead=self._on_ahead, mismatched=mismatched
         )
 
-    async def _check_operations(self, store: Store | None, plan: Plan) -> None:
+    async def _checked(self, store: Store | None, plan: Plan) -> Plan:
         states: dict[str, TableState | None] = dict.fromkeys(plan.touched())
         if store is not None:
             existing = set(await store.table_names())
             for name in states:
                 table = await store.find(name) if name in existing else None
                 states[name] = None if table is None else await table.state()
-        check_operations(plan, states)
+        return check_operations(plan, states)
 
 
 def _currents(plan: Plan) -> dict[str, int]:

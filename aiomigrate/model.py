@@ -131,7 +131,8 @@ class Migration:
         if self.up is not None:
             return (Run(self.up, self.down, table=self.table),)
         found = self.operations(params) if callable(self.operations) else self.operations
-        bound = tuple(operation.on(self.table) for operation in self._checked(found))
+        given = self._checked(found)
+        bound = tuple(simple for o in given for simple in o.on(self.table).expand())
         for operation in bound:
             if operation.table is None and not isinstance(operation, Run):
                 raise InvalidMigrationError(
@@ -140,10 +141,10 @@ class Migration:
                     line=self.name,
                     version=self.version,
                 )
-            if self.touches is not None and operation.table not in (None, *self.touches):
+            if self.touches is not None and (others := set(operation.tables) - {*self.touches}):
                 raise InvalidMigrationError(
-                    f"Migration of {self.name!r}: {operation.describe()!r} changes table "
-                    f"{operation.table!r}, which is not in touches.",
+                    f"Migration of {self.name!r}: {operation.describe()!r} concerns table "
+                    f"{min(others)!r}, which is not in touches.",
                     "Add the table to touches=(...).",
                     line=self.name,
                     version=self.version,

@@ -11,12 +11,12 @@ import enum
 import heapq
 import itertools
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aiomigrate.errors import DependencyError, OperationError, TargetError
 from aiomigrate.model import Script, Scripts, Target
-from aiomigrate.operations.base import Missing, TableState
+from aiomigrate.operations.base import TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.reconcile import LineState, Reconciled, nearest, pending
 
@@ -302,7 +302,7 @@ def _serialise_tables(
             last[table] = key
 
 
-def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> None:
+def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> Plan:
     """Folds every operation's pure half over the live tables, so that mistakes show beforehand.
 
     What follows a `Run` on the tables it may touch, and what a crash left half done, cannot be
@@ -312,27 +312,33 @@ def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> Non
         plan: What will run.
         tables: The state of each table the plan touches.
 
+    Returns:
+        The plan, with a warning for each step that breaks code or handles still running.
+
     Raises:
         OperationError: An operation does not fit the table as it will be.
     """
     states = dict(tables)
     unpredictable: set[str] = set()
+    warnings: list[str] = []
     for step in plan.steps:
         if step.resumes:
             unpredictable.update(step.script.touches)
         for operation in step.script.operations:
             if isinstance(operation, Run):
                 unpredictable.update(step.script.touches)
-            table = operation.table
-            if table is None or table in unpredictable:
+            if operation.table is None or not unpredictable.isdisjoint(operation.tables):
+                unpredictable.update(operation.tables)
                 continue
-            state = states.get(table)
-            if state is None and operation.when_missing is Missing.SKIP:
-                continue
+            # A table that this very migration makes has no users yet.
+            if tables.get(operation.table) is not None:
+                told = operation.hazards(states.get(operation.table))
+                warnings += [f"{step.script}: {hazard}" for hazard in told]
             try:
-                states[table] = operation.evolve(state)
+                states = operation.fold(states)
             except OperationError as exc:
                 raise in_script(exc, step.script) from exc
+    return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
 def in_script(exc: OperationError, script: Script) -> OperationError:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aiomigrate.errors import StoreError, UnresolvedError
+from aiomigrate.errors import StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.lance import Store, Table
 from aiomigrate.model import Script
 from aiomigrate.operations.base import TableState, spell
@@ -84,6 +84,56 @@ def unresolved(
     )
 
 
+def crossed(
+    table: str, covered: tuple[int, int], lost: tuple[int, int], head: int
+) -> UnresolvedError:
+    """Builds the error of an overwrite that was undone while yet others committed."""
+    return UnresolvedError(
+        f"Rebuilding table {table!r} crossed other writers twice: its head {head} holds their "
+        f"table_versions {covered[0]} to {covered[1]}, but not {lost[0]} to {lost[1]}.",
+        f"Inspect those with `await table.checkout({lost[0]})`, write them again, then run again.",
+    )
+
+
+async def uncover(
+    store: Store, name: str, *, base: int, witness: str, guard: Guard, script: Script
+) -> None:
+    """Brings back what an overwrite discarded whose process died before it could look.
+
+    Args:
+        store: Where.
+        name: The table.
+        base: The table_version that the overwrite was computed from.
+        witness: The column by which its commit is known.
+        guard: Asked immediately before the restore.
+        script: The migration, for the error.
+
+    Raises:
+        UnresolvedError: Others have committed on top of it; everything is still there.
+    """
+    table = await store.find(name)
+    if table is None:
+        return
+    head = await table.version()
+    made = 0
+    for version in range(base + 1, head + 1):
+        try:
+            state = await (await table.at(version)).state()
+        except TableVersionGoneError:
+            continue
+        if state.has(witness):
+            made = version
+            break
+    if made in (0, base + 1) or not (await table.state()).has(witness):
+        return  # it was never made, it discarded nothing, or that was undone
+    if made != head:
+        raise unresolved(script, name, base, [(base + 1, made - 1), (made + 1, head)])
+    await guard()
+    back = await table.restore(made - 1)
+    if back != head + 1:
+        raise crossed(name, (base + 1, made - 1), (head + 1, back - 1), back)
+
+
 def _accept(script: Script) -> str:
     return (
         f"run `aiomigrate stamp --table {script.line} --to {script.version - 1}` and then "
@@ -125,6 +175,16 @@ def add_effect(data: pa.Table) -> dict[str, Any]:
     return {"do": "add", "rows": len(data), "columns": data.schema.names, "digest": digest(data)}
 
 
+def insert_effect(data: pa.Table) -> dict[str, Any]:
+    """Describes an insert of those rows that are missing: a short digest of each."""
+    return {"do": "insert", "columns": data.schema.names, "rows": _row_digests(data)}
+
+
+def _row_digests(data: pa.Table) -> list[str]:
+    rows = zip(*(column.to_pylist() for column in data.columns), strict=True)
+    return [hashlib.blake2b(repr(row).encode(), digest_size=6).hexdigest() for row in rows]
+
+
 def merge_effect(key: str, data: pa.Table) -> dict[str, Any]:
     """Describes a merge, with its rows, so that it can be replayed."""
     sink = pa.BufferOutputStream()
@@ -145,14 +205,20 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
         if effect["do"] == "create":
             return base == 0
         if effect["do"] == "restore":
-            return await _same_content(await (await store.open(name)).at(int(effect["to"])), after)
+            return await same_content(await (await store.open(name)).at(int(effect["to"])), after)
         before = await (await store.open(name)).at(base)
         match effect["do"]:
             case "shape":
                 found = shape_effect(await after.state())
-                return found == dict(effect) and await _same_content(before, after)
+                return found == dict(effect) and await same_content(before, after)
             case "add":
                 return await _was_appended(before, after, effect)
+            case "insert":
+                return await _was_inserted(before, after, effect)
+            case "overwrite":
+                return (await after.state()).has(str(effect["witness"]))
+            case "optimize":
+                return await same_content(before, after)
             case _:
                 return await _replays(store, name, base, effect, after)
     except StoreError:
@@ -165,6 +231,15 @@ async def _was_appended(before: Table, after: Table, effect: Mapping[str, Any]) 
         return False
     tail = [rows async for rows in _windows(after, effect["columns"], start=old)]
     return bool(tail) and digest(pa.concat_tables(tail)) == effect["digest"]
+
+
+async def _was_inserted(before: Table, after: Table, effect: Mapping[str, Any]) -> bool:
+    old = await before.count_rows()
+    told = set(effect["rows"])
+    async for rows in _windows(after, effect["columns"], start=old):
+        if not told.issuperset(_row_digests(rows)):
+            return False
+    return True
 
 
 async def _replays(
@@ -186,12 +261,12 @@ async def _replays(
                 await copy.merge(effect["key"], pa.ipc.open_stream(payload).read_all())
             case _:
                 return False
-        return await _same_content(copy, after)
+        return await same_content(copy, after)
     finally:
         await main.delete_branch(branch)
 
 
-async def _same_content(one: Table, other: Table) -> bool:
+async def same_content(one: Table, other: Table) -> bool:
     """Returns whether two versions hold the same rows, in the columns both have."""
     if await one.count_rows() != await other.count_rows():
         return False

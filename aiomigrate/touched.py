@@ -6,16 +6,32 @@ which are foreign; what to do about foreign ones is for `executor`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import anyio
 import pyarrow as pa
 
-from aiomigrate.errors import OperationError, StaleHandleError, UnresolvedError
+from aiomigrate.errors import (
+    MigrationTimeoutError,
+    OperationError,
+    OverwriteLostError,
+    StaleHandleError,
+    UnresolvedError,
+)
 from aiomigrate.lance import Store, Table
-from aiomigrate.operations.base import Index, TableState
+from aiomigrate.operations import paths
+from aiomigrate.operations.base import Index, TableState, Transform, remember
 from aiomigrate.operations.indexes import with_index
-from aiomigrate.savepoint import Guard, add_effect, merge_effect, shape_effect
+from aiomigrate.savepoint import (
+    Guard,
+    add_effect,
+    crossed,
+    insert_effect,
+    merge_effect,
+    same_content,
+    shape_effect,
+)
 
 Announce = Callable[[str, int, Mapping[str, Any], Sequence[tuple[int, int]]], Awaitable[None]]
 """Makes durable what is about to be committed: table, table_version it is based on, effect, and
@@ -34,10 +50,29 @@ class Touched:
         rows: How many rows they changed.
         retries: How many commits were tried again.
         witness: The column name that belongs to the operation in hand.
+        on_progress: Told how far the operation in hand is.
     """
 
-    def __init__(self, store: Store, name: str, *, guard: Guard, announce: Announce | None) -> None:
-        """Prepares; `open` reads. With `announce`, every commit is announced first."""
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        *,
+        guard: Guard,
+        announce: Announce,
+        announces_all: bool,
+        others: Mapping[str, Touched],
+    ) -> None:
+        """Prepares; `open` reads.
+
+        Args:
+            store: Where.
+            name: The table.
+            guard: Asked before every commit.
+            announce: Makes durable what is about to be committed.
+            announces_all: Whether that is done for every commit; always for overwrites.
+            others: Every table the migration touches, by name.
+        """
         self.name = name
         self.before = 0
         self.version = 0
@@ -46,9 +81,12 @@ class Touched:
         self.rows = 0
         self.retries = 0
         self.witness = ""
+        self.on_progress: Callable[[int, int | None], None] = lambda done, total: None
         self._store = store
         self._guard = guard
         self._announce = announce
+        self._announces_all = announces_all
+        self._others = others
         self._table: Table | None = None
         self._state: TableState | None = None
 
@@ -95,7 +133,7 @@ class Touched:
         self, effect: Mapping[str, Any] | None, run: Callable[[Table], Awaitable[int]]
     ) -> None:
         table = self.table
-        if self._announce is not None and effect is not None:
+        if self._announces_all and effect is not None:
             await self._announce(self.name, self.version, effect, self.foreign)
         await self._guard()
         table.on_commit = self._note
@@ -114,15 +152,24 @@ class Touched:
 
     # ---- what operations do ---------------------------------------------------------------------
 
-    async def create(self, schema: pa.Schema) -> None:
+    def sibling(self, name: str) -> Touched:
+        """Returns another table that the migration touches."""
+        return self._others[name]
+
+    def progress(self, done: int, total: int | None) -> None:
+        """Tells how far the operation in hand is."""
+        self.on_progress(done, total)
+
+    async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table; one that another process created meanwhile is brought back."""
-        if self._announce is not None:
+        if self._announces_all:
             await self._announce(self.name, 0, {"do": "create"}, self.foreign)
         await self._guard()
-        await self._store.settle(lambda: self._create(schema))
+        await self._store.settle(lambda: self._created(self._store.create(self.name, schema, rows)))
+        self.rows += 0 if rows is None else len(rows)
 
-    async def _create(self, schema: pa.Schema) -> None:
-        table = await self._store.create(self.name, schema)
+    async def _created(self, making: Awaitable[Table]) -> None:
+        table = await making
         version = await table.version()
         if version > 1:
             # LanceDB overwrote a table that appeared meanwhile: its content is one version below.
@@ -142,36 +189,179 @@ class Touched:
         self.commits += 1
         self._state = await table.state()
 
-    async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
-        """Adds nullable columns."""
+    async def drop(self) -> None:
+        """Drops the table, or what a drop that was killed has left of it."""
+        if self._announces_all:
+            await self._announce(self.name, self.version, {"do": "drop"}, self.foreign)
+        await self._guard()
+        await self._store.drop(self.name)
+        self._table = self._state = None
+        self.version = 0
+        self.commits += 1
+
+    async def overwrite(self, schema: pa.Schema, transform: Transform, *, batch_rows: int) -> None:
+        """Replaces all rows by what becomes of them, in one commit that discards nothing.
+
+        What others committed meanwhile is brought back, and the table overwritten again.
+
+        Raises:
+            OverwriteLostError: Others came first every time.
+            UnresolvedError: Bringing it back crossed yet another commit.
+        """
+        for _ in range(_OVERWRITES):
+            base, source = self.version, self.table
+            effect = {"do": "overwrite", "witness": self.witness}
+            await self._announce(self.name, base, effect, self.foreign)
+            await self._guard()
+            if await self._overwritten(base, source, schema, transform, batch_rows):
+                return
+            await self.reopen()
+        raise OverwriteLostError(
+            f"Table {self.name!r} was committed to by others during each of {_OVERWRITES} "
+            "attempts to rebuild it. Nothing of theirs was lost, and nothing of it was changed.",
+            "Run it again when fewer processes write, or stop them while it runs.",
+        )
+
+    async def _overwritten(
+        self,
+        base: int,
+        source: Table,
+        schema: pa.Schema,
+        transform: Transform,
+        batch_rows: int,
+    ) -> bool:
+        async def rows() -> AsyncIterator[pa.RecordBatch]:
+            async for batch in source.batches(None, None, batch_rows):
+                yield await transform(batch)
+
+        async def act() -> Table:
+            table = await self._store.create_from(self.name, schema, rows(), overwrite=True)
+            self._note(await table.version())
+            return table
+
+        table = await act()
+        if self.version == base + 1:
+            self._table = table
+            self._state = await table.state()
+            self.rows += await table.count_rows()
+            return True
+        covered = (base + 1, self.version - 1)
+        back = await table.restore(self.version - 1)
+        if back != self.version + 1:
+            raise crossed(self.name, covered, (self.version + 1, back - 1), back)
+        self.version = back
+        self.retries += 1
+        return False
+
+    async def copy_to(self, name: str) -> None:
+        """Copies the table to a new one: rows, schema and indexes, compared afterwards.
+
+        What others commit meanwhile is copied too. A copy that an interrupted run left is known
+        by its witness, and made good.
+
+        Raises:
+            OperationError: There is a table of that name already.
+            OverwriteLostError: Others committed during every attempt.
+        """
+        copy = self.sibling(name)
+        copy.witness = self.witness
         state = self._known()
-        after = state.with_fields([*state.schema, *fields])
+        fields = [*state.fields(), remember(self.witness, {})]
+        if copy.state is not None and not copy.state.has(self.witness):
+            raise OperationError(
+                f"There is a table {name!r} already.", "Drop it first, or choose another name."
+            )
+        for _ in range(_OVERWRITES):
+            if copy.state is None or not await same_content(self.table, copy.table):
+                await copy.replace_by(self, pa.schema(fields))
+            for index in state.indexes:
+                if copy.state is None or index not in copy.state.indexes:
+                    await copy.create_index(index, index.options)
+            base = self.version
+            await self.reopen()
+            if self.version == base:
+                return
+            state = self._known()
+        raise OverwriteLostError(
+            f"Table {self.name!r} was committed to by others during each of {_OVERWRITES} "
+            f"attempts to copy it to {name!r}.",
+            "Stop its writers, then run it again.",
+        )
+
+    async def replace_by(self, other: Touched, schema: pa.Schema) -> None:
+        """Makes this table the rows of another, in one commit."""
+
+        async def rows() -> AsyncIterator[pa.RecordBatch]:
+            total, done = await other.count_rows(), 0
+            async for batch in other.table.batches(None, None, _COPY_ROWS):
+                columns = [
+                    batch.column(field.name)
+                    if field.name in batch.schema.names
+                    else pa.nulls(len(batch), field.type)
+                    for field in schema
+                ]
+                done += len(batch)
+                other.progress(done, total)
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+        exists = self._state is not None
+        await self._guard()
+        making = self._store.create_from(self.name, schema, rows(), overwrite=exists)
+        if exists:
+            self._table = await making
+            self._note(await self._table.version())
+            self._state = await self._table.state()
+        else:
+            await self._created(making)
+
+    async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
+        """Adds nullable columns; a struct that is there gets the fields it lacks."""
+        after = self._known().with_schema(paths.merged(self._known().schema, fields))
         await self._commit(shape_effect(after), lambda t: t.add_columns(fields))
 
     async def drop_columns(self, names: Sequence[str]) -> None:
         """Drops columns."""
-        state = self._known()
-        after = state.with_fields(f for f in state.schema if f.name not in names)
+        gone: dict[str, paths.Change] = {name: lambda _: None for name in names}
+        after = self._known().with_schema(paths.changed(self._known().schema, gone))
         await self._commit(shape_effect(after), lambda t: t.drop_columns(names))
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
-        """Renames columns or changes their nullability, in one commit."""
+        """Renames columns, changes their nullability or their type, in one commit."""
         state = self._known()
-        changes = {str(a["path"]): a for a in alterations}
-        fields = []
-        for field in state.schema:
-            change = changes.get(field.name, {})
-            altered = field.with_name(str(change.get("rename", field.name)))
-            fields.append(altered.with_nullable(bool(change.get("nullable", field.nullable))))
-        renames = {old: str(change.get("rename", old)) for old, change in changes.items()}
-        indexes = tuple(index.renamed(renames) for index in state.indexes)
-        after = TableState(pa.schema(fields), indexes)
+        schema = paths.changed(state.schema, {str(a["path"]): _altering(a) for a in alterations})
+        names = {str(a["path"]): str(a["rename"]) for a in alterations if "rename" in a}
+        after = TableState(schema, tuple(index.renamed(names) for index in state.indexes))
         await self._commit(shape_effect(after), lambda t: t.alter_columns(alterations))
+
+    async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
+        """Sets entries of a column's metadata."""
+        await self._commit(shape_effect(self._known()), lambda t: t.set_metadata(column, metadata))
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index."""
         after = with_index(self._known(), index)
         await self._commit(shape_effect(after), lambda t: t.create_index(index, options))
+
+    async def cover(self, index: Index, timeout_s: float) -> None:
+        """Waits until an index covers the rows that are there, bringing it up to date.
+
+        Under a writer new rows are uncovered again at once: what counts is that a pass covered
+        all that was there when it began.
+
+        Raises:
+            MigrationTimeoutError: It did not within the time.
+        """
+        with anyio.move_on_after(timeout_s):
+            passes = 0
+            while await self.table.uncovered(index) and passes < _COVERING:
+                self.progress(passes, None)
+                await self.optimize(None)
+                passes += 1
+            return
+        raise MigrationTimeoutError(
+            f"The index {index} of table {self.name!r} did not cover its rows in {timeout_s:g} s.",
+            "Raise timeout_s of the operation, or build it when fewer rows are written.",
+        )
 
     async def drop_index(self, name: str) -> None:
         """Drops an index."""
@@ -194,6 +384,82 @@ class Touched:
         await self._commit(effect, run)
         self.rows += changed
         return changed
+
+    async def update_in_batches(
+        self,
+        *,
+        values: Mapping[str, Any],
+        sql: Mapping[str, str],
+        where: str,
+        batch_rows: int | None,
+    ) -> int:
+        """Sets columns of the matching rows so that they match no more; returns how many.
+
+        In one commit, or in batches beside other writers; passes go on until no row matches.
+
+        Args:
+            values: Literals by column.
+            sql: Expressions by column.
+            where: The rows that are to do.
+            batch_rows: Rows of a commit; 0 for all, `None` to choose.
+        """
+        if batch_rows is None:
+            batch_rows = _BATCH_ROWS if await self.is_live() else 0
+        if not batch_rows:
+            if not await self.count_rows(where):
+                return 0
+            return await self.update(values=values, sql=sql, where=where)
+        changed = 0
+        for _ in range(_PASSES):
+            todo = await self.table.row_ids(where)
+            if not todo:
+                break
+            for start in range(0, len(todo), batch_rows):
+                chunk = todo[start : start + batch_rows]
+                within = f"({where}) AND _rowid >= {chunk[0]} AND _rowid <= {chunk[-1]}"
+                changed += await self.update(values=values, sql=sql, where=within)
+                self.progress(start + len(chunk), len(todo))
+            await self.reopen()
+        return changed
+
+    async def is_live(self) -> bool:
+        """Returns whether others committed to a large table within the last minute."""
+        if await self.count_rows() < _LIVE_ROWS:
+            return False
+        recent = await self.table.recent_commits(_LIVE_S)
+        foreign = [v for v in recent if v <= self.before or self._is_foreign(v)]
+        return len(foreign) >= _LIVE_COMMITS
+
+    def _is_foreign(self, version: int) -> bool:
+        return any(first <= version <= last for first, last in self.foreign)
+
+    async def insert_missing(self, key: str, rows: pa.Table) -> int:
+        """Inserts the rows whose key is not there; returns how many."""
+        inserted = 0
+
+        async def run(table: Table) -> int:
+            nonlocal inserted
+            inserted, version = await table.insert_new(key, rows)
+            return version
+
+        effect = insert_effect(rows) if self._announces_all else None
+        await self._commit(effect, run)
+        self.rows += inserted
+        return inserted
+
+    async def optimize(self, cleanup_older_than_s: float | None) -> None:
+        """Compacts and brings indexes up to date: commits that change no row."""
+        before = self.version
+        await self._commit({"do": "optimize"}, lambda table: table.optimize(cleanup_older_than_s))
+        # How many of the commits since were its own cannot be told.
+        self.foreign = [span for span in self.foreign if span[0] <= before]
+
+    async def batches(
+        self, where: str | None, columns: Sequence[str] | None, rows: int
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows, as they were when it was opened."""
+        async for batch in self.table.batches(where, columns, rows):
+            yield batch
 
     # ---- what functions do ----------------------------------------------------------------------
 
@@ -225,3 +491,22 @@ class Touched:
     async def count_rows(self, where: str | None = None) -> int:
         """Returns how many rows match."""
         return await self.table.count_rows(where)
+
+
+_OVERWRITES = 3
+_COPY_ROWS = 4096
+_COVERING = 3
+_BATCH_ROWS = 20_000
+_PASSES = 20
+_LIVE_ROWS = 20_000
+_LIVE_S = 60.0
+_LIVE_COMMITS = 3
+
+
+def _altering(alteration: Mapping[str, Any]) -> paths.Change:
+    def change(field: pa.Field[Any]) -> pa.Field[Any]:
+        altered = field.with_name(str(alteration.get("rename", field.name)))
+        altered = altered.with_type(alteration.get("data_type", field.type))
+        return altered.with_nullable(bool(alteration.get("nullable", field.nullable)))
+
+    return change

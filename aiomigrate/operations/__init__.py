@@ -3,26 +3,37 @@
 from aiomigrate.operations.base import Index, Missing, Operation, TableState, Traits
 from aiomigrate.operations.columns import (
     AddColumns,
+    AlterType,
     DropColumns,
     RenameColumns,
+    SetMetadata,
     SetNotNull,
     SetNullable,
 )
-from aiomigrate.operations.data import Run, Update
+from aiomigrate.operations.data import Delete, Run, Update
 from aiomigrate.operations.indexes import CreateIndex, DropIndex
-from aiomigrate.operations.tables import CreateTable
+from aiomigrate.operations.rewrite import CopyInto, Rebuild
+from aiomigrate.operations.tables import CreateTable, DropTable, Optimize, RenameTable
 
 __all__ = [
     "AddColumns",
+    "AlterType",
+    "CopyInto",
     "CreateIndex",
     "CreateTable",
+    "Delete",
     "DropColumns",
     "DropIndex",
+    "DropTable",
     "Index",
     "Missing",
     "Operation",
+    "Optimize",
+    "Rebuild",
     "RenameColumns",
+    "RenameTable",
     "Run",
+    "SetMetadata",
     "SetNotNull",
     "SetNullable",
     "TableState",

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from aiomigrate.errors import InvalidMigrationError, OperationError
+from aiomigrate.operations import paths
 
 WITNESS_PREFIX = "_aiomigrate_"
 """Start of the names of columns that are ours; none outlives its migration."""
+
+_MEMORY = b"aiomigrate:memory"
+
+TUNING = "tuning"
+"""In the metadata of an operation's field: it says how, not what, and is no part of a checksum."""
 
 Literal = str | int | float | bool | None
 
@@ -29,32 +36,29 @@ class Index:
 
     Attributes:
         kind: LanceDB's name of the kind, such as `BTree` or `Bitmap`.
-        columns: The indexed columns, in order.
+        columns: The indexed columns by path, in order.
         name: LanceDB's name of this index; not compared.
+        options: The parameters it was built with, as far as LanceDB tells, by the name that
+            lancedb's configuration classes give them; not compared.
     """
 
     kind: str
     columns: tuple[str, ...]
     name: str = field(default="", compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return f"{self.kind} {','.join(self.columns)}"
 
-    @property
-    def roots(self) -> tuple[str, ...]:
-        """The columns of the table it is on: for a field of a struct, the struct."""
-        return tuple(_split(column)[0] for column in self.columns)
-
     def renamed(self, names: Mapping[str, str]) -> Index:
-        """Returns it after columns of the table were renamed; it keeps its own name."""
-        parts = [_split(column) for column in self.columns]
-        columns = tuple(names.get(root, root) + rest for root, rest in parts)
-        return Index(self.kind, columns, self.name)
+        """Returns it after columns were renamed, by path; it keeps its own name."""
+        return replace(self, columns=tuple(paths.renamed(column, names) for column in self.columns))
 
-
-def _split(path: str) -> tuple[str, str]:
-    root, dot, rest = path.partition(".")
-    return root, dot + rest
+    def is_on(self, columns: Iterable[str]) -> bool:
+        """Returns whether it is on some columns, or on a field of theirs."""
+        return any(
+            own == path or own.startswith(f"{path}.") for path in columns for own in self.columns
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,8 +94,14 @@ class TableState:
         return self.shape() == other.shape()
 
     def has(self, column: str) -> bool:
-        """Returns whether the column exists."""
-        return self.schema.get_field_index(column) >= 0
+        """Returns whether the column exists, by path."""
+        return paths.find(self.schema, column) is not None
+
+    def column(self, path: str) -> pa.Field[Any]:
+        """Returns a column that exists, by path."""
+        found = paths.find(self.schema, path)
+        assert found is not None, path  # noqa: S101 - callers have asked `has`
+        return found
 
     def witnesses(self) -> list[str]:
         """Returns the names of the columns that are ours."""
@@ -99,9 +109,15 @@ class TableState:
 
     def with_fields(self, fields: Iterable[pa.Field[Any]]) -> TableState:
         """Returns this state with other fields, and without indexes on columns that are gone."""
-        schema = pa.schema(list(fields))
-        names = set(schema.names)
-        kept = tuple(i for i in self.indexes if names.issuperset(i.roots))
+        return self.with_schema(pa.schema(list(fields)))
+
+    def with_schema(self, schema: pa.Schema) -> TableState:
+        """Returns this state with another schema, and without indexes on columns that are gone."""
+        kept = tuple(
+            index
+            for index in self.indexes
+            if all(paths.find(schema, column) is not None for column in index.columns)
+        )
         return TableState(schema, kept)
 
 
@@ -125,22 +141,28 @@ class Traits:
         rewriting: Data files are written, so the cost grows with the table.
         destructive: Data or structure is discarded.
         reversible: By what it can be undone, or empty.
+        commits: How many commits it makes, in words.
     """
 
     rewriting: bool = False
     destructive: bool = False
     reversible: str = ""
+    commits: str = "1"
 
     def __str__(self) -> str:
-        words = ["rewriting" if self.rewriting else "metadata-only"]
+        words = ["rewriting" if self.rewriting else "metadata-only", f"commits: {self.commits}"]
         if self.destructive:
             words.append("destructive")
         words.append(f"undone by {self.reversible}" if self.reversible else "not reversible")
         return ", ".join(words)
 
 
+Transform = Callable[[pa.RecordBatch], Awaitable[pa.RecordBatch]]
+"""What rows become, batch by batch."""
+
+
 class Target(Protocol):
-    """A table in the executor's hands: each method is one recorded, shielded commit."""
+    """A table in the executor's hands: each change is one recorded, shielded commit."""
 
     @property
     def name(self) -> str: ...
@@ -153,7 +175,21 @@ class Target(Protocol):
     def witness(self) -> str:
         """A column name that belongs to this operation of this migration alone."""
 
-    async def create(self, schema: pa.Schema) -> None: ...
+    def sibling(self, name: str) -> Target:
+        """Returns another table that the operation names."""
+
+    def progress(self, done: int, total: int | None) -> None:
+        """Tells how far the operation is."""
+
+    async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None: ...
+
+    async def drop(self) -> None: ...
+
+    async def overwrite(
+        self, schema: pa.Schema, transform: Transform, *, batch_rows: int
+    ) -> None: ...
+
+    async def copy_to(self, name: str) -> None: ...
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None: ...
 
@@ -161,7 +197,11 @@ class Target(Protocol):
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None: ...
 
+    async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None: ...
+
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None: ...
+
+    async def cover(self, index: Index, timeout_s: float) -> None: ...
 
     async def drop_index(self, name: str) -> None: ...
 
@@ -169,7 +209,29 @@ class Target(Protocol):
         self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None
     ) -> int: ...
 
+    async def update_in_batches(
+        self,
+        *,
+        values: Mapping[str, Any],
+        sql: Mapping[str, str],
+        where: str,
+        batch_rows: int | None,
+    ) -> int: ...
+
+    async def delete(self, where: str) -> int: ...
+
+    async def insert_missing(self, key: str, rows: pa.Table) -> int: ...
+
+    async def optimize(self, cleanup_older_than_s: float | None) -> None: ...
+
+    async def is_live(self) -> bool:
+        """Returns whether others commit to it, so that long commits would hold them up."""
+
     async def count_rows(self, where: str | None = None) -> int: ...
+
+    def batches(
+        self, where: str | None, columns: Sequence[str] | None, rows: int
+    ) -> AsyncIterator[pa.RecordBatch]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +260,48 @@ class Operation:
     def needs_savepoint(self) -> bool:
         """Whether the table_version before must be kept from cleanup while this runs."""
         return False
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a commit of it discards what others commit meanwhile, and must be announced."""
+        return False
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables it changes or reads."""
+        return () if self.table is None else (self.table,)
+
+    def expand(self) -> tuple[Operation, ...]:
+        """Returns the simple operations that it stands for, by default itself."""
+        return (self,)
+
+    def hazards(self, before: TableState | None) -> tuple[str, ...]:
+        """Returns what it breaks for code and handles still running, one sentence each. Pure.
+
+        Args:
+            before: The table before it.
+        """
+        return ()
+
+    def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
+        """Returns the operations that undo it, `None` where none can. Pure.
+
+        Args:
+            before: The table before it.
+        """
+        return None
+
+    def fold(self, states: Mapping[str, TableState | None]) -> dict[str, TableState | None]:
+        """Predicts every table after this operation, given at least those it names. Pure.
+
+        Raises:
+            OperationError: The operation cannot be applied to such tables.
+        """
+        after = dict(states)
+        name = self.table or ""
+        if states[name] is not None or self.when_missing is not Missing.SKIP:
+            after[name] = self.evolve(states[name])
+        return after
 
     def describe(self) -> str:
         """Returns one line for plans and logs, without the table's name."""
@@ -276,7 +380,7 @@ def checked_names(what: str, names: Iterable[object]) -> tuple[str, ...]:
 
 
 def checked_new(what: str, names: Iterable[str]) -> None:
-    """Checks names that a migration gives to columns.
+    """Checks names that a migration gives to columns, each its own without a path.
 
     Raises:
         InvalidMigrationError: LanceDB refuses one, or it is kept for our own columns.
@@ -294,5 +398,19 @@ def checked_new(what: str, names: Iterable[str]) -> None:
 
 
 def quote(column: str) -> str:
-    """Returns a column name as LanceDB's SQL quotes it."""
-    return "`" + column.replace("`", "``") + "`"
+    """Returns a column, by path, as LanceDB's SQL quotes it."""
+    return ".".join("`" + name.replace("`", "``") + "`" for name in column.split("."))
+
+
+def remember(name: str, what: Mapping[str, Any]) -> pa.Field[Any]:
+    """Returns a column of ours that remembers something as long as its migration runs."""
+    return pa.field(name, pa.bool_(), metadata={_MEMORY: json.dumps(what)})
+
+
+def remembered(state: TableState | None, name: str) -> Mapping[str, Any] | None:
+    """Returns what a column of ours remembers, `None` where there is no such column."""
+    if state is None or (position := state.schema.get_field_index(name)) < 0:
+        return None
+    text = (state.schema.field(position).metadata or {}).get(_MEMORY, b"{}")
+    found = json.loads(text)
+    return found if isinstance(found, dict) else {}

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from aiomigrate.errors import InvalidMigrationError
 from aiomigrate.operations.base import (
+    TUNING,
     Literal,
     Operation,
     TableState,
@@ -25,7 +26,7 @@ from aiomigrate.operations.base import (
 
 @dataclass(frozen=True, slots=True)
 class Update(Operation):
-    """Set columns of the rows that match, in one commit.
+    """Set columns of the rows that match, in one commit or, beside other writers, in batches.
 
     Takes effect once: literal values may safely be set twice; SQL expressions, which may not, are
     guarded by a witness, a column of ours that the same commit sets and that is dropped once the
@@ -36,11 +37,15 @@ class Update(Operation):
         values: New value by column: text, numbers, booleans or `None`.
         sql: New value by column as a SQL expression over the row (no `CASE WHEN`).
         where: SQL condition; by default every row.
+        batch_rows: Rows of one commit; by default all in one where nobody else has committed to
+            the table lately, else some thousands. 0 forces one commit. A rewrite of many rows in
+            one commit would hold up writers that change them.
     """
 
     values: Mapping[str, Literal] = field(default_factory=dict)
     sql: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     where: str | None = field(default=None, kw_only=True)
+    batch_rows: int | None = field(default=None, kw_only=True, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
         checked_names("Update", [*self.values, *self.sql])
@@ -69,7 +74,10 @@ class Update(Operation):
     @property
     def traits(self) -> Traits:
         return Traits(
-            rewriting=True, destructive=True, reversible="restoring the table_version before"
+            rewriting=True,
+            destructive=True,
+            reversible="restoring the table_version before",
+            commits="1, or 1 for each batch",
         )
 
     @property
@@ -100,16 +108,64 @@ class Update(Operation):
         return before
 
     async def apply(self, target: Target) -> int:
-        if not self.sql:
+        done = quote(target.witness)
+        if not self.sql and self.batch_rows == 0:
             return await target.update(values=self.values, sql={}, where=self.where)
         if not self.existing(target.state).has(target.witness):
+            if not self.sql and not await target.is_live():
+                return await target.update(values=self.values, sql={}, where=self.where)
             await target.add_columns([pa.field(target.witness, pa.bool_())])
-        todo = f"{quote(target.witness)} IS NULL"
-        return await target.update(
-            values={**self.values},
-            sql={**self.sql, target.witness: "true"},
-            where=f"({self.where}) AND {todo}" if self.where else todo,
+        return await target.update_in_batches(
+            values={**self.values, target.witness: True},
+            sql=self.sql,
+            where=f"({self.where}) AND {done} IS NULL" if self.where else f"{done} IS NULL",
+            batch_rows=self.batch_rows,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Delete(Operation):
+    """Delete the rows that match, in one commit.
+
+    After a crash it may delete again what matches then: say in `where` what is meant for ever.
+
+    Attributes:
+        where: SQL condition.
+    """
+
+    where: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.where, str) or not self.where.strip():
+            raise InvalidMigrationError(
+                f"Delete: {self.where!r} is no condition.",
+                'Say which rows; for all of them, where="true".',
+            )
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            rewriting=True, destructive=True, reversible="restoring the table_version before"
+        )
+
+    @property
+    def shows(self) -> bool:
+        return False
+
+    @property
+    def needs_savepoint(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"delete rows where {self.where}"
+
+    def evolve(self, state: TableState | None) -> TableState:
+        return self.existing(state)
+
+    async def apply(self, target: Target) -> int:
+        if not await target.count_rows(self.where):
+            return 0
+        return await target.delete(self.where)
 
 
 Up = Callable[[Any], Awaitable[None]]
@@ -156,6 +212,9 @@ class Run(Operation):
     @property
     def needs_savepoint(self) -> bool:
         return True
+
+    def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
+        return None if self.inverse is None else (Run(self.inverse, table=self.table),)
 
     def describe(self) -> str:
         function: Any = self.function

@@ -1,0 +1,109 @@
+"""Columns by path: `address.city` is a field of the struct `address`. Pure.
+
+LanceDB takes no column whose own name has a dot, so a dot always separates. Not for fields of
+structs inside lists, which LanceDB cannot change either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+Change = Callable[["pa.Field[Any]"], "pa.Field[Any] | None"]
+"""Returns the field as it will be, `None` to remove it."""
+
+
+def split(path: str) -> tuple[str, str]:
+    """Returns the path of what holds a column (empty for the table), and its own name."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def root(path: str) -> str:
+    """Returns the column of the table that a path begins with."""
+    return path.partition(".")[0]
+
+
+def find(schema: pa.Schema, path: str) -> pa.Field[Any] | None:
+    """Returns a column, `None` if there is none."""
+    fields: Iterable[pa.Field[Any]] = schema
+    found: pa.Field[Any] | None = None
+    for name in path.split("."):
+        found = next((field for field in fields if field.name == name), None)
+        if found is None:
+            return None
+        fields = _inside(found)
+    return found
+
+
+def _inside(field: pa.Field[Any]) -> list[pa.Field[Any]]:
+    kind: Any = field.type
+    if not pa.types.is_struct(kind):
+        return []
+    return [kind.field(position) for position in range(kind.num_fields)]
+
+
+def changed(schema: pa.Schema, changes: Mapping[str, Change]) -> pa.Schema:
+    """Returns a schema with some columns changed, all at once; paths that are not there count not.
+
+    A struct none of whose fields would be left goes too.
+    """
+    return pa.schema(_changed(list(schema), "", changes))
+
+
+def _changed(
+    fields: Iterable[pa.Field[Any]], prefix: str, changes: Mapping[str, Change]
+) -> list[pa.Field[Any]]:
+    result = []
+    for field in fields:
+        path = prefix + field.name
+        inner = _inside(field)
+        if inner and any(other.startswith(f"{path}.") for other in changes):
+            left = _changed(inner, f"{path}.", changes)
+            if not left:
+                continue
+            field = field.with_type(pa.struct(left))  # noqa: PLW2901 - the field as it will be
+        change = changes.get(path)
+        after = field if change is None else change(field)
+        if after is not None:
+            result.append(after)
+    return result
+
+
+def added(schema: pa.Schema, columns: Mapping[str, pa.Field[Any]]) -> pa.Schema:
+    """Returns a schema with columns added at the end of what holds them."""
+    for path, new in columns.items():
+        parent, _ = split(path)
+        if not parent:
+            schema = schema.append(new)
+            continue
+
+        def within(struct: pa.Field[Any], new: pa.Field[Any] = new) -> pa.Field[Any]:
+            return struct.with_type(pa.struct([*_inside(struct), new]))
+
+        schema = changed(schema, {parent: within})
+    return schema
+
+
+def merged(schema: pa.Schema, fields: Iterable[pa.Field[Any]]) -> pa.Schema:
+    """Returns a schema with fields added at the end; a struct that is there gets what it lacks."""
+    result = list(schema)
+    for new in fields:
+        position = next((i for i, f in enumerate(result) if f.name == new.name), None)
+        if position is None:
+            result.append(new)
+        else:
+            inside = merged(pa.schema(_inside(result[position])), _inside(new))
+            result[position] = result[position].with_type(pa.struct(list(inside)))
+    return pa.schema(result)
+
+
+def renamed(path: str, names: Mapping[str, str]) -> str:
+    """Returns a path after columns got new names, given by their old paths."""
+    parts = path.split(".")
+    result = []
+    for position, part in enumerate(parts):
+        result.append(names.get(".".join(parts[: position + 1]), part))
+    return ".".join(result)
