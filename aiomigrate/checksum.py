@@ -61,6 +61,18 @@ def checksum(migration: Migration) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def operation_digest(operation: Operation) -> str:
+    """Returns a digest of what one operation does, 64 hexadecimal digits.
+
+    Of one that has no canonical form, made within a function: of its description.
+    """
+    try:
+        content = canonical(operation)
+    except InvalidMigrationError:
+        content = operation.describe()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def chain_digest(applied: Iterable[tuple[int, str]]) -> str:
     """Returns the digest of applied migrations, `(version, checksum)` pairs in version order.
 

@@ -13,12 +13,13 @@ import pyarrow as pa
 from aiomigrate.errors import InvalidMigrationError, OperationError
 from aiomigrate.model import Params, Script
 from aiomigrate.operations.base import Operation, TableState
+from aiomigrate.operations.data import Run
 from aiomigrate.touched import Touched
 
 MAX_MERGE_BYTES = 1_000_000
 """Of one `merge`: its rows are kept in the journal until the migration ends."""
 
-Apply = Callable[[Operation, Touched, int], Awaitable[None]]
+Apply = Callable[[Operation, Touched], Awaitable[None]]
 
 
 class RecordedTable:
@@ -194,7 +195,6 @@ class Context:
         self._tables = tables
         self._apply = apply
         self._progress = progress
-        self._applied = 0
 
     def table(self, name: str | None = None) -> RecordedTable:
         """Returns a table that this migration touches, the migration's own by default.
@@ -231,9 +231,12 @@ class Context:
         bound = operation.on(self._script.table)
         for name in bound.tables:
             self._touched(name)
+        if isinstance(bound, Run):
+            raise OperationError(
+                "A function applies op.Run.", "Call that function with the context instead."
+            )
         for simple in bound.expand():
-            self._applied += 1
-            await self._apply(simple, self._touched(simple.table), self._applied)
+            await self._apply(simple, self._touched(simple.table))
 
     def progress(self, done: int, total: int | None = None) -> None:
         """Tells how far the function is, in whatever it counts. Costs nothing."""

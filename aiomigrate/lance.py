@@ -13,7 +13,7 @@ import datetime as dt
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
@@ -122,7 +122,8 @@ class Store:
 
     Attributes:
         uri: Where, without secrets.
-        unresolved: Whether a mutation was abandoned under cancellation and may still commit.
+        abandoned: Tables with a mutation that was abandoned under cancellation: it may still
+            commit.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Store:
         """
         self.connection = connection
         self.uri = uri
-        self.unresolved = False
+        self.abandoned: set[str] = set()
         self._location = str(connection.uri)
         self._secrets = tuple(secrets)
         self._grace_s = grace_s
@@ -189,17 +190,17 @@ class Store:
             StoreError: Or a subclass that names the failure.
         """
         try:
-            return await (self.settle(run) if mutates else run())
+            return await (self.settle(table, run) if mutates else run())
         except (ValueError, RuntimeError, OSError, NotImplementedError) as exc:
             error = _mapped(exc, f"{verb} on table {table!r}", self._secrets)
             told = any(secret in str(exc) for secret in self._secrets)
             raise error from (None if told else exc)
 
-    async def settle(self, run: Callable[[], Awaitable[T]]) -> T:
+    async def settle(self, table: str, run: Callable[[], Awaitable[T]]) -> T:
         """Awaits a mutation, and what must be noted of it, to its end.
 
         Cancellation is raised only once it has ended, at most after the grace time. Then it is
-        abandoned, `unresolved` is set, and it may still commit.
+        abandoned, which `abandoned` tells, and it may still commit.
         """
         result: list[T] = []
         failure: list[BaseException] = []
@@ -222,7 +223,7 @@ class Store:
                 with anyio.move_on_after(self._grace_s, shield=True):
                     await ended.wait()
                 if not ended.is_set():
-                    self.unresolved = True
+                    self.abandoned.add(table)
                     scope.cancel()
                 raise
         if failure:
@@ -269,6 +270,20 @@ class Store:
         except TableNotFoundError:
             return None
 
+    async def state_of(self, name: str) -> tuple[int, TableState | None]:
+        """Returns a table's table_version and state, `(0, None)` if there is none.
+
+        What is left of one whose creation was undone counts as none.
+
+        Raises:
+            StoreError: It exists but could not be read.
+        """
+        table = await self.find(name)
+        if table is None:
+            return 0, None
+        state = await table.state()
+        return (0, None) if state.is_leftover else (await table.version(), state)
+
     async def has_remains(self, name: str) -> bool:
         """Returns whether a table that cannot be found left data files behind.
 
@@ -279,7 +294,14 @@ class Store:
         folder = anyio.Path(self._location, f"{name}.lance", "data")
         return await folder.is_dir() and [_ async for _ in folder.iterdir()] != []
 
-    async def create(self, name: str, schema: pa.Schema, rows: pa.Table | None = None) -> Table:
+    async def create(
+        self,
+        name: str,
+        schema: pa.Schema,
+        rows: pa.Table | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Table:
         """Creates a table, empty unless rows are given.
 
         This is not exclusive: a table that another process creates at the same moment is
@@ -289,10 +311,11 @@ class Store:
             TableExistsError: There is one already.
             StoreError: LanceDB failed.
         """
+        mode: Literal["create", "overwrite"] = "overwrite" if overwrite else "create"
         handle = await self.call(
-            "create",
+            mode,
             name,
-            lambda: self.connection.create_table(name, rows, schema=schema, mode="create"),
+            lambda: self.connection.create_table(name, rows, schema=schema, mode=mode),
             mutates=True,
         )
         return Table(self, name, handle)
@@ -330,13 +353,12 @@ class Store:
                     yield batch
 
             reader = pa.RecordBatchReader.from_batches(schema, pull())
+            mode: Literal["create", "overwrite"] = "overwrite" if overwrite else "create"
             try:
                 handle = await self.call(
-                    "overwrite" if overwrite else "create",
+                    mode,
                     name,
-                    lambda: self.connection.create_table(
-                        name, reader, schema=schema, mode="overwrite" if overwrite else "create"
-                    ),
+                    lambda: self.connection.create_table(name, reader, schema=schema, mode=mode),
                     mutates=True,
                 )
             except StoreError as exc:

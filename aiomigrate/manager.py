@@ -470,11 +470,11 @@ class MigrationManager:
         for name, shape in sorted(journal.shapes.items()):
             if shape is None or name in busy:
                 continue
-            table = await store.find(name)
-            if table is None:
+            _, state = await store.state_of(name)
+            if state is None:
                 errors.append(f"table {name} is missing")
                 continue
-            found = differences(shape, (await table.state()).shape())
+            found = differences(shape, state.shape())
             errors += [f"table {name}: {difference}" for difference in found]
         return errors
 
@@ -575,13 +575,13 @@ class MigrationManager:
                 last = journal.of(line).last
                 for name in sorted(last.tables if last else ()):
                     shape = journal.shapes.get(name)
-                    table = await store.find(name)
-                    if shape is not None and table is None:
+                    _, state = await store.state_of(name)
+                    if shape is None:
+                        continue
+                    if state is None:
                         mismatched[line] = f"table {name} is missing"
-                    elif shape is not None and table is not None:
-                        found = differences(shape, (await table.state()).shape())
-                        if found:
-                            mismatched[line] = f"table {name}: {'; '.join(found)}"
+                    elif found := differences(shape, state.shape()):
+                        mismatched[line] = f"table {name}: {'; '.join(found)}"
         return reconcile(
             head.rows, journal, scripts, on_ahead=self._on_ahead, mismatched=mismatched
         )
@@ -591,8 +591,8 @@ class MigrationManager:
         if store is not None:
             existing = set(await store.table_names())
             for name in states:
-                table = await store.find(name) if name in existing else None
-                states[name] = None if table is None else await table.state()
+                if name in existing:
+                    _, states[name] = await store.state_of(name)
         return check_operations(plan, states)
 
 

@@ -170,6 +170,7 @@ class Runner:
         doing: str,
     ) -> bool:
         begun = self._clock.monotonic()
+        self._store.abandoned.clear()  # of an earlier run: its lease has to expire first
         await self._ledger.ensure()
         lease = await acquire(
             self._ledger,
@@ -206,7 +207,7 @@ class Runner:
                         head_over=_HEAD_FRAGMENTS, journal_over=_JOURNAL_FRAGMENTS
                     )
             finally:
-                writer.close(release=not self._store.unresolved)
+                writer.close(release=not self._store.abandoned)
         if writer.error is not None:
             raise writer.error
         return True
@@ -330,14 +331,12 @@ class Runner:
         )
 
     async def shapes(self, tables: Sequence[str]) -> dict[str, Any]:
-        """Returns version and shape of those tables that exist, as events record them."""
+        """Returns version and shape of tables, as events record them; no shape where none is."""
         result: dict[str, Any] = {}
         for name in tables:
-            table = await self._store.find(name)
-            if table is not None:
-                version = await table.version()
-                shape = (await table.state()).shape()
-                result[name] = {"before": version, "after": version, "shape": shape}
+            version, state = await self._store.state_of(name)
+            shape = None if state is None else state.shape()
+            result[name] = {"before": version, "after": version, "shape": shape}
         return result
 
     # ---- the plan -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from aiomigrate.errors import StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.lance import Store, Table
 from aiomigrate.model import Script
-from aiomigrate.operations.base import TableState, spell
+from aiomigrate.operations.base import LEFTOVER, TableState, spell
 
 Guard = Callable[[], Awaitable[None]]
 """Raises unless the lease is safely ours."""
@@ -27,7 +27,7 @@ _WINDOW_ROWS = 20_000
 
 
 async def restore_fenced(
-    store: Store, name: str, *, to: int, head: int, guard: Guard, script: Script
+    store: Store, name: str, *, to: int, head: int, guard: Guard, script: Script, branch: str | None
 ) -> int:
     """Returns a table to an older table_version, if its head is still the one we know.
 
@@ -38,6 +38,7 @@ async def restore_fenced(
         head: The latest table_version known to be ours (or the savepoint itself).
         guard: Asked immediately before the restore.
         script: The migration being undone, for the error.
+        branch: The savepoint branch, if there is one: a table without it is another table.
 
     Returns:
         The table_version of the restore.
@@ -50,11 +51,45 @@ async def restore_fenced(
     found = await table.version()
     if found != head:
         raise unresolved(script, name, to, [(head + 1, found)])
+    if branch is not None and branch not in await table.branches():
+        raise UnresolvedError(
+            f"{script}: table {name!r} has lost its savepoint: it was dropped and made again by "
+            "someone else while the migration ran. It was left as it is.",
+            "Find out why, then correct the migration and run again.",
+            line=script.line,
+            version=script.version,
+        )
     await guard()
-    mine = await table.restore(to)
+    return await _covering(table, await table.restore(to), name, to=to, head=head, script=script)
+
+
+async def vacate(store: Store, name: str, *, head: int, guard: Guard, script: Script) -> int:
+    """Empties a table that a failed migration made, if its head is still the one we know.
+
+    A name is never dropped and used again (facts: 11): what is left is a mark, which counts as no
+    table and which `CreateTable` overwrites.
+
+    Returns:
+        The table_version of the mark.
+
+    Raises:
+        UnresolvedError: Someone else has committed; nothing of theirs is discarded.
+    """
+    table = await store.open(name)
+    found = await table.version()
+    if found != head:
+        raise unresolved(script, name, 0, [(head + 1, found)])
+    await guard()
+    mark = await store.create(name, LEFTOVER, overwrite=True)
+    return await _covering(mark, await mark.version(), name, to=0, head=head, script=script)
+
+
+async def _covering(
+    table: Table, mine: int, name: str, *, to: int, head: int, script: Script
+) -> int:
+    """Returns our commit if it followed the head we knew; else brings back what it covered."""
     if mine == head + 1:
         return mine
-    # Commits landed between the look and the restore, which covered them: bring them back.
     back = await table.restore(mine - 1)
     covered = [(head + 1, mine - 1)]
     if back != mine + 1:
@@ -74,11 +109,17 @@ def unresolved(
 ) -> UnresolvedError:
     """Builds the error that names the commits which undoing would discard."""
     spans = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in foreign)
+    again = (
+        ""
+        if script.runs_code
+        else "Correct what made it fail, and run again: unchanged, it goes on where it was. Or, "
+        "to change the migration: "
+    )
     return UnresolvedError(
         f"{script}: others committed to table {table!r} (table_version {spans}) since savepoint "
         f"{savepoint}, so it was not undone and holds part of this migration.",
-        f"To keep the data as it is, {_accept(script)} To go back instead, first "
-        f"`await table.restore({savepoint})`, which discards those commits.",
+        f"{again}To keep the data as it is, {_accept(script)} To go back instead, which discards "
+        f"those commits, `await table.restore({savepoint})` first, then the same.",
         line=script.line,
         version=script.version,
     )
@@ -143,7 +184,8 @@ def _accept(script: Script) -> str:
 
 def branch_name(epoch: int, owner: str, script: Script) -> str:
     """Returns a name no branch ever had: one whose creation crashed can never be used again."""
-    return f"aiomigrate-{epoch}-{owner}-{script.version}"
+    line = hashlib.sha256(script.line.encode()).hexdigest()[:8]
+    return f"aiomigrate-{epoch}-{owner}-{line}-{script.version}"
 
 
 async def drop_branch(store: Store, table: str, name: str) -> None:
@@ -203,7 +245,9 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
     try:
         after = await (await store.open(name)).at(base + 1)
         if effect["do"] == "create":
-            return base == 0
+            return not (await after.state()).is_leftover
+        if effect["do"] == "vacate":
+            return (await after.state()).is_leftover
         if effect["do"] == "restore":
             return await same_content(await (await store.open(name)).at(int(effect["to"])), after)
         before = await (await store.open(name)).at(base)

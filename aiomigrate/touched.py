@@ -50,6 +50,7 @@ class Touched:
         rows: How many rows they changed.
         retries: How many commits were tried again.
         witness: The column name that belongs to the operation in hand.
+        ended: Whether the migration has ended, so that nothing may be written any more.
         on_progress: Told how far the operation in hand is.
     """
 
@@ -81,30 +82,35 @@ class Touched:
         self.rows = 0
         self.retries = 0
         self.witness = ""
+        self.ended = False
         self.on_progress: Callable[[int, int | None], None] = lambda done, total: None
         self._store = store
         self._guard = guard
         self._announce = announce
         self._announces_all = announces_all
         self._others = others
+        self._announced: Mapping[str, Any] | None = None
         self._table: Table | None = None
         self._state: TableState | None = None
 
     async def open(self) -> None:
         """Opens the table at its latest version and reads its state; it may not exist."""
+        await self._look()
+        self.before = 0 if self._state is None else self.version
+
+    async def _look(self) -> None:
         self._table = await self._store.find(self.name)
-        if self._table is not None:
-            self.version = self.before = await self._table.version()
-            self._state = await self._table.state()
+        self.version = 0 if self._table is None else await self._table.version()
+        self._state = None if self._table is None else await self._table.state()
+        if self._state is not None and self._state.is_leftover:
+            self._table = self._state = None  # the version stays: creating it is an overwrite
 
     async def reopen(self) -> None:
         """Moves to the latest version; what was committed since is not ours."""
-        self._table = await self._store.find(self.name)
-        latest = 0 if self._table is None else await self._table.version()
-        if latest > self.version:
-            self.foreign.append((self.version + 1, latest))
-        self.version = latest
-        self._state = None if self._table is None else await self._table.state()
+        known = self.version
+        await self._look()
+        if self.version != known:  # lower: someone dropped it and made it again
+            self.foreign.append((min(known, self.version) + 1, self.version))
 
     @property
     def state(self) -> TableState | None:
@@ -133,12 +139,24 @@ class Touched:
         self, effect: Mapping[str, Any] | None, run: Callable[[Table], Awaitable[int]]
     ) -> None:
         table = self.table
-        if self._announces_all and effect is not None:
+        # Not again when another commit came first: with a handle this fresh it may succeed, and
+        # since that commit is foreign, the base matters no more.
+        if self._announces_all and effect is not None and effect != self._announced:
             await self._announce(self.name, self.version, effect, self.foreign)
-        await self._guard()
+            self._announced = effect
+        await self._may_write()
         table.on_commit = self._note
         await run(table)
+        self._announced = None
         self._state = await table.state()
+
+    async def _may_write(self) -> None:
+        await self._guard()
+        if self.ended:
+            raise OperationError(
+                f"Table {self.name!r} is written to by a migration that has ended.",
+                "Await every task that the function starts before it returns.",
+            )
 
     def _note(self, version: int) -> None:
         if version > self.version + 1:
@@ -163,15 +181,16 @@ class Touched:
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table; one that another process created meanwhile is brought back."""
         if self._announces_all:
-            await self._announce(self.name, 0, {"do": "create"}, self.foreign)
-        await self._guard()
-        await self._store.settle(lambda: self._created(self._store.create(self.name, schema, rows)))
+            await self._announce(self.name, self.version, {"do": "create"}, self.foreign)
+        await self._may_write()
+        making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
+        await self._store.settle(self.name, lambda: self._created(making))
         self.rows += 0 if rows is None else len(rows)
 
     async def _created(self, making: Awaitable[Table]) -> None:
         table = await making
         version = await table.version()
-        if version > 1:
+        if version > self.version + 1:
             # LanceDB overwrote a table that appeared meanwhile: its content is one version below.
             mine = await table.restore(version - 1)
             if mine != version + 1:
@@ -193,7 +212,7 @@ class Touched:
         """Drops the table, or what a drop that was killed has left of it."""
         if self._announces_all:
             await self._announce(self.name, self.version, {"do": "drop"}, self.foreign)
-        await self._guard()
+        await self._may_write()
         await self._store.drop(self.name)
         self._table = self._state = None
         self.version = 0
@@ -212,7 +231,7 @@ class Touched:
             base, source = self.version, self.table
             effect = {"do": "overwrite", "witness": self.witness}
             await self._announce(self.name, base, effect, self.foreign)
-            await self._guard()
+            await self._may_write()
             if await self._overwritten(base, source, schema, transform, batch_rows):
                 return
             await self.reopen()
@@ -305,7 +324,7 @@ class Touched:
                 yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
         exists = self._state is not None
-        await self._guard()
+        await self._may_write()
         making = self._store.create_from(self.name, schema, rows(), overwrite=exists)
         if exists:
             self._table = await making

@@ -70,6 +70,7 @@ class Writer:
         self._dirty: dict[str, HeadRow] = {}
         self._wake = anyio.Event()
         self._closing = False
+        self._over = False
         self._release = True
         self._seq = 0
         self._beat = 0
@@ -87,14 +88,19 @@ class Writer:
             LeaseLostError: Another process has the lease; nothing was appended.
             StoreError: The journal could not be written.
         """
-        if self.error is not None:
-            raise self.error
+        self._refuse_if_over()
         request = _Request(events)
         self._requests.append(request)
         self._wake.set()
         await request.done.wait()
         if request.error is not None:
             raise request.error
+
+    def _refuse_if_over(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self._over:
+            raise self._lost("the run has ended")
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -118,8 +124,7 @@ class Writer:
         Raises:
             LeaseLostError: It is not.
         """
-        if self.error is not None:
-            raise self.error
+        self._refuse_if_over()
         margin = min(2.0, self._options.ttl_s / 4)
         if self._clock.monotonic() < self._renewed_at + self._options.ttl_s - margin:
             return
@@ -162,6 +167,7 @@ class Writer:
                 self._tell_all()
 
     def _tell_all(self) -> None:
+        self._over = True
         for request in self._requests:
             request.error = self.error
             request.done.set()

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiomigrate import Migration, MigrationFailedError, op
+from aiomigrate.applier import witness_name
 from aiomigrate.errors import (
     AiomigrateError,
     InvalidMigrationError,
@@ -762,7 +763,7 @@ async def test_an_update_interrupted_before_it_was_recorded_takes_effect_once(
         connection = await lancedb.connect_async(database)
         table = await connection.open_table(TABLE)
         # As the operation leaves it, had it committed and the process died.
-        witness = f"_aiomigrate_1_1_{script.checksum[:8]}"
+        witness = witness_name(script, script.operations[0], ())
         await table.add_columns([pa.field(witness, pa.bool_())])
         await table.update(updates_sql={"n": "n + 1", witness: "true"})
 

@@ -22,6 +22,9 @@ from aiomigrate.operations import paths
 WITNESS_PREFIX = "_aiomigrate_"
 """Start of the names of columns that are ours; none outlives its migration."""
 
+LEFTOVER = pa.schema([pa.field(f"{WITNESS_PREFIX}leftover", pa.bool_())])
+"""All that is left of a table whose creation was undone: it counts as no table."""
+
 _MEMORY = b"aiomigrate:memory"
 
 TUNING = "tuning"
@@ -88,6 +91,11 @@ class TableState:
     def fields(self) -> list[pa.Field[Any]]:
         """Returns the table's fields without those of ours."""
         return [f for f in self.schema if not f.name.startswith(WITNESS_PREFIX)]
+
+    @property
+    def is_leftover(self) -> bool:
+        """Whether it is all that is left of a table whose creation was undone."""
+        return self.schema.names == LEFTOVER.names
 
     def same(self, other: TableState) -> bool:
         """Returns whether both have one shape."""

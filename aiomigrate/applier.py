@@ -1,0 +1,193 @@
+"""One operation on one table, until its effect is there; and removing what only the way needed.
+
+Looks, acts, and on a conflict looks again. In what order operations run, and what is recorded of
+them, is for `executor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import anyio
+
+from aiomigrate import events as ev
+from aiomigrate.checksum import operation_digest
+from aiomigrate.diff import differences
+from aiomigrate.errors import (
+    CommitConflictError,
+    SchemaMismatchError,
+    StaleHandleError,
+    StoreError,
+    TableExistsError,
+    WriterCongestionError,
+)
+from aiomigrate.lance import Store, Table
+from aiomigrate.model import Script
+from aiomigrate.operations.base import WITNESS_PREFIX, Missing, Operation, TableState
+from aiomigrate.operations.data import Run
+from aiomigrate.savepoint import Guard, drop_branch
+from aiomigrate.touched import Touched
+
+_ATTEMPTS = 40
+_AGAIN = (CommitConflictError, StaleHandleError, WriterCongestionError, TableExistsError)
+
+Progress = Callable[[Script, str, int, int | None], None]
+"""Told of a step's progress: script, what it is doing, done, total."""
+
+
+def witness_name(script: Script, operation: Operation, earlier: Sequence[Operation]) -> str:
+    """Returns the column that belongs to one operation of one migration.
+
+    Named by what the operation does, not where it stands: when a script is corrected around an
+    update that took effect already, the corrected script knows that it did.
+
+    Args:
+        script: The migration.
+        operation: The operation.
+        earlier: Those before it.
+    """
+    digest = operation_digest(operation)
+    same = sum(operation_digest(other) == digest for other in earlier)
+    return f"{WITNESS_PREFIX}{script.version}_{digest[:12]}" + (f"_{same}" if same else "")
+
+
+class Applier:
+    """Applies operations under one lease."""
+
+    def __init__(self, store: Store, check: Guard, *, progress: Progress, log: Any) -> None:
+        """Binds to a database.
+
+        Args:
+            store: The database.
+            check: Raises unless the lease is safely ours; asked before every commit.
+            progress: Told how operations proceed.
+            log: Bound logger.
+        """
+        self._store = store
+        self._check = check
+        self._progress = progress
+        self._log = log
+
+    async def apply(
+        self, operation: Operation, touched: Touched, script: Script, witness: str
+    ) -> None:
+        """Runs one operation until its effect is there: look, act, and on a conflict look again.
+
+        Raises:
+            OperationError: It does not fit the table as it is.
+            SchemaMismatchError: The table is not as predicted afterwards.
+            StoreError: LanceDB failed.
+        """
+        touched.witness = witness
+        touched.on_progress = lambda done, total: self._progress(
+            script, operation.describe(), done, total
+        )
+        if touched.state is None and operation.when_missing is Missing.SKIP:
+            return
+        for attempt in range(_ATTEMPTS):
+            if operation.done(touched.state, witness):
+                return
+            expected = operation.evolve(touched.state)
+            seen = len(touched.foreign)
+            try:
+                await operation.apply(touched)
+            except _AGAIN as exc:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                self._log.debug(ev.COMMIT_RETRIED, table=touched.name, error=exc.what)
+                touched.retries += 1
+                await _pause(attempt)
+                await touched.reopen()
+                continue
+            except StoreError:
+                # Unknown: the store may have applied it before it failed. Look, never guess.
+                await touched.reopen()
+                if operation.done(touched.state, witness):
+                    return
+                raise
+            if len(touched.foreign) == seen:
+                _compare(operation, expected, touched)
+            return
+
+    async def clean(self, tables: Iterable[str], branches: Mapping[str, str]) -> None:
+        """Removes what a recorded migration needed only while it ran; harmless when repeated.
+
+        Args:
+            tables: Tables with witness columns to drop.
+            branches: Savepoint branch by table.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+        """
+
+        async def drop_witnesses(table: Table) -> None:
+            if ours := (await table.state()).witnesses():
+                await self._check()
+                await table.drop_columns(ours)
+
+        for name in tables:
+            await self._insist(name, drop_witnesses)
+        for name, branch in branches.items():
+            await self._check()
+            await drop_branch(self._store, name, branch)
+
+    async def fence(
+        self,
+        tables: Iterable[str],
+        announce: Callable[[str, int, TableState], Awaitable[None]] | None = None,
+    ) -> None:
+        """Makes schema changes fail that a dead or paused process has in flight (facts: 10d).
+
+        Args:
+            tables: Where; those that do not exist are passed over.
+            announce: Makes durable that such a commit comes: table, table_version it is based on,
+                and the state, which it leaves as it is.
+        """
+
+        async def rename_to_itself(table: Table) -> None:
+            state = await table.state()
+            if announce is not None:
+                await announce(table.name, await table.version(), state)
+            await self._check()
+            column = state.schema.names[0]
+            await table.alter_columns([{"path": column, "rename": column}])
+
+        for name in tables:
+            await self._insist(name, rename_to_itself)
+
+    async def _insist(self, name: str, change: Callable[[Table], Awaitable[None]]) -> None:
+        """Changes a table if it exists, on a fresh handle each time another commit came first."""
+        for attempt in range(_ATTEMPTS):
+            table = await self._store.find(name)
+            if table is None:
+                return
+            try:
+                await change(table)
+            except _AGAIN:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                await _pause(attempt)
+            else:
+                return
+
+
+async def _pause(attempt: int) -> None:
+    await anyio.sleep(min(0.005 * 2**attempt, 0.25))
+
+
+def _compare(operation: Operation, expected: TableState | None, touched: Touched) -> None:
+    """Compares a table with what the operation predicted.
+
+    Raises:
+        SchemaMismatchError: They differ.
+    """
+    if expected is None or touched.state is None or isinstance(operation, Run):
+        return
+    if found := differences(expected.shape(), touched.state.shape()):
+        raise SchemaMismatchError(
+            f"After {operation.describe()!r} table {touched.name!r} is not as predicted: "
+            + "; ".join(found)
+            + ".",
+            "Another process may be changing its schema; run again, or report this as a defect.",
+        )

@@ -1,0 +1,301 @@
+"""Going back: undoing a failed migration, and making good what a crash left of one.
+
+Decides from the journal which commits are known to be ours; whatever is not stops it. The
+restores themselves are `savepoint`; running forward is `executor`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiomigrate import events as ev
+from aiomigrate.applier import Applier
+from aiomigrate.errors import StoreError, UnresolvedError
+from aiomigrate.fold import Unfinished
+from aiomigrate.lance import Store
+from aiomigrate.model import Event, Kind, Script
+from aiomigrate.operations.base import TableState
+from aiomigrate.savepoint import (
+    Guard,
+    is_ours,
+    restore_fenced,
+    shape_effect,
+    uncover,
+    unresolved,
+    vacate,
+)
+from aiomigrate.touched import Touched
+
+_UNSET = dt.datetime.min.replace(tzinfo=dt.UTC)  # the writer fills it in
+
+
+@dataclass(eq=False)
+class Work:
+    """One attempt at one migration.
+
+    Attributes:
+        script: The migration.
+        tables: The tables it touches, opened, by name.
+        journaled: Whether `started` is written before the first commit.
+        begin_at: Position of the operation to go on with.
+        resumed: Whether it goes on where a dead process was.
+        savepoints: table_version of each table when it was first begun, where it is resumed.
+        branches: Savepoint branch by table.
+        held_back: Events to be written with the next commit's announcement, which needs them.
+        ledger_s: Seconds spent waiting for the journal.
+        started_s: Monotonic time when it began.
+    """
+
+    script: Script
+    journaled: bool
+    tables: dict[str, Touched] = field(default_factory=dict)
+    begin_at: int = 0
+    resumed: bool = False
+    savepoints: Mapping[str, int] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    held_back: list[Event] = field(default_factory=list)
+    ledger_s: float = 0.0
+    started_s: float = 0.0
+
+    def versions(self) -> dict[str, tuple[int, int]]:
+        """Returns each table's table_version before and after."""
+        return {t.name: (t.before, t.version) for t in self.tables.values()}
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what an `applied` event tells of the tables."""
+        return {
+            t.name: {"before": t.before, "after": t.version, "shape": t.shape}
+            for t in self.tables.values()
+        }
+
+
+Record = Callable[..., Awaitable[None]]
+"""Makes events of a `Work` durable: `await record(work, *events)`."""
+
+
+def event_of(script: Script, kind: Kind, **facts: Any) -> Event:
+    """Returns an event of a migration; the writer fills in where and when."""
+    return Event(
+        lease="", epoch=0, seq=0, at=_UNSET, kind=kind,
+        line=script.line, version=script.version, **facts,
+    )  # fmt: skip
+
+
+def intended(
+    script: Script,
+    table: str,
+    base: int,
+    effect: Mapping[str, Any],
+    foreign: Sequence[tuple[int, int]] = (),
+) -> Event:
+    """Returns the announcement of a commit.
+
+    Args:
+        script: The migration that makes it.
+        table: The table.
+        base: The table_version it is computed from.
+        effect: What it does, as `savepoint.is_ours` knows it again.
+        foreign: table_versions that others are known to have committed before.
+    """
+    detail = {"table": table, "base": base, "effect": dict(effect), "foreign": list(foreign)}
+    return event_of(script, Kind.INTENDED, detail=detail)
+
+
+class Recovery:
+    """Returns tables to where a migration found them, when that discards nothing of others."""
+
+    def __init__(
+        self, store: Store, applier: Applier, record: Record, *, check: Guard, log: Any
+    ) -> None:
+        """Binds to a database.
+
+        Args:
+            store: The database.
+            applier: For fencing and cleaning.
+            record: Writes events of a migration.
+            check: Raises unless the lease is safely ours.
+            log: Bound logger.
+        """
+        self._store = store
+        self._applier = applier
+        self._record = record
+        self._check = check
+        self._log = log
+
+    async def undo(self, work: Work) -> bool:
+        """Returns every table to where it was; whether anything had to be done.
+
+        Raises:
+            UnresolvedError: Others committed since, or a table could not be looked at.
+        """
+        changed = [t for t in work.tables.values() if t.commits]
+        try:
+            for touched in changed:
+                table = await self._store.find(touched.name)
+                live = 0 if table is None else await table.version()
+                foreign = list(touched.foreign)
+                if live != touched.version:
+                    foreign.append((touched.version + 1, max(live, touched.version + 1)))
+                if table is None and touched.version:
+                    raise UnresolvedError(
+                        f"{work.script}: table {touched.name!r} was dropped by someone else.",
+                        "Find out why, then correct the migration and run again.",
+                        line=work.script.line,
+                        version=work.script.version,
+                    )
+                if foreign:
+                    raise unresolved(work.script, touched.name, touched.before, foreign)
+            back = [t for t in changed if t.version not in (0, t.before)]
+            # Announced first: a crash after the restore must not take its commit for another's.
+            if work.journaled and back:
+                await self._record(work, *[_going_back(work.script, t) for t in back])
+            for touched in back:
+                touched.version = await self._return(
+                    work.script,
+                    touched.name,
+                    touched.before,
+                    touched.version,
+                    work.branches.get(touched.name),
+                )
+        except StoreError as exc:
+            raise UnresolvedError(
+                f"{work.script} failed and could not be undone: {exc.what}",
+                "Correct the cause and run again: the next run undoes it.",
+                line=work.script.line,
+                version=work.script.version,
+            ) from exc
+        return bool(back)
+
+    async def _return(
+        self, script: Script, table: str, to: int, head: int, branch: str | None
+    ) -> int:
+        if not to:
+            return await vacate(self._store, table, head=head, guard=self._check, script=script)
+        return await restore_fenced(
+            self._store,
+            table,
+            to=to,
+            head=head,
+            guard=self._check,
+            script=script,
+            branch=branch,
+        )
+
+    async def recover(self, work: Work, unfinished: Unfinished) -> None:
+        """Decides what to do with a migration that was started and neither applied nor undone.
+
+        Unchanged operations go on where the journal says (each looks for its own effect first).
+        Anything else is returned to its savepoints, if every commit since is known to be ours.
+
+        Raises:
+            UnresolvedError: Others committed in between: a person must decide.
+        """
+        script = work.script
+        self._log.info(
+            ev.STEP_RECOVERING,
+            table=script.line,
+            version=script.version,
+            savepoints=dict(unfinished.savepoints),
+        )
+        effects = [intent.detail["effect"]["do"] for intent in unfinished.intents]
+        going_back = "restore" in effects or "vacate" in effects
+        if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
+            await self._resume(work, unfinished)
+            return
+        restores: list[tuple[str, int, int]] = []
+        for table, savepoint in unfinished.savepoints.items():
+            head = await self._owned_head(script, unfinished, table, savepoint)
+            if head is not None:
+                restores.append((table, savepoint, head))
+        if restores:
+            await self._record(
+                work,
+                *[intended(script, t, head, _back_effect(to)) for t, to, head in restores],
+            )
+        branches = unfinished.started.detail.get("branches", {})
+        for table, to, head in restores:
+            await self._return(script, table, to, head, branches.get(table))
+        await self._record(work, event_of(script, Kind.RESTORED))
+        self._log.info(
+            ev.STEP_RESTORED,
+            table=script.line,
+            version=script.version,
+            tables={table: to for table, to, _ in restores},
+        )
+        # A restore fences what it returned. Only now: a commit of ours before the event would be
+        # taken for someone else's if we died too.
+        await self._applier.fence(
+            unfinished.savepoints.keys() - {table for table, _, _ in restores}
+        )
+        await self._applier.clean([], branches)
+
+    async def _resume(self, work: Work, unfinished: Unfinished) -> None:
+        script = work.script
+        work.begin_at = unfinished.advanced
+        work.resumed = True
+        work.savepoints = unfinished.savepoints
+        work.branches = dict(unfinished.started.detail.get("branches", {}))
+        for intent in unfinished.intents:
+            if intent.detail["effect"]["do"] == "overwrite":
+                await uncover(
+                    self._store,
+                    intent.detail["table"],
+                    base=int(intent.detail["base"]),
+                    witness=intent.detail["effect"]["witness"],
+                    guard=self._check,
+                    script=script,
+                )
+
+        async def announce(table: str, base: int, state: TableState) -> None:
+            await self._record(work, intended(script, table, base, shape_effect(state)))
+
+        await self._applier.fence(unfinished.savepoints, announce)
+
+    async def _owned_head(
+        self, script: Script, unfinished: Unfinished, table: str, savepoint: int
+    ) -> int | None:
+        """Returns the table_version to restore from, `None` if there is nothing to undo.
+
+        Raises:
+            UnresolvedError: A commit since the savepoint is not known to be ours.
+        """
+        found = await self._store.find(table)
+        head = 0 if found is None else await found.version()
+        intents = [i for i in unfinished.intents if i.detail["table"] == table]
+        if not intents or head == 0:
+            return None  # every commit is announced: none of ours was made, or nothing is left
+        expected = savepoint or int(intents[0].detail["base"])
+        several = False  # whether the commit before was of a kind that makes several
+        for intent in intents:
+            base = int(intent.detail["base"])
+            effect = intent.detail["effect"]["do"]
+            going_back = effect in ("restore", "vacate")  # what came before was checked then
+            if intent.detail.get("foreign"):
+                spans = [(int(a), int(b)) for a, b in intent.detail["foreign"]]
+                raise unresolved(script, table, savepoint, spans)
+            if base > expected and not (going_back or several):
+                raise unresolved(script, table, savepoint, [(expected + 1, base)])
+            expected = base + 1
+            several = effect == "optimize"
+        last = intents[-1]
+        base = int(last.detail["base"])
+        effect = last.detail["effect"]
+        if head == base:
+            return head if head != savepoint else None
+        if await is_ours(self._store, table, base, effect):
+            if effect["do"] in ("restore", "vacate"):
+                return None  # it is back; what was committed on top of that stays
+            if head == base + 1 or several:
+                return head
+        raise unresolved(script, table, savepoint, [(base + 1, head)])
+
+
+def _back_effect(to: int) -> dict[str, Any]:
+    return {"do": "restore", "to": to} if to else {"do": "vacate"}
+
+
+def _going_back(script: Script, touched: Touched) -> Event:
+    return intended(script, touched.name, touched.version, _back_effect(touched.before))
