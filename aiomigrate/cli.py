@@ -7,12 +7,13 @@ needs it, so that `--help` and `version` answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import inspect
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -281,13 +282,19 @@ def _verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Calla
 def _guarded(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[str, Any]) -> Exit:
     """Runs a verb; every failure becomes two lines on stderr and an exit code."""
     output = Output(as_json=given.pop("as_json"), verbose=given.pop("verbose"))
+    call: Call | None = None
     try:
         settings = _settings(given)
         output = Output(as_json=output.as_json, verbose=output.verbose, secrets=settings.secrets())
         configure_logs(output)
-        return body(Call(settings=settings, output=output), **values)
+        call = Call(settings=settings, output=output)
+        with output.alone():
+            return body(call, **values)
     except KeyboardInterrupt:
-        output.error("Interrupted before anything was begun.", "Run it again.")
+        begun = call is not None and bool(call.tracker.seen)
+        what = "Interrupted." if begun else "Interrupted before anything was begun."
+        output.document(lambda: {"interrupted": "SIGINT", "what": what})
+        output.error(what, "`aiomigrate status` tells where it is." if begun else "Run it again.")
         return Exit.INTERRUPTED
     except BrokenPipeError:
         raise
@@ -342,10 +349,23 @@ def _run(call: Call, work: Callable[[MigrationManager], Awaitable[Exit]]) -> Exi
             result = await _until_signal(lambda: work(manager), caught, call.output)
             if result is not None:
                 return result
-            await _explain(call, manager, caught[0])
+            with _deaf():
+                await _explain(call, manager, caught[0])
             return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
 
     return anyio.run(main)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Lets further signals pass while the first one is being explained."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 async def _until_signal(
@@ -570,7 +590,7 @@ def stamp(call: Call, *, table: _Tables = None, to: _To = None) -> Exit:
     return _run(call, work)
 
 
-@_verb(_database_options, _lease_options)
+@_verb(_database_options, _folder_options, _lease_options)
 def unlock(call: Call) -> Exit:
     """Free the lease of a process that is dead. It is watched first: a live one is left alone.
 
@@ -669,7 +689,7 @@ def validate(call: Call, *, check: _Check = False) -> Exit:
     return _run(call, work)
 
 
-@_verb(_database_options)
+@_verb(_database_options, _folder_options)
 def history(
     call: Call,
     *,

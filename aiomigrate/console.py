@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,6 +49,7 @@ class Output:
         """
         self.as_json = as_json
         self.verbose = verbose
+        self._out = sys.stdout
         self._hidden = [(text, json.dumps(text)[1:-1]) for text in secrets]
 
     def scrub(self, text: str) -> str:
@@ -60,13 +61,20 @@ class Output:
     def say(self, text: str) -> None:
         """Shows a text to people; not with `--json`."""
         if not self.as_json:
-            typer.echo(self.scrub(text))
+            self._write(self.scrub(text))
 
     def document(self, value: Callable[[], object]) -> None:
         """Shows the one JSON document; only with `--json`."""
         if self.as_json:
             text = json.dumps(value(), ensure_ascii=False, default=str)
-            typer.echo(self.scrub(text))
+            self._write(self.scrub(text))
+
+    def alone(self) -> AbstractContextManager[object]:
+        """With `--json`, sends what scripts print to stderr: stdout is for the document."""
+        return redirect_stdout(sys.stderr) if self.as_json else nullcontext()
+
+    def _write(self, text: str) -> None:
+        typer.echo(text, file=self._out if self.as_json else None)
 
     def note(self, text: str) -> None:
         """Says something on stderr."""

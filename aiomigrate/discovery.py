@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from aiomigrate.checksum import checksum
@@ -220,3 +220,20 @@ def _script(migration: Migration, source: str, params: Params) -> Script:
         source=source,
         table=migration.table,
     )
+
+
+def refuse_tables(scripts: Scripts, names: Collection[str]) -> None:
+    """Checks that no migration concerns tables that are not the application's.
+
+    Raises:
+        InvalidMigrationError: One does.
+    """
+    for script in scripts.all:
+        if found := {script.line, *script.touches} & set(names):
+            raise InvalidMigrationError(
+                f"{script.source or script}: {min(found)!r} is where aiomigrate keeps its records.",
+                "Name another table, or pass another ledger= to the manager.",
+                line=script.line,
+                version=script.version,
+                path=script.source or None,
+            )

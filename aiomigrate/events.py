@@ -4,6 +4,8 @@ For anyone who filters or counts log lines. Not the journal's event kinds: those
 `aiomigrate.model.Kind`.
 """
 
+PROGRESS_FAILED = "progress.failed"
+
 RUN_AT_TARGET = "run.at_target"
 RUN_PLANNED = "run.planned"
 RUN_FINISHED = "run.finished"

@@ -394,10 +394,25 @@ class Executor:
         remedy = error.remedy if error else "Correct the migration and run again."
         if unresolved_now and error is not None and exc is not error:
             why = f"{why} {error.what}"
+        if is_back and script.runs_code and (moved := await self._moved(work)):
+            why = (
+                f"{why} (Table {', '.join(moved)} was changed meanwhile by others, or through "
+                "ctx.connection; that was left as it is.)"
+            )
         if under_way:
             why = f"{why} A commit to {', '.join(sorted(under_way))} is still under way."
             remedy = "Run again: the next run looks how far it came."
         return self._report(work, outcome, waited_s, ran_s, error=why, remedy=remedy)
+
+    async def _moved(self, work: Work) -> list[str]:
+        """Returns the tables that were committed to since, though not by the migration."""
+        found = []
+        for touched in work.tables.values():
+            table = await self._store.find(touched.name)
+            live = 0 if table is None else await table.version()
+            if not touched.commits and live != touched.version:
+                found.append(touched.name)
+        return found
 
 
 def _check(script: Script, tables: Mapping[str, Touched]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.from_thread
@@ -77,6 +78,12 @@ def locate(uri: str | Path) -> str:
             "Use a local path or an object-store URI such as s3://bucket/database.",
         )
     if "://" in uri:
+        try:
+            urlsplit(uri)
+        except ValueError as exc:
+            raise ConfigurationError(
+                f"{redact(uri)} is no URI: {exc}.", "Correct it, such as s3://bucket/database."
+            ) from None
         if scheme not in SCHEMES:
             raise ConfigurationError(
                 f"{redact(uri)}: LanceDB knows no scheme {scheme!r}.",
@@ -97,11 +104,13 @@ def is_local(uri: str) -> bool:
 
 
 def redact(uri: str) -> str:
-    """Returns a URI without user information, query and fragment."""
-    if "://" not in uri:
+    """Returns a URI, however malformed, without user information, query and fragment."""
+    scheme, colon, rest = uri.partition(":")
+    if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
         return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    slashes = rest[: len(rest) - len(rest.lstrip("/"))]
+    authority, slash, path = re.split(r"[?#]", rest[len(slashes) :])[0].partition("/")
+    return f"{scheme}:{slashes}{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def secrets_of(uri: str, storage_options: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -191,7 +200,7 @@ class Store:
         """
         try:
             return await (self.settle(table, run) if mutates else run())
-        except (ValueError, RuntimeError, OSError, NotImplementedError) as exc:
+        except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as exc:
             error = _mapped(exc, f"{verb} on table {table!r}", self._secrets)
             told = any(secret in str(exc) for secret in self._secrets)
             raise error from (None if told else exc)
@@ -667,14 +676,33 @@ def _unquoted(path: str) -> str:
 
 
 def sql_literal(value: object) -> str:
-    """Returns a Python literal as SQL."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    return "'" + str(value).replace("'", "''") + "'"
+    """Returns a Python value as SQL.
+
+    Raises:
+        ConfigurationError: SQL has no literal for it.
+    """
+    match value:
+        case None:
+            return "NULL"
+        case bool():
+            return "true" if value else "false"
+        case float() if not math.isfinite(value):
+            return f"CAST('{value}' AS DOUBLE)"
+        case int() | float():
+            return repr(value)
+        case str():
+            return "'" + value.replace("'", "''") + "'"
+        case bytes():
+            return f"X'{value.hex()}'"
+        case dt.datetime() | dt.date():
+            return f"'{value.isoformat()}'"
+        case list() | tuple():
+            return "[" + ", ".join(sql_literal(item) for item in value) + "]"
+        case _:
+            raise ConfigurationError(
+                f"{type(value).__name__} is no SQL literal.",
+                "Pass text, a number, a boolean, bytes, a date, a list of such, or None.",
+            )
 
 
 def _mapped(exc: Exception, doing: str, secrets: Sequence[str]) -> StoreError:

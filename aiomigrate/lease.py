@@ -98,6 +98,10 @@ def _number(value: object, kind: type[Any], default: Any) -> Any:
     return kind(value) if isinstance(value, (int, float)) else default
 
 
+_REFUSED_S = 5.0
+"""How long a store that refuses to write is asked again."""
+
+
 async def acquire(
     ledger: Ledger,
     head: Head,
@@ -133,6 +137,7 @@ async def acquire(
     seen: tuple[int | None, str | None, int | None] | None = None
     seen_at = begun
     waited = False
+    refused: StoreError | None = None
     while True:
         row = head.leases.get(RUN_LEASE)
         now = clock.monotonic()
@@ -148,16 +153,20 @@ async def acquire(
                 # give it back.
                 with anyio.CancelScope(shield=True):
                     lease = await _take(ledger, row, owner, phase, clock, waited=waited)
-                if lease is not None:
+                if isinstance(lease, Lease):
                     return lease
+                refused = lease
             elif not waited:
                 waited = True
                 log.info(ev.LEASE_WAITING, holder=str(holder_of(head)), wait_s=options.wait_s)
         else:
             await ledger.ensure()
+        if refused is not None and clock.monotonic() - begun > min(options.wait_s, _REFUSED_S):
+            raise refused
         if clock.monotonic() - begun > options.wait_s:
+            holder = holder_of(head) or "others, one after another"
             raise LeaseTimeoutError(
-                f"Waited {options.wait_s:g} s for the lease, which is held by {holder_of(head)}.",
+                f"Waited {options.wait_s:g} s for the lease, which is held by {holder}.",
                 "Wait for it to finish, raise the wait, or if that process is dead run "
                 "`aiomigrate unlock`.",
             )
@@ -169,9 +178,11 @@ async def acquire(
 
 async def _take(
     ledger: Ledger, row: HeadRow, owner: str, phase: str, clock: Clock, *, waited: bool
-) -> Lease | None:
+) -> Lease | StoreError | None:
+    """Tries once; returns why not if the store refused it and nobody else has it."""
     epoch = (row.epoch or 0) + 1
     taken_at = clock.monotonic()
+    refused: StoreError | None = None
     try:
         won = await ledger.update_lease(
             {"epoch": epoch, "owner": owner, "beat": 0, "phase": phase},
@@ -179,13 +190,14 @@ async def _take(
             f"AND beat = {row.beat or 0}",
             RUN_LEASE,
         )
-    except StoreError:
-        won = None  # unknown: look
+    except StoreError as exc:
+        won, refused = None, exc  # unknown: look
     if won == 0:
         return None
     now = (await ledger.read_head()).leases.get(RUN_LEASE)
     if now is None or (now.epoch, now.owner) != (epoch, owner):
-        return None
+        unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
+        return refused if unchanged else None
     return Lease(key=RUN_LEASE, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited)
 
 
@@ -217,10 +229,22 @@ async def unlock(ledger: Ledger, *, options: LeaseOptions, clock: Clock) -> Hold
                 f"The lease is held by {holder}, which is alive.",
                 "Wait for it, or stop that process first.",
             )
-    freed = await ledger.update_lease(
-        {"epoch": (row.epoch or 0) + 1, "owner": "", "beat": 0, "phase": ""},
-        f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
-        f"AND beat = {row.beat or 0}",
-        RUN_LEASE,
+    freed = 0
+    try:
+        freed = await ledger.update_lease(
+            {"epoch": (row.epoch or 0) + 1, "owner": "", "beat": 0, "phase": ""},
+            f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
+            f"AND beat = {row.beat or 0}",
+            RUN_LEASE,
+        )
+    finally:
+        now = (await ledger.read_head()).leases.get(RUN_LEASE)
+        is_freed = now is not None and (now.epoch, now.owner) == ((row.epoch or 0) + 1, "")
+    if freed or is_freed:
+        return holder
+    if now is None or not now.owner:
+        return None
+    raise LeaseHeldError(
+        f"The lease is held by {holder_of(await ledger.read_head())}, which is alive.",
+        "Wait for it, or stop that process first.",
     )
-    return holder if freed else None

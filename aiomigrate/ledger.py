@@ -163,6 +163,10 @@ class Ledger:
         try:
             table = await self._find(self.journal_name)
             content = None if table is None else await table.read()
+            if table is not None and content is not None and not len(content):
+                # Wiped by a late creator and not healed yet, or never written to.
+                beneath = await self._beneath(table, _has_founding)
+                content = content if beneath is None else beneath
         except StoreError as exc:
             raise self._unreadable(self.journal_name, exc) from exc
         return [] if content is None else parse_journal(content, self.journal_name)
@@ -224,7 +228,7 @@ class Ledger:
                 content = await table.read()
                 if is_founded(content):
                     return table
-                rows = await self._beneath(table, is_founded) if not len(content) else None
+                rows = await self._beneath(table, is_founded)
                 if rows is None:
                     rows = await first()
                 elif len(rows):

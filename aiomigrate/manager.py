@@ -8,6 +8,8 @@ database where there is none.
 from __future__ import annotations
 
 import datetime as dt
+import math
+import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ from aiomigrate.errors import (
     ConfigurationError,
     LedgerError,
     MigrationFailedError,
+    ScriptError,
     TargetError,
     ValidationFailedError,
 )
@@ -113,10 +116,10 @@ class MigrationManager:
                 f"{database!r} is no database.",
                 "Pass a path, a URI, or a connection from lancedb.connect_async.",
             )
-        for name, value in (("lease_ttl", lease_ttl), ("concurrency", concurrency)):
-            if not value > 0:
-                raise ConfigurationError(f"{name}={value!r} is not positive.", "Raise it.")
-        if not ledger or not all(c.isalnum() or c in "_-." for c in ledger):
+        _check_numbers(
+            lease_ttl=lease_ttl, concurrency=concurrency, lease_wait=lease_wait, timeout=timeout
+        )
+        if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", ledger):
             raise ConfigurationError(
                 f"ledger={ledger!r} is no table name.", "Use letters, digits, and _ - . only."
             )
@@ -163,6 +166,11 @@ class MigrationManager:
             self._store.close()
         self._store = None
 
+    def _scrub(self, text: str) -> str:
+        for secret in secrets_of(self._uri, self._storage_options):
+            text = text.replace(secret, "***")
+        return text
+
     # ---- what is known without a database -------------------------------------------------------
 
     async def scripts(self) -> Scripts:
@@ -173,9 +181,13 @@ class MigrationManager:
             ScriptError: A script is wrong.
         """
         if self._scripts is None:
-            self._scripts = await anyio.to_thread.run_sync(
-                discovery.load, self._source, self._params
-            )
+            try:
+                scripts = await anyio.to_thread.run_sync(discovery.load, self._source, self._params)
+            except ScriptError as exc:
+                exc.what = self._scrub(exc.what)  # a function of the parameters may tell them
+                raise
+            discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
+            self._scripts = scripts
             self._at_target = at_target(self._scripts)
         return self._scripts
 
@@ -288,7 +300,7 @@ class MigrationManager:
             lines = {row.name: row.version for row in (await ledger.read_head()).rows}
             return self._ended(report, begun, lease_s=runner.lease_s, lines=lines)
         result = ended()
-        if result.failed or result.skipped:
+        if any(step.outcome is not Outcome.APPLIED for step in result.steps):
             raise _failed(result, log)
         log.info(
             ev.RUN_FINISHED,
@@ -513,7 +525,7 @@ class MigrationManager:
             return self._store
         grace_s = min(10.0, self._options.lease.ttl_s / 2)
         if self._connection is not None:
-            interval: dt.timedelta | None = await self._connection.get_read_consistency_interval()
+            interval = await self._interval_of(self._connection)
             if interval is None:
                 self._store = self._store_type(
                     self._connection,
@@ -523,15 +535,27 @@ class MigrationManager:
                 )
                 return self._store
             if not is_local(self._uri):
+                in_memory = self._uri.startswith("memory:")
                 raise ConfigurationError(
                     "The connection was opened with read_consistency_interval, with which a "
                     "commit cannot be told from another's.",
-                    "Pass the URI and storage_options instead of the connection.",
+                    "Open it without."
+                    if in_memory
+                    else "Pass the URI and storage_options instead of the connection.",
                 )
         self._store = await self._store_type.connect(
             self._uri, self._storage_options, grace_s=grace_s
         )
         return self._store
+
+    async def _interval_of(self, connection: lancedb.AsyncConnection) -> dt.timedelta | None:
+        try:
+            interval: dt.timedelta | None = await connection.get_read_consistency_interval()
+        except RuntimeError as exc:
+            raise ConfigurationError(
+                f"The connection cannot be used: {exc}.", "Pass one that is open."
+            ) from exc
+        return interval
 
     async def _look(
         self,
@@ -596,6 +620,23 @@ class MigrationManager:
         return check_operations(plan, states)
 
 
+def _check_numbers(**options: object) -> None:
+    """Checks the options that are numbers: finite, and positive but for the patience.
+
+    Raises:
+        ConfigurationError: One is not.
+    """
+    for name, value in options.items():
+        if value is None and name == "timeout":
+            continue
+        kind: type | tuple[type, ...] = int if name == "concurrency" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ConfigurationError(f"{name}={value!r} is not a number.", "Give a number.")
+        assert isinstance(value, int | float)  # noqa: S101 - `kind` says so
+        if not math.isfinite(value) or value < 0 or (value == 0 and name != "lease_wait"):
+            raise ConfigurationError(f"{name}={value!r} is too small or too large.", "Change it.")
+
+
 def _currents(plan: Plan) -> dict[str, int]:
     return {name: state.current for name, state in plan.lines.items()}
 
@@ -656,8 +697,14 @@ def _stamps(scripts: Scripts, tables: Collection[str] | None, to: Target) -> dic
     return result
 
 
+def _last_line(error: str) -> str:
+    lines = error.strip().splitlines()
+    return lines[-1] if lines else "unknown"
+
+
 def _failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFailedError:
-    step = next(iter(report.failed), report.steps[0])
+    bad = [step for step in report.steps if step.outcome is not Outcome.APPLIED]
+    step = next(iter(report.failed), bad[0])
     others = len(report.failed) - 1
     more = f" ({others} more failed)" if others > 0 else ""
     where = " in another process" if elsewhere else ""
@@ -670,7 +717,7 @@ def _failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFa
     )
     return MigrationFailedError(
         f"Migration {step.line} {step.version} failed{where}: "
-        f"{step.error.strip().splitlines()[-1] if step.error else 'unknown'}{more}. "
+        f"{_last_line(step.error).rstrip('.')}{more}. "
         f"{len(report.applied)} applied, {len(report.skipped)} skipped.",
         step.remedy or "Correct the migration and run again; what was applied stays.",
         report=report,

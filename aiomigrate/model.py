@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aiomigrate.errors import InvalidMigrationError
-from aiomigrate.operations.base import Operation
+from aiomigrate.operations.base import Operation, is_table_name
 from aiomigrate.operations.data import Run, Up
 
 MAX_VERSION = 2**31 - 1
@@ -87,9 +87,12 @@ class Migration:
             raise wrong("down has no up.", "Pass up=, or leave down= out.")
         if isinstance(self.touches, str):
             raise wrong("touches is text, not names.", f"Write touches=({self.touches!r},).")
-        for text in self.touches or ():
-            if not isinstance(text, str) or not text:
-                raise wrong(f"touches {text!r} is no table.", "Name tables as text.")
+        for text in (*(self.touches or ()), *([] if self.table is None else [self.table])):
+            if not is_table_name(text):
+                raise wrong(
+                    f"LanceDB takes no table named {text!r}.",
+                    "Use up to 200 letters (a to z), digits and _ - . only.",
+                )
         for other, version in self.depends_on.items():
             if not _is_int(version) or version < 1 or not isinstance(other, str):
                 raise wrong(
@@ -134,6 +137,14 @@ class Migration:
         given = self._checked(found)
         bound = tuple(simple for o in given for simple in o.on(self.table).expand())
         for operation in bound:
+            for table in operation.tables:
+                if not is_table_name(table):
+                    raise InvalidMigrationError(
+                        f"Migration of {self.name!r}: LanceDB takes no table named {table!r}.",
+                        "Use up to 200 letters (a to z), digits and _ - . only.",
+                        line=self.name,
+                        version=self.version,
+                    )
             if operation.table is None and not isinstance(operation, Run):
                 raise InvalidMigrationError(
                     f"Migration of {self.name!r}: {operation.describe()!r} names no table.",

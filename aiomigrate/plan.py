@@ -206,8 +206,14 @@ def _check_targets(states: Mapping[str, LineState], scripts: Scripts, to: Target
     for line, version in wanted.items():
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
             raise TargetError(f"{version!r} is no version to go to.", "Use 0 or more.", line=line)
-        if not isinstance(to, Mapping) or line not in states:
+        if not isinstance(to, Mapping):
             continue
+        if line not in states:
+            raise TargetError(
+                f"A version is given for {line!r}, which is not among the lines to upgrade.",
+                f"Those are {', '.join(states) or 'none'}.{nearest(line, scripts.line_names())}",
+                line=line,
+            )
         current = states[line].current
         if version < current:
             raise TargetError(

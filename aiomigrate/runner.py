@@ -124,6 +124,7 @@ class Runner:
         self._log = log
         self._since = clock.wall().isoformat(timespec="seconds")
         self._running: dict[str, str] = {}
+        self._deaf = False
         self.results: dict[Key, StepReport] = {}
         self.plan: Plan | None = None
         self.lease_s = 0.0
@@ -389,18 +390,23 @@ class Runner:
     def _tell(
         self, script: Script, state: str, doing: str = "", done: int = 0, total: int | None = None
     ) -> None:
-        if self._options.on_progress is not None:
-            self._options.on_progress(
-                Progress(
-                    line=script.line,
-                    version=script.version,
-                    description=script.description,
-                    state=state,
-                    doing=doing,
-                    done=done,
-                    total=total,
-                )
-            )
+        if self._options.on_progress is None:
+            return
+        progress = Progress(
+            line=script.line,
+            version=script.version,
+            description=script.description,
+            state=state,
+            doing=doing,
+            done=done,
+            total=total,
+        )
+        try:
+            self._options.on_progress(progress)
+        except Exception as exc:  # noqa: BLE001 - whoever watches decides nothing
+            if not self._deaf:
+                self._log.warning(ev.PROGRESS_FAILED, error=repr(exc))
+            self._deaf = True
 
     # ---- stamping -------------------------------------------------------------------------------
 
@@ -444,8 +450,10 @@ class Runner:
             for line, version in versions.items():
                 left = seen.journal.of(line).unfinished
                 if left is not None:
+                    # Going on below it, its witnesses tell the next run which updates are done.
+                    is_below = version < (left.started.version or 0)
                     branches = left.started.detail.get("branches", {})
-                    await executor.clean(list(left.savepoints), branches)
+                    await executor.clean([] if is_below else list(left.savepoints), branches)
                 executor.lift(line, version)
 
         await self.hold(work, is_done=never, doing="stamping")

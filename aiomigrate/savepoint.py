@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import anyio
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,6 +26,7 @@ Guard = Callable[[], Awaitable[None]]
 """Raises unless the lease is safely ours."""
 
 _WINDOW_ROWS = 20_000
+_REPLAY = "aiomigrate-replay-"
 
 
 async def restore_fenced(
@@ -94,8 +97,9 @@ async def _covering(
     covered = [(head + 1, mine - 1)]
     if back != mine + 1:
         raise UnresolvedError(
-            f"{script}: restoring table {name!r} crossed other writers twice. Its table_versions "
-            f"{mine + 1} to {back - 1} hold commits that its head {back} does not.",
+            f"{script}: restoring table {name!r} crossed other writers twice: its head {back} "
+            f"holds their table_versions {head + 1} to {mine - 1} on top of this migration, but "
+            f"not {mine + 1} to {back - 1}.",
             f"Inspect them with `table.checkout({mine + 1})`, merge by hand, then "
             f"{_accept(script)}",
             line=script.line,
@@ -203,12 +207,22 @@ async def drop_branch(store: Store, table: str, name: str) -> None:
 # ---- was that commit ours? ----------------------------------------------------------------------
 
 
-def shape_effect(state: TableState) -> dict[str, Any]:
-    """Describes a commit that changes schema or indexes: what is there after it."""
+def shape_effect(
+    state: TableState, *, renames: Mapping[str, str] | None = None, loose: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Describes a commit that changes schema or indexes.
+
+    Args:
+        state: What is there after it.
+        renames: New name by old name: such columns hold what the old ones held.
+        loose: Columns (by their old names) whose values change their form.
+    """
     return {
         "do": "shape",
         "fields": {f.name: spell(f) for f in state.schema},
         "indexes": sorted(str(i) for i in state.indexes),
+        "renames": dict(renames or {}),
+        "loose": sorted(loose),
     }
 
 
@@ -249,12 +263,15 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
         if effect["do"] == "vacate":
             return (await after.state()).is_leftover
         if effect["do"] == "restore":
-            return await same_content(await (await store.open(name)).at(int(effect["to"])), after)
+            return await _same(await (await store.open(name)).at(int(effect["to"])), after)
         before = await (await store.open(name)).at(base)
         match effect["do"]:
             case "shape":
                 found = shape_effect(await after.state())
-                return found == dict(effect) and await same_content(before, after)
+                told = {key: effect[key] for key in ("fields", "indexes")}
+                return told == {key: found[key] for key in told} and await same_content(
+                    before, after, renames=effect["renames"], loose=effect["loose"]
+                )
             case "add":
                 return await _was_appended(before, after, effect)
             case "insert":
@@ -262,9 +279,11 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
             case "overwrite":
                 return (await after.state()).has(str(effect["witness"]))
             case "optimize":
-                return await same_content(before, after)
+                return await _same(before, after)
             case _:
-                return await _replays(store, name, base, effect, after)
+                # Else someone else's change of the schema would be taken for our change of rows.
+                same = (await before.state()).shape() == (await after.state()).shape()
+                return same and await _replays(store, name, base, effect, after)
     except StoreError:
         return False
 
@@ -289,15 +308,16 @@ async def _was_inserted(before: Table, after: Table, effect: Mapping[str, Any]) 
 async def _replays(
     store: Store, name: str, base: int, effect: Mapping[str, Any], after: Table
 ) -> bool:
-    branch = f"aiomigrate-replay-{hashlib.sha256(repr(effect).encode()).hexdigest()[:12]}-{base}"
     main = await store.open(name)
-    if branch in await main.branches():
-        await main.delete_branch(branch)
-    copy = await main.create_branch(branch, base)
+    for left in await main.branches():  # by a process that died while it looked
+        if left.startswith(_REPLAY):
+            await main.delete_branch(left)
+    branch = _REPLAY + secrets.token_hex(6)  # a name whose creation crashed is unusable for ever
     try:
+        copy = await main.create_branch(branch, base)
         match effect["do"]:
             case "update":
-                await copy.update(values=effect["values"], sql=effect["sql"], where=effect["where"])
+                await copy.update(sql=effect["sql"], where=effect["where"])
             case "delete":
                 await copy.delete(effect["where"])
             case "merge":
@@ -307,18 +327,39 @@ async def _replays(
                 return False
         return await same_content(copy, after)
     finally:
-        await main.delete_branch(branch)
+        with anyio.CancelScope(shield=True):
+            await drop_branch(store, name, branch)
 
 
-async def same_content(one: Table, other: Table) -> bool:
-    """Returns whether two versions hold the same rows, in the columns both have."""
+async def _same(one: Table, other: Table) -> bool:
+    """Returns whether two versions have one shape and the same rows."""
+    alike = (await one.state()).shape() == (await other.state()).shape()
+    return alike and await same_content(one, other)
+
+
+async def same_content(
+    one: Table,
+    other: Table,
+    *,
+    renames: Mapping[str, str] | None = None,
+    loose: Collection[str] = (),
+) -> bool:
+    """Returns whether two versions hold the same rows, in the columns both have.
+
+    Args:
+        one: The first.
+        other: The second.
+        renames: What a column of the first is called in the second, where that differs.
+        loose: Columns of the first that are not compared.
+    """
     if await one.count_rows() != await other.count_rows():
         return False
     names = set((await other.state()).schema.names)
-    common = [n for n in (await one.state()).schema.names if n in names]
-    theirs = _windows(other, common)
+    have = [n for n in (await one.state()).schema.names if n not in loose]
+    common = [n for n in have if (renames or {}).get(n, n) in names]
+    theirs = _windows(other, [(renames or {}).get(name, name) for name in common])
     async for rows in _windows(one, common):
-        if digest(rows) != digest(await anext(theirs)):
+        if digest(rows) != digest((await anext(theirs)).rename_columns(common)):
             return False
     return True
 

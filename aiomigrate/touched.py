@@ -19,7 +19,7 @@ from aiomigrate.errors import (
     StaleHandleError,
     UnresolvedError,
 )
-from aiomigrate.lance import Store, Table
+from aiomigrate.lance import Store, Table, sql_literal
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, Transform, remember
 from aiomigrate.operations.indexes import with_index
@@ -350,7 +350,13 @@ class Touched:
         schema = paths.changed(state.schema, {str(a["path"]): _altering(a) for a in alterations})
         names = {str(a["path"]): str(a["rename"]) for a in alterations if "rename" in a}
         after = TableState(schema, tuple(index.renamed(names) for index in state.indexes))
-        await self._commit(shape_effect(after), lambda t: t.alter_columns(alterations))
+        # What the content can be compared by, should we die right after it.
+        loose = {paths.root(str(a["path"])) for a in alterations if "data_type" in a}
+        loose |= {paths.root(path) for path in names if "." in path}
+        effect = shape_effect(
+            after, renames={p: n for p, n in names.items() if "." not in p}, loose=loose
+        )
+        await self._commit(effect, lambda t: t.alter_columns(alterations))
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
         """Sets entries of a column's metadata."""
@@ -393,13 +399,15 @@ class Touched:
     ) -> int:
         """Sets columns of the matching rows; returns how many."""
         changed = 0
+        # As SQL, so that what is announced is what is done, and can be written as JSON.
+        whole = {**sql, **{column: sql_literal(value) for column, value in values.items()}}
 
         async def run(table: Table) -> int:
             nonlocal changed
-            changed, version = await table.update(values=values, sql=sql, where=where)
+            changed, version = await table.update(sql=whole, where=where)
             return version
 
-        effect = {"do": "update", "values": dict(values), "sql": dict(sql), "where": where}
+        effect = {"do": "update", "sql": whole, "where": where}
         await self._commit(effect, run)
         self.rows += changed
         return changed

@@ -17,7 +17,7 @@ import anyio
 
 from aiomigrate import events as ev
 from aiomigrate.clock import Clock
-from aiomigrate.errors import AiomigrateError, LeaseLostError, StoreError
+from aiomigrate.errors import AiomigrateError, LeaseLostError, LedgerError, StoreError
 from aiomigrate.lease import Lease, LeaseOptions
 from aiomigrate.ledger import Ledger, lease_row_name
 from aiomigrate.model import Event, HeadRow
@@ -163,6 +163,13 @@ class Writer:
                 if isinstance(exc, LeaseLostError):
                     self._log.error(ev.LEASE_LOST, epoch=self.lease.epoch)
                 self.on_lost()
+            except Exception as exc:  # noqa: BLE001 - whoever waits must be told, or waits for ever
+                self.error = LedgerError(
+                    f"The ledger could not be written: {type(exc).__name__}: {exc}.",
+                    "This is a defect of aiomigrate: please report it.",
+                )
+                self.error.__cause__ = exc
+                self.on_lost()
             finally:
                 self._tell_all()
 
@@ -222,13 +229,11 @@ class Writer:
         try:
             await self._ledger.append(events, self.lease.owner)
             self._append_s = self._clock.monotonic() - begun
-        except AiomigrateError as exc:
-            for request in batch:
-                request.error = exc
+        except BaseException:
+            self._requests = batch + self._requests  # told with everyone else
             raise
-        finally:
-            for request in batch:
-                request.done.set()
+        for request in batch:
+            request.done.set()
 
     async def _write_head(self, *, closing: bool) -> None:
         started = self._clock.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import enum
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -398,11 +399,23 @@ def checked_new(what: str, names: Iterable[str]) -> None:
             raise InvalidMigrationError(
                 f"{what}: {name!r} is reserved.", f"Avoid names in {WITNESS_PREFIX}*."
             )
-        if not name or "." in name:
+        if not name or "." in name or "`" in name or name.lower() in _KEPT:
             raise InvalidMigrationError(
                 f"{what}: LanceDB takes no column named {name!r}.",
-                "Use a non-empty name without a dot.",
+                "Use a non-empty name without a dot or backtick, and none of LanceDB's own.",
             )
+
+
+_KEPT = ("_rowid", "_rowaddr", "_row_created_at_version", "_row_last_updated_at_version")
+
+
+def is_table_name(name: object) -> bool:
+    """Returns whether LanceDB takes a table of that name (measured)."""
+    return (
+        isinstance(name, str)
+        and name not in (".", "..")
+        and re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name) is not None
+    )
 
 
 def quote(column: str) -> str:
