@@ -164,7 +164,7 @@ async def acquire(
         if refused is not None and clock.monotonic() - begun > min(options.wait_s, _REFUSED_S):
             raise refused
         if clock.monotonic() - begun > options.wait_s:
-            holder = holder_of(head) or "others, one after another"
+            holder = holder_of(await ledger.read_head()) or "others, one after another"
             raise LeaseTimeoutError(
                 f"Waited {options.wait_s:g} s for the lease, which is held by {holder}.",
                 "Wait for it to finish, raise the wait, or if that process is dead run "

@@ -30,7 +30,14 @@ _REPLAY = "aiomigrate-replay-"
 
 
 async def restore_fenced(
-    store: Store, name: str, *, to: int, head: int, guard: Guard, script: Script, branch: str | None
+    store: Store,
+    name: str,
+    *,
+    to: int,
+    head: int,
+    guard: Guard,
+    script: Script,
+    branch: str | None = None,
 ) -> int:
     """Returns a table to an older table_version, if its head is still the one we know.
 
@@ -259,9 +266,10 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
     try:
         after = await (await store.open(name)).at(base + 1)
         if effect["do"] == "create":
-            return not (await after.state()).is_leftover
+            fresh = base == 0 or await _is_leftover(store, name, base)
+            return fresh and not (await after.state()).is_leftover
         if effect["do"] == "vacate":
-            return (await after.state()).is_leftover
+            return await _is_leftover(store, name, base + 1)
         if effect["do"] == "restore":
             return await _same(await (await store.open(name)).at(int(effect["to"])), after)
         before = await (await store.open(name)).at(base)
@@ -286,6 +294,10 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
                 return same and await _replays(store, name, base, effect, after)
     except StoreError:
         return False
+
+
+async def _is_leftover(store: Store, name: str, version: int) -> bool:
+    return (await (await (await store.open(name)).at(version)).state()).is_leftover
 
 
 async def _was_appended(before: Table, after: Table, effect: Mapping[str, Any]) -> bool:
