@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiomigrate.errors import AiomigrateError, MigrationFailedError
     from aiomigrate.manager import MigrationManager
     from aiomigrate.model import Event, Migration, Script, Scripts
-    from aiomigrate.plan import Plan, Step
+    from aiomigrate.plan import OnDestructive, Plan, Step
     from aiomigrate.reconcile import OnAhead
     from aiomigrate.report import Outcome, Report, Status, StepReport, Validation
     from aiomigrate.runner import Progress
@@ -32,6 +32,7 @@ _MODULES = {
     "MigrationFailedError": "errors",
     "MigrationManager": "manager",
     "OnAhead": "reconcile",
+    "OnDestructive": "plan",
     "Outcome": "report",
     "Plan": "plan",
     "Progress": "runner",
@@ -55,6 +56,7 @@ __all__ = [
     "MigrationFailedError",
     "MigrationManager",
     "OnAhead",
+    "OnDestructive",
     "Outcome",
     "Plan",
     "Progress",

@@ -88,7 +88,7 @@ class Applier:
         for attempt in range(_ATTEMPTS):
             if operation.done(touched.state, witness):
                 return
-            expected = operation.evolve(touched.state)
+            expected = operation.predict(touched.state, witness)
             seen = len(touched.foreign)
             try:
                 await operation.apply(touched)
@@ -110,27 +110,40 @@ class Applier:
                 _compare(operation, expected, touched)
             return
 
-    async def clean(self, tables: Iterable[str], branches: Mapping[str, str]) -> None:
+    async def clean(
+        self, tables: Iterable[str], branches: Mapping[str, str]
+    ) -> dict[str, dict[str, Any]]:
         """Removes what a recorded migration needed only while it ran; harmless when repeated.
 
         Args:
             tables: Tables with witness columns to drop.
             branches: Savepoint branch by table.
 
+        Returns:
+            table_version before and after (and what others committed between), of each table that
+            was committed to.
+
         Raises:
             LeaseLostError: Another process has taken over.
         """
+        cleaned: dict[str, dict[str, Any]] = {}
 
         async def drop_witnesses(table: Table) -> None:
-            if ours := (await table.state()).witnesses():
+            state = await table.state()
+            if (ours := state.witnesses()) and not state.is_leftover:
                 await self._check()
-                await table.drop_columns(ours)
+                before = await table.version()
+                after = await table.drop_columns(ours)
+                cleaned[table.name] = {"before": before, "after": after}
+                if after > before + 1:  # others came between
+                    cleaned[table.name]["foreign"] = [[before + 1, after - 1]]
 
         for name in tables:
             await self._insist(name, drop_witnesses)
         for name, branch in branches.items():
             await self._check()
             await drop_branch(self._store, name, branch)
+        return cleaned
 
     async def fence(
         self,

@@ -168,6 +168,10 @@ class OverwriteLostError(AiomigrateError):
     """Others committed during every attempt to overwrite a table. Everything of theirs is kept."""
 
 
+class RollbackRefusedError(PlanError):
+    """A migration cannot be undone, or not without giving up what others committed since."""
+
+
 class DestructiveError(PlanError):
     """A step discards what could not be brought back, and that was not allowed."""
 

@@ -28,9 +28,12 @@ STEP_STARTED = "step.started"
 STEP_APPLIED = "step.applied"  # the one canonical line per finished migration
 STEP_FAILED = "step.failed"
 STEP_SKIPPED = "step.skipped"
+STEP_ROLLED_BACK = "step.rolled_back"
 STEP_RESTORED = "step.restored"
 STEP_UNRESOLVED = "step.unresolved"
 STEP_RECOVERING = "step.recovering"
+
+SAVEPOINTS_PRUNED = "savepoints.pruned"
 
 LINE_UNKNOWN = "line.unknown"
 LINE_AHEAD = "line.ahead"

@@ -29,13 +29,14 @@ from aiomigrate.errors import (
 )
 from aiomigrate.fold import Unfinished
 from aiomigrate.lance import Store
-from aiomigrate.model import HeadRow, Kind, Params, Script
+from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
 from aiomigrate.savepoint import branch_name, drop_branch
 from aiomigrate.touched import Touched
+from aiomigrate.undo import destroys
 from aiomigrate.writer import Writer
 
 
@@ -53,6 +54,7 @@ class Executor:
         log: Any,
         timeout_s: float | None,
         concurrency: int,
+        keeps: bool,
         progress: Progress,
     ) -> None:
         """Binds to the writer whose lease everything happens under.
@@ -66,6 +68,7 @@ class Executor:
             log: Bound logger.
             timeout_s: Seconds one migration may take.
             concurrency: How many migrations may operate at once.
+            keeps: Whether savepoints of destructive migrations are kept.
             progress: Told how steps proceed.
         """
         self._store = store
@@ -77,9 +80,9 @@ class Executor:
         self._timeout_s = timeout_s
         self._slots = anyio.CapacityLimiter(concurrency)
         self._progress = progress
-        self._applier = Applier(store, writer.check, progress=progress, log=log)
-        self._recovery = Recovery(store, self._applier, self._record, check=writer.check, log=log)
-        self.clean = self._applier.clean
+        self._keeps = keeps
+        self.applier = Applier(store, writer.check, progress=progress, log=log)
+        self.recovery = Recovery(store, self.applier, self.record, check=writer.check, log=log)
 
     async def run(
         self, script: Script, unfinished: Unfinished | None, ready_at: float
@@ -108,7 +111,7 @@ class Executor:
                 log.debug(ev.STEP_STARTED, description=script.description)
                 with self._writer.working(), anyio.move_on_after(self._timeout_s) as limit:
                     if unfinished is not None:
-                        await self._recovery.recover(work, unfinished)
+                        await self.recovery.recover(work, unfinished)
                     await self._operate(work, log)
                     # A function that swallowed its cancellation is not done.
                     await anyio.lowlevel.checkpoint_if_cancelled()
@@ -146,7 +149,28 @@ class Executor:
 
     async def _operate(self, work: Work, log: Any) -> None:
         script = work.script
-        for name in script.touches:
+        await self.touch(work)
+        if not work.resumed:
+            _check(script, work.tables)
+            if work.journaled:
+                await self._start(work)
+        operations = script.operations[work.begin_at :]
+        for position, operation in enumerate(operations, work.begin_at + 1):
+            self._progress(script, operation.describe(), position - 1, len(script.operations))
+            if isinstance(operation, Run):
+                await self.run_function(work, operation, log)
+            else:
+                touched = work.tables[operation.table or ""]
+                witness = witness_name(script, operation, script.operations[: position - 1])
+                await self.applier.apply(operation, touched, script, witness)
+            # Durable before the next commit, with whose announcement it goes.
+            work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
+            done = {"operations": position}
+            work.held_back.append(event_of(script, Kind.ADVANCED, detail=done))
+
+    async def touch(self, work: Work) -> None:
+        """Opens every table that a migration touches."""
+        for name in work.script.touches:
             touched = Touched(
                 self._store,
                 name,
@@ -156,25 +180,9 @@ class Executor:
                 others=work.tables,
             )
             await touched.open()
-            touched.before = work.savepoints.get(name, touched.before)
+            if name in work.savepoints:
+                await touched.resume_from(work.savepoints[name])
             work.tables[name] = touched
-        if not work.resumed:
-            _check(script, work.tables)
-            if work.journaled:
-                await self._start(work)
-        operations = script.operations[work.begin_at :]
-        for position, operation in enumerate(operations, work.begin_at + 1):
-            self._progress(script, operation.describe(), position - 1, len(script.operations))
-            if isinstance(operation, Run):
-                await self._run_function(work, operation, log)
-            else:
-                touched = work.tables[operation.table or ""]
-                witness = witness_name(script, operation, script.operations[: position - 1])
-                await self._applier.apply(operation, touched, script, witness)
-            # Durable before the next commit, with whose announcement it goes.
-            work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
-            done = {"operations": position}
-            work.held_back.append(event_of(script, Kind.ADVANCED, detail=done))
 
     async def _start(self, work: Work) -> None:
         script = work.script
@@ -200,7 +208,7 @@ class Executor:
         if not work.branches and not script.runs_code:
             work.held_back.append(started)  # the first commit's announcement takes it along
             return
-        await self._record(work, started)
+        await self.record(work, started)
         for name, branch in work.branches.items():
             touched = work.tables[name]
             await self._writer.check()
@@ -214,14 +222,20 @@ class Executor:
                         await drop_branch(self._store, name, branch)
                 raise
 
-    async def _run_function(self, work: Work, operation: Run, log: Any) -> None:
+    async def run_function(self, work: Work, operation: Run, log: Any) -> None:
+        """Runs a migration's function with a context.
+
+        Raises:
+            OperationError: It raised `CancelledError` or `SystemExit` by itself.
+            Exception: What it raised.
+        """
         script = work.script
         applied: list[Operation] = []
 
         async def apply(inner: Operation, touched: Touched) -> None:
             witness = witness_name(script, inner, applied)
             applied.append(inner)
-            await self._applier.apply(inner, touched, script, witness)
+            await self.applier.apply(inner, touched, script, witness)
 
         context = Context(
             script,
@@ -252,11 +266,17 @@ class Executor:
         ) -> None:
             held_back, work.held_back = work.held_back, []
             event = intended(work.script, table, base, effect, foreign)
-            await self._record(work, *held_back, event)
+            await self.record(work, *held_back, event)
 
         return announce
 
-    async def _record(self, work: Work, *events: Any) -> None:
+    async def record(self, work: Work, *events: Event) -> None:
+        """Makes events durable, and counts the time that takes.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+            LedgerError: The journal cannot be written.
+        """
         begun = self._clock.monotonic()
         await self._writer.record(*events)
         work.ledger_s += self._clock.monotonic() - begun
@@ -265,7 +285,14 @@ class Executor:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
-        report = self._report(work, Outcome.APPLIED, waited_s, ran_s)
+        report = self.report(work, Outcome.APPLIED, waited_s, ran_s)
+        was = {t.name: t.was for t in work.tables.values()}
+        destroyed = destroys(script, was) if self._keeps else ()
+        told: dict[str, Any] = {
+            "cleanup": cleanup,
+            "branches": {t: b for t, b in work.branches.items() if t not in destroyed},
+            "kept": {t: b for t, b in work.branches.items() if t in destroyed},
+        }
         applied = event_of(
             script,
             Kind.APPLIED,
@@ -280,12 +307,10 @@ class Executor:
             rows=report.rows,
             commits=report.commits,
             retries=report.retries,
-            detail={"cleanup": cleanup, "branches": work.branches}
-            if cleanup or work.branches
-            else {},
+            detail={key: value for key, value in told.items() if value},
         )
-        await self._record(work, applied)
-        await self._applier.clean(cleanup, work.branches)
+        await self.record(work, applied)
+        await self.clean(script.line, script.version, cleanup, told["branches"])
         self.lift(script.line, script.version)
         report = replace(report, ledger_s=work.ledger_s)
         log.info(
@@ -300,6 +325,23 @@ class Executor:
             tables={t: f"{b} -> {a}" for t, (b, a) in report.tables.items()},
         )
         return report
+
+    async def clean(
+        self, line: str, version: int, tables: list[str], branches: Mapping[str, str]
+    ) -> None:
+        """Removes what a recorded migration needed only while it ran, and records those commits.
+
+        The head follows only afterwards, so that a crash here is seen and made good.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+        """
+        if cleaned := await self.applier.clean(tables, branches):
+            event = Event(
+                lease="", epoch=0, seq=0, at=self._clock.wall(), kind=Kind.CLEANED,
+                line=line, version=version, tables=cleaned,
+            )  # fmt: skip
+            await self._writer.record(event)
 
     def lift(self, line: str, version: int) -> None:
         """Lets the head follow to a version the journal holds."""
@@ -316,9 +358,10 @@ class Executor:
             )
         )
 
-    def _report(
+    def report(
         self, work: Work, outcome: Outcome, waited_s: float, ran_s: float, **more: Any
     ) -> StepReport:
+        """Returns what came of a migration."""
         tables = work.tables.values()
         return StepReport(
             line=work.script.line,
@@ -353,11 +396,11 @@ class Executor:
         # A resumed migration stays where it is, and the next run goes on from there again.
         elif not isinstance(exc, UnresolvedError) and not work.resumed:
             try:
-                restored = await self._recovery.undo(work)
+                restored = await self.recovery.undo(work)
             except UnresolvedError as unresolvable:
                 error = unresolvable
-        why = "cancelled" if exc is None else _tell(exc, self._store)
-        trace = "" if exc is None else _trace(exc, self._store)
+        why = "cancelled" if exc is None else failure_text(exc, self._store)
+        trace = "" if exc is None else failure_trace(exc, self._store)
         unresolved_now = isinstance(error, UnresolvedError)
         if unresolved_now:
             log.error(ev.STEP_UNRESOLVED, error=str(error))
@@ -384,9 +427,9 @@ class Executor:
                 detail=detail,
             )
         )
-        await self._record(work, *events)
+        await self.record(work, *events)
         if is_back:
-            await self._applier.clean([], work.branches)
+            await self.applier.clean([], work.branches)
         log.error(
             ev.STEP_FAILED, error=why, restored=restored, unresolved=unresolved_now,
             ran_s=round(ran_s, 4),
@@ -402,7 +445,7 @@ class Executor:
         if under_way:
             why = f"{why} A commit to {', '.join(sorted(under_way))} is still under way."
             remedy = "Run again: the next run looks how far it came."
-        return self._report(work, outcome, waited_s, ran_s, error=why, remedy=remedy)
+        return self.report(work, outcome, waited_s, ran_s, error=why, remedy=remedy)
 
     async def _moved(self, work: Work) -> list[str]:
         """Returns the tables that were committed to since, though not by the migration."""
@@ -424,7 +467,8 @@ def _check(script: Script, tables: Mapping[str, Touched]) -> None:
         states = operation.fold(states)
 
 
-def _tell(exc: BaseException, store: Store) -> str:
+def failure_text(exc: BaseException, store: Store) -> str:
+    """Returns a failure in one sentence, without secrets."""
     if isinstance(exc, AiomigrateError):
         return store.scrub(exc.what)
     leaf = exc
@@ -433,7 +477,8 @@ def _tell(exc: BaseException, store: Store) -> str:
     return store.scrub(f"{type(leaf).__name__}: {leaf}")
 
 
-def _trace(exc: BaseException, store: Store) -> str:
+def failure_trace(exc: BaseException, store: Store) -> str:
+    """Returns a failure as the journal keeps it, without secrets."""
     if isinstance(exc, OperationError):
         return store.scrub(str(exc))
     return store.scrub("".join(traceback.format_exception(exc)))

@@ -131,7 +131,7 @@ def fold(events: Iterable[Event]) -> Journal:
     for event in valid:
         if event.line is not None:
             lines.setdefault(event.line, _Line()).take(event)
-        if event.kind in (Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED):
+        if event.kind in (Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED, Kind.ROLLED_BACK):
             for table, facts in event.tables.items():
                 if "shape" in facts:
                     shapes[table] = facts["shape"]
@@ -155,8 +155,9 @@ class _Line:
         self.advanced = 0
         self.intents: list[Event] = []
         self.unresolved: Event | None = None
+        self.undone: Applied | None = None
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Event) -> None:  # noqa: C901 - a closed case list
         match event.kind:
             case Kind.STARTED:
                 self._end()
@@ -167,6 +168,22 @@ class _Line:
                 self.intents.append(event)
             case Kind.RESTORED:
                 self._end()
+            case Kind.ROLLING_BACK:
+                self._end()
+                self.started = event
+                self.undone = self.applied.pop(event.version or 0, None)
+                self.current = int(event.detail.get("to", 0))
+                self.last = event
+            case Kind.ROLLED_BACK:
+                self._end()
+                self.last = event
+            case Kind.KEPT if self._is_of_started(event):
+                # Undoing it failed and was itself undone: it is applied as it was.
+                if self.undone is not None:
+                    self.applied[self.undone.version] = self.undone
+                    self.current = self.undone.version
+                self._end()
+                self.last = event
             case Kind.FAILED:
                 self.failed = event
                 if self.started is not None:

@@ -12,6 +12,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -37,9 +38,9 @@ from aiomigrate.fold import Journal, fold
 from aiomigrate.lance import Store, is_local, locate, redact, secrets_of
 from aiomigrate.lease import LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
-from aiomigrate.model import Event, HeadRow, Scripts, Target
+from aiomigrate.model import Event, HeadRow, Script, Scripts, Target
 from aiomigrate.operations.base import TableState
-from aiomigrate.plan import Plan, build_plan, check_operations
+from aiomigrate.plan import OnDestructive, Plan, build_plan, build_rollback, check_operations
 from aiomigrate.reconcile import (
     OnAhead,
     Reconciled,
@@ -51,6 +52,7 @@ from aiomigrate.reconcile import (
 )
 from aiomigrate.report import Holder, LineStatus, Outcome, Report, Status, StepReport, Validation
 from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
+from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo
 
 if TYPE_CHECKING:
     import lancedb
@@ -78,6 +80,8 @@ class MigrationManager:
         timeout: float | None = None,
         storage_options: Mapping[str, str] | None = None,
         on_ahead: OnAhead = OnAhead.ERROR,
+        on_destructive: OnDestructive = OnDestructive.KEEP,
+        keep_savepoints: float = 7 * 86400.0,
         on_progress: Callable[[Progress], None] | None = None,
         logger: Any = None,
         clock: Clock | None = None,
@@ -97,6 +101,10 @@ class MigrationManager:
             timeout: Seconds one migration may take; by default no limit.
             storage_options: As for `lancedb.connect_async`; never shown anywhere.
             on_ahead: Whether a database newer than the code is an error.
+            on_destructive: What to do about steps that discard what is there: keep a savepoint of
+                it, so that they can be undone; allow them; or refuse them.
+            keep_savepoints: Seconds for which such savepoints are kept; the first run after that
+                deletes them.
             on_progress: Called in the event loop with each `Progress`.
             logger: A structlog logger; by default `structlog.get_logger("aiomigrate")`.
             clock: Clocks, for tests.
@@ -117,8 +125,9 @@ class MigrationManager:
                 "Pass a path, a URI, or a connection from lancedb.connect_async.",
             )
         _check_numbers(
-            lease_ttl=lease_ttl, concurrency=concurrency, lease_wait=lease_wait, timeout=timeout
-        )
+            lease_ttl=lease_ttl, concurrency=concurrency, lease_wait=lease_wait, timeout=timeout,
+            keep_savepoints=keep_savepoints,
+        )  # fmt: skip
         if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", ledger):
             raise ConfigurationError(
                 f"ledger={ledger!r} is no table name.", "Use letters, digits, and _ - . only."
@@ -133,6 +142,8 @@ class MigrationManager:
             concurrency=concurrency,
             lease=LeaseOptions(ttl_s=lease_ttl, beat_s=lease_ttl / 6, wait_s=lease_wait),
             timeout_s=timeout,
+            on_destructive=on_destructive,
+            keep_s=keep_savepoints,
             on_progress=on_progress,
         )
         self._clock = clock or Clock()
@@ -312,9 +323,173 @@ class MigrationManager:
         return result
 
     def _ended(self, report: Report, begun: float, **facts: Any) -> Report:
-        from dataclasses import replace
-
         return replace(report, total_s=self._clock.monotonic() - begun, **facts)
+
+    async def rollback(
+        self,
+        line: str | Mapping[str, int],
+        *,
+        to: int | None = None,
+        allow_destructive: bool = False,
+    ) -> Report:
+        """Undoes applied migrations, what was applied later first. Takes the lease.
+
+        Each by its own inverse, by those of its operations, or by returning its tables to where it
+        found them: that takes milliseconds whatever their size, and is done only while every
+        commit since is known to be ours. The head is lowered before data is touched. A crash
+        leaves an undoing that the next run goes on with. A later upgrade applies them again.
+
+        Args:
+            line: The line (table), or the version to go back to by line.
+            to: The version to go back to, 0 for none; by default the one before.
+            allow_destructive: Whether commits that others made since may be given up, where
+                nothing else undoes a migration. They stay in the table's history.
+
+        Returns:
+            What was undone; without steps when there was nothing to undo.
+
+        Raises:
+            RollbackRefusedError: A migration cannot be undone; nothing was changed.
+            DependencyError: Another migration that stays needs it; nothing was changed.
+            TargetError: A line or version is unknown, or above where the line is.
+            MigrationFailedError: Undoing one failed; its report says what was undone.
+            LedgerError: The metadata tables cannot be trusted.
+            LeaseError: The lease could not be had or kept.
+            StoreError: LanceDB failed.
+        """
+        run_id = secrets.token_hex(4)
+        log = self._log.bind(run_id=run_id)
+        begun = self._clock.monotonic()
+        report = Report(run_id=run_id, database=self.database, started_at=self._clock.wall())
+        plan = await self.plan_rollback(line, to=to, allow_destructive=allow_destructive)
+        if plan.is_empty:
+            return self._ended(report, begun, lines=_currents(plan))
+        scripts = await self.scripts()
+        store = await self._connect()
+        ledger = self._ledger(store, log)
+        runner = Runner(
+            store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
+        )
+
+        async def look() -> Seen:
+            return await self._look_back(store, scripts, log, line, to, allow_destructive)
+
+        async def decide_again(script: Script) -> Undo:
+            seen = await self._read(store, scripts, log)
+            return await self._decide_undo(store, seen, script, allow_destructive)
+
+        log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
+        await runner.rollback(look, decide_again)
+        lines = _currents(runner.plan or plan)
+        for step in (runner.plan or plan).steps:
+            result = runner.results.get(step.key)
+            if result is not None and result.outcome.is_done and step.undo is not None:
+                lines[step.script.line] = min(step.undo.to, lines[step.script.line])
+        result_report = self._ended(
+            report,
+            begun,
+            lease_s=runner.lease_s,
+            steps=tuple(runner.results.values()),
+            lines=lines,
+            ledger_commits=ledger.commits,
+        )
+        if any(not step.outcome.is_done for step in result_report.steps):
+            raise _failed(result_report, log)
+        log.info(ev.RUN_FINISHED, rolled_back=len(result_report.steps),
+                 total_s=round(result_report.total_s, 4))  # fmt: skip
+        return result_report
+
+    async def plan_rollback(
+        self,
+        line: str | Mapping[str, int],
+        *,
+        to: int | None = None,
+        allow_destructive: bool = False,
+    ) -> Plan:
+        """Returns what `rollback` would do. Writes nothing, takes no lease.
+
+        Args:
+            line: As for `rollback`.
+            to: As for `rollback`.
+            allow_destructive: As for `rollback`.
+
+        Raises:
+            RollbackRefusedError: A migration cannot be undone.
+            DependencyError: Another migration that stays needs it.
+            TargetError: A line or version is unknown, or above where the line is.
+            LedgerError: The metadata tables cannot be trusted.
+            StoreError: LanceDB failed.
+        """
+        scripts = await self.scripts()
+        store = await self._open()
+        seen = await self._look_back(store, scripts, self._log, line, to, allow_destructive)
+        return seen.plan
+
+    async def _look_back(
+        self,
+        store: Store | None,
+        scripts: Scripts,
+        log: Any,
+        line: str | Mapping[str, int],
+        to: int | None,
+        allow_destructive: bool,  # noqa: FBT001 - a public keyword, handed on
+    ) -> Seen:
+        seen = await self._read(store, scripts, log)
+        targets = dict(line) if isinstance(line, Mapping) else {line: to}
+        versions: dict[str, int] = {}
+        for name, version in targets.items():
+            state = seen.decided.lines.get(name)
+            below = [v for v in (state.history.applied if state else ()) if v < state.current]  # type: ignore[union-attr]
+            versions[name] = max(below, default=0) if version is None else version
+        undos: dict[tuple[str, int], Undo] = {}
+        for key in to_undo(seen.decided, seen.journal, scripts, versions):
+            script = scripts.get(*key)
+            assert script is not None  # noqa: S101 - `to_undo` chose scripts
+            assert store is not None  # noqa: S101 - nothing is applied where there is no database
+            undos[key] = await self._decide_undo(store, seen, script, allow_destructive)
+        return replace(seen, plan=build_rollback(undos, seen.decided, scripts))
+
+    async def _decide_undo(
+        self,
+        store: Store,
+        seen: Seen,
+        script: Script,
+        allow_destructive: bool,  # noqa: FBT001 - a public keyword, handed on
+    ) -> Undo:
+        heads = {}
+        for name in script.touches:
+            table = await store.find(name)
+            heads[name] = 0 if table is None else await table.version()
+        state = seen.decided.lines[script.line]
+        return decide(script, state, seen.journal, heads, allow_destructive=allow_destructive)
+
+    async def prune(self, *, older_than: float = 0.0) -> tuple[Kept, ...]:
+        """Deletes savepoints that were kept of destructive migrations. Takes the lease.
+
+        Args:
+            older_than: Only those of migrations applied that many seconds ago, or more.
+
+        Returns:
+            What was deleted; then those migrations cannot be undone by returning to them once
+            LanceDB has cleaned the versions up.
+
+        Raises:
+            LedgerError: The metadata tables cannot be trusted.
+            LeaseError: The lease could not be had or kept.
+            StoreError: LanceDB failed.
+        """
+        scripts = await self.scripts()
+        store = await self._open()
+        if store is None:
+            return ()
+        log = self._log.bind(run_id=(run_id := secrets.token_hex(4)))
+        if not kept_savepoints((await self._read(store, scripts, log)).journal):
+            return ()
+        runner = Runner(
+            store, self._ledger(store, log), scripts, self._options,
+            run_id=run_id, clock=self._clock, log=log,
+        )  # fmt: skip
+        return await runner.prune(lambda: self._read(store, scripts, log), older_than_s=older_than)
 
     async def stamp(
         self, *, tables: Collection[str] | None = None, to: Target = None
@@ -573,6 +748,23 @@ class MigrationManager:
         Raises:
             AiomigrateError: What forbids running.
         """
+        seen = await self._read(store, scripts, log, head=head, ledger=ledger)
+        return replace(seen, plan=build_plan(seen.decided, scripts, tables=tables, to=to))
+
+    async def _read(
+        self,
+        store: Store | None,
+        scripts: Scripts,
+        log: Any,
+        *,
+        head: Head | None = None,
+        ledger: Ledger | None = None,
+    ) -> Seen:
+        """Reads head and journal, and decides the state of every line.
+
+        Raises:
+            AiomigrateError: What forbids running.
+        """
         events: list[Event] = []
         if store is not None:
             ledger = ledger or self._ledger(store, log)
@@ -587,8 +779,7 @@ class MigrationManager:
                 log.debug(ev.LINE_UNKNOWN, table=name, version=state.current)
             if state.is_ahead:
                 log.warning(ev.LINE_AHEAD, table=name, version=state.current, target=state.latest)
-        plan = build_plan(decided, scripts, tables=tables, to=to)
-        return Seen(head=head, events=events, journal=journal, decided=decided, plan=plan)
+        return Seen(head=head, events=events, journal=journal, decided=decided, plan=Plan())
 
     async def _decide(
         self, store: Store | None, head: Head, journal: Journal, scripts: Scripts
@@ -617,7 +808,10 @@ class MigrationManager:
             for name in states:
                 if name in existing:
                     _, states[name] = await store.state_of(name)
-        return check_operations(plan, states)
+        return check_operations(plan, states, self._options.on_destructive)
+
+
+_MAY_BE_0 = ("lease_wait", "keep_savepoints")
 
 
 def _check_numbers(**options: object) -> None:
@@ -633,7 +827,7 @@ def _check_numbers(**options: object) -> None:
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ConfigurationError(f"{name}={value!r} is not a number.", "Give a number.")
         assert isinstance(value, int | float)  # noqa: S101 - `kind` says so
-        if not math.isfinite(value) or value < 0 or (value == 0 and name != "lease_wait"):
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_0):
             raise ConfigurationError(f"{name}={value!r} is too small or too large.", "Change it.")
 
 

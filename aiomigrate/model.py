@@ -279,6 +279,11 @@ class Kind(enum.StrEnum):
     APPLIED = "applied"
     RESTORED = "restored"
     FAILED = "failed"
+    CLEANED = "cleaned"
+    ROLLING_BACK = "rolling_back"
+    ROLLED_BACK = "rolled_back"
+    KEPT = "kept"
+    PRUNED = "pruned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

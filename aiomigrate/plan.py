@@ -14,11 +14,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aiomigrate.errors import DependencyError, OperationError, TargetError
+from aiomigrate.errors import (
+    DependencyError,
+    DestructiveError,
+    OperationError,
+    TargetError,
+)
 from aiomigrate.model import Script, Scripts, Target
 from aiomigrate.operations.base import TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.reconcile import LineState, Reconciled, nearest, pending
+from aiomigrate.undo import Undo, Way, destroys
 
 Key = tuple[str, int]
 """Line and version."""
@@ -28,6 +34,15 @@ class Direction(enum.Enum):
     """Which way a plan goes; a property of the plan, never of a step."""
 
     UPGRADE = "upgrade"
+    ROLLBACK = "rollback"
+
+
+class OnDestructive(enum.Enum):
+    """What to do about steps that discard data or structure."""
+
+    KEEP = "keep"  # run them, and keep a savepoint of each table; refuse what has none
+    ALLOW = "allow"  # run them, and keep nothing
+    REFUSE = "refuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +54,13 @@ class Step:
         after: Migrations of this plan that must be applied before it starts; when one of them is
             not, this one is skipped.
         resumes: Whether a crash interrupted it, so that it is recovered rather than begun.
+        undo: How it is undone, in a plan that rolls back.
     """
 
     script: Script
     after: tuple[Key, ...] = ()
     resumes: bool = False
+    undo: Undo | None = None
 
     @property
     def key(self) -> Key:
@@ -62,6 +79,14 @@ class Step:
             "touches": list(script.touches),
             "after": [{"line": line, "version": version} for line, version in self.after],
             "resumes": self.resumes,
+            "undo": None
+            if self.undo is None
+            else {
+                "way": self.undo.way.value,
+                "to": self.undo.to,
+                "does": list(self.undo.describe()),
+                "discards": {t: [list(s) for s in d] for t, d in self.undo.discards.items()},
+            },
             "operations": [
                 {
                     "table": operation.table,
@@ -179,6 +204,42 @@ def build_plan(
             for s in states.values()
             if s.is_ahead
         ),
+    )
+
+
+def build_rollback(undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scripts) -> Plan:
+    """Orders what is to be undone: what was applied later first, on each line and table.
+
+    Args:
+        undos: How each migration is undone, in the order in which they were applied, last first.
+        decided: The state of every line.
+        scripts: All scripts.
+    """
+    found = {key: scripts.get(*key) for key in undos}
+    steps: list[Step] = []
+    for key, undo in undos.items():
+        script = found[key]
+        assert script is not None  # noqa: S101 - `to_undo` chose scripts
+        after = tuple(
+            step.key
+            for step in steps
+            if step.script.line == script.line
+            or not set(step.script.touches).isdisjoint(script.touches)
+            or step.script.depends_on.get(script.line, 0) >= script.version
+        )
+        steps.append(Step(script=script, after=after, undo=undo, resumes=undo.way is Way.FINISH))
+    warnings = [
+        f"{step.script}: gives up what others committed to {table}: table_version "
+        + ", ".join(f"{a} to {b}" for a, b in spans)
+        for step in steps
+        if step.undo is not None
+        for table, spans in step.undo.discards.items()
+    ]
+    return Plan(
+        direction=Direction.ROLLBACK,
+        steps=tuple(steps),
+        lines=decided.lines,
+        warnings=tuple(warnings),
     )
 
 
@@ -308,7 +369,9 @@ def _serialise_tables(
             last[table] = key
 
 
-def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> Plan:
+def check_operations(
+    plan: Plan, tables: Mapping[str, TableState | None], on_destructive: OnDestructive
+) -> Plan:
     """Folds every operation's pure half over the live tables, so that mistakes show beforehand.
 
     What follows a `Run` on the tables it may touch, and what a crash left half done, cannot be
@@ -317,12 +380,14 @@ def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> Pla
     Args:
         plan: What will run.
         tables: The state of each table the plan touches.
+        on_destructive: Whether steps may discard what is there.
 
     Returns:
         The plan, with a warning for each step that breaks code or handles still running.
 
     Raises:
         OperationError: An operation does not fit the table as it will be.
+        DestructiveError: A step discards what may not be.
     """
     states = dict(tables)
     unpredictable: set[str] = set()
@@ -330,6 +395,7 @@ def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> Pla
     for step in plan.steps:
         if step.resumes:
             unpredictable.update(step.script.touches)
+        _check_destructive(step.script, states, on_destructive)
         for operation in step.script.operations:
             if isinstance(operation, Run):
                 unpredictable.update(step.script.touches)
@@ -345,6 +411,32 @@ def check_operations(plan: Plan, tables: Mapping[str, TableState | None]) -> Pla
             except OperationError as exc:
                 raise in_script(exc, step.script) from exc
     return replace(plan, warnings=(*plan.warnings, *warnings))
+
+
+def _check_destructive(
+    script: Script, states: Mapping[str, TableState | None], policy: OnDestructive
+) -> None:
+    if policy is OnDestructive.ALLOW:
+        return
+    tables = destroys(script, states)
+    for operation in script.operations:
+        if operation.table not in tables or not operation.traits.destructive:
+            continue
+        if policy is OnDestructive.KEEP and operation.needs_savepoint:
+            continue
+        why = (
+            "no savepoint of it can be kept"
+            if policy is OnDestructive.KEEP
+            else "destructive steps are refused"
+        )
+        raise DestructiveError(
+            f"{script.source or script}: {operation.describe()!r} on {operation.table!r} discards "
+            f"what is there, and {why}.",
+            "If that is meant, allow it: --allow-destructive (on_destructive=OnDestructive.ALLOW).",
+            line=script.line,
+            version=script.version,
+            path=script.source or None,
+        )
 
 
 def in_script(exc: OperationError, script: Script) -> OperationError:

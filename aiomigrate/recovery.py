@@ -18,6 +18,7 @@ from aiomigrate.fold import Unfinished
 from aiomigrate.lance import Store
 from aiomigrate.model import Event, Kind, Script
 from aiomigrate.operations.base import TableState
+from aiomigrate.operations.stored import encode
 from aiomigrate.savepoint import (
     Guard,
     is_ours,
@@ -66,10 +67,20 @@ class Work:
 
     def facts(self) -> dict[str, Any]:
         """Returns what an `applied` event tells of the tables."""
-        return {
-            t.name: {"before": t.before, "after": t.version, "shape": t.shape}
-            for t in self.tables.values()
-        }
+        return {t.name: _facts(t) for t in self.tables.values()}
+
+
+def _facts(touched: Touched) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "before": touched.before,
+        "after": touched.version if touched.state is not None else 0,
+        "shape": touched.shape,
+    }
+    if touched.commits or touched.before != touched.version:
+        told["was"] = encode(touched.was)
+    if touched.foreign:
+        told["foreign"] = [list(span) for span in touched.foreign]
+    return told
 
 
 Record = Callable[..., Awaitable[None]]
@@ -249,10 +260,41 @@ class Recovery:
                     script=script,
                 )
 
-        async def announce(table: str, base: int, state: TableState) -> None:
-            await self._record(work, intended(script, table, base, shape_effect(state)))
+        await self.fence_resumed(work, unfinished)
 
-        await self._applier.fence(unfinished.savepoints, announce)
+    async def fence_resumed(self, work: Work, unfinished: Unfinished) -> None:
+        """Fences what a dead process may have in flight, on tables that are gone on with."""
+
+        async def announce(table: str, base: int, state: TableState) -> None:
+            await self._record(work, intended(work.script, table, base, shape_effect(state)))
+
+        # Not where a restore was announced: whether that is done is told by the version.
+        restored = {
+            i.detail["table"]
+            for i in unfinished.intents
+            if i.detail["effect"]["do"] in ("restore", "vacate")
+        }
+        restores = unfinished.started.detail.get("restores", {})
+        await self._applier.fence(unfinished.savepoints.keys() - restored - set(restores), announce)
+
+    async def return_table(self, work: Work, table: str, to: int, head: int) -> None:
+        """Returns a table that an applied migration changed, unless that was done already.
+
+        Args:
+            work: The undoing.
+            table: The table.
+            to: The table_version to return to, 0 to take it away.
+            head: The table_version that was its head when it was decided.
+
+        Raises:
+            UnresolvedError: Others have committed since.
+        """
+        found = await self._store.find(table)
+        live = 0 if found is None else await found.version()
+        if live > head and await is_ours(self._store, table, head, _back_effect(to)):
+            return
+        await self._record(work, intended(work.script, table, head, _back_effect(to)))
+        await self._return(work.script, table, to, head, None)
 
     async def _owned_head(
         self, script: Script, unfinished: Unfinished, table: str, savepoint: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiomigrate.plan import Plan
+from aiomigrate.plan import Direction, Plan
 from aiomigrate.report import Outcome, Report, Status
 
 
@@ -33,11 +33,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 def plan_text(plan: Plan) -> str:
     """Returns a plan as text: one paragraph per migration, its operations beneath."""
     if plan.is_empty:
-        head = "Everything is at target; nothing to do."
+        going_back = plan.direction is Direction.ROLLBACK
+        head = "Nothing to undo." if going_back else "Everything is at target; nothing to do."
     else:
         lines = len({step.script.line for step in plan.steps})
         count = len(plan.steps)
-        head = f"{count} migration{'s'[: count != 1]} on {lines} line{'s'[: lines != 1]}:"
+        undo = "Undo " if plan.direction is Direction.ROLLBACK else ""
+        head = f"{undo}{count} migration{'s'[: count != 1]} on {lines} line{'s'[: lines != 1]}:"
     out = [head]
     for step in plan.steps:
         script = step.script
@@ -47,6 +49,10 @@ def plan_text(plan: Plan) -> str:
         if step.resumes:
             title += "  (interrupted; will be recovered)"
         out.append(title)
+        if step.undo is not None:
+            out += [f"        - {line}" for line in step.undo.describe()]
+            out.append(f"        then {script.line} is at {step.undo.to}")
+            continue
         for operation in script.operations:
             where = "" if operation.table in (None, script.table) else f"{operation.table}: "
             traits = operation.traits
@@ -107,7 +113,8 @@ def report_summary(report: Report) -> str:
     """Returns a run in one line."""
     if not report.steps:
         return f"{report.database} is at target: nothing to do ({seconds(report.total_s)})."
-    parts = [f"{len(report.applied)} applied"]
+    undone = sum(step.outcome is Outcome.ROLLED_BACK for step in report.steps)
+    parts = [f"{undone} rolled back"] if undone else [f"{len(report.applied)} applied"]
     parts += [f"{len(found)} {word}"
               for word, found in (("failed", report.failed), ("skipped", report.skipped))
               if found]  # fmt: skip
@@ -125,7 +132,7 @@ def report_text(report: Report) -> str:
     out += [
         f"{step.line} {step.version}: {step.error} {step.remedy}".rstrip()
         for step in report.steps
-        if step.outcome is not Outcome.APPLIED
+        if not step.outcome.is_done
     ]
     return "\n".join([*out, report_summary(report)])
 

@@ -16,7 +16,13 @@ class Outcome(enum.StrEnum):
     APPLIED = "applied"
     FAILED = "failed"
     SKIPPED = "skipped"
+    ROLLED_BACK = "rolled back"
     CANCELLED = "cancelled"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it did what it was to do."""
+        return self in (Outcome.APPLIED, Outcome.ROLLED_BACK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ The facade that decides whether a run is needed at all is `manager`; one migrati
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,9 +24,11 @@ from aiomigrate.lance import Store
 from aiomigrate.lease import HOST, Lease, LeaseOptions, acquire, phase_text
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script, Scripts
-from aiomigrate.plan import Key, Plan
+from aiomigrate.plan import Direction, Key, OnDestructive, Plan
 from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, is_at_target, newly_covered
 from aiomigrate.report import Outcome, StepReport
+from aiomigrate.rollback import Reverser
+from aiomigrate.undo import Kept, Undo, finish, kept_savepoints
 from aiomigrate.version import __version__
 from aiomigrate.writer import Writer
 
@@ -67,6 +70,8 @@ class RunOptions:
         concurrency: How many migrations may run at once.
         lease: How the lease is taken and kept.
         timeout_s: Seconds one migration may take, `None` for no limit.
+        on_destructive: What to do about steps that discard what is there.
+        keep_s: Seconds for which savepoints of such steps are kept.
         on_progress: Told how migrations proceed.
     """
 
@@ -74,6 +79,8 @@ class RunOptions:
     concurrency: int = 16
     lease: LeaseOptions = field(default_factory=LeaseOptions)
     timeout_s: float | None = None
+    on_destructive: OnDestructive = OnDestructive.KEEP
+    keep_s: float = 7 * 86400.0
     on_progress: Callable[[Progress], None] | None = None
 
 
@@ -95,6 +102,9 @@ class Seen:
     decided: Reconciled
     plan: Plan
 
+
+Decide = Callable[[Script], Awaitable[Undo]]
+"""Decides how one migration is undone, from what is there now."""
 
 Look = Callable[[], Awaitable[Seen]]
 """Reads head and journal, decides and plans; raises what forbids running."""
@@ -260,9 +270,74 @@ class Runner:
                 _raise_if_failed_elsewhere(before, seen)
             executor = self._executor(writer)
             await self._settle(seen, writer, lease, executor)
-            await self._run_plan(seen.plan, executor)
+            await self._run_plan(seen, executor, self._reverser(writer, executor))
+            await self._prune(seen.journal, writer, executor, older_than_s=self._options.keep_s)
 
         return await self.hold(work, is_done=is_done, doing="starting")
+
+    async def rollback(self, look: Look, decide: Decide) -> None:
+        """Takes the lease and undoes what the plan says; `results` holds the migrations.
+
+        Args:
+            look: Reads and decides.
+            decide: Reads and decides again how one migration is undone, when its turn comes.
+
+        Raises:
+            AiomigrateError: The run could not begin or go on.
+        """
+
+        async def work(writer: Writer, lease: Lease) -> None:
+            seen = await self.take_over(writer, lease, look)
+            self.plan = seen.plan
+            executor = self._executor(writer)
+            await self._settle(seen, writer, lease, executor)
+            await self._run_plan(seen, executor, self._reverser(writer, executor), decide)
+
+        await self.hold(work, is_done=_never, doing="rolling back")
+
+    async def prune(self, look: Look, *, older_than_s: float) -> tuple[Kept, ...]:
+        """Deletes savepoints that were kept; returns them.
+
+        Raises:
+            AiomigrateError: The run could not begin or go on.
+        """
+        found: list[Kept] = []
+
+        async def work(writer: Writer, lease: Lease) -> None:
+            seen = await self.take_over(writer, lease, look)
+            executor = self._executor(writer)
+            found.extend(
+                await self._prune(seen.journal, writer, executor, older_than_s=older_than_s)
+            )
+
+        await self.hold(work, is_done=_never, doing="pruning")
+        return tuple(found)
+
+    async def _prune(
+        self, journal: Journal, writer: Writer, executor: Executor, *, older_than_s: float
+    ) -> list[Kept]:
+        oldest = self._clock.wall() - dt.timedelta(seconds=older_than_s)
+        old = [kept for kept in kept_savepoints(journal) if kept.at <= oldest]
+        for kept in old:
+            await executor.applier.clean([], {kept.table: kept.branch})
+        if old:
+            events = [
+                Event(
+                    **_UNSET,
+                    at=self._clock.wall(),
+                    kind=Kind.PRUNED,
+                    line=kept.key[0],
+                    version=kept.key[1],
+                    detail={"pruned": {kept.table: kept.branch}},
+                )
+                for kept in old
+            ]
+            await writer.record(*events)
+            self._log.info(ev.SAVEPOINTS_PRUNED, savepoints=len(old))
+        return old
+
+    def _reverser(self, writer: Writer, executor: Executor) -> Reverser:
+        return Reverser(self._store, writer, executor, clock=self._clock, log=self._log)
 
     def _executor(self, writer: Writer) -> Executor:
         return Executor(
@@ -274,6 +349,7 @@ class Runner:
             log=self._log,
             timeout_s=self._options.timeout_s,
             concurrency=self._options.concurrency,
+            keeps=self._options.on_destructive is OnDestructive.KEEP,
             progress=self._tell_running,
         )
 
@@ -303,7 +379,10 @@ class Runner:
             last = state.history.last
             if last is not None and last.detail:  # a crash came before this was removed
                 await executor.clean(
-                    list(last.detail.get("cleanup", [])), last.detail.get("branches", {})
+                    state.line,
+                    last.version or 0,
+                    list(last.detail.get("cleanup", [])),
+                    last.detail.get("branches", {}),
                 )
             executor.lift(state.line, state.current)
 
@@ -342,7 +421,10 @@ class Runner:
 
     # ---- the plan -------------------------------------------------------------------------------
 
-    async def _run_plan(self, plan: Plan, executor: Executor) -> None:
+    async def _run_plan(
+        self, seen: Seen, executor: Executor, reverser: Reverser, decide: Decide | None = None
+    ) -> None:
+        plan = seen.plan
         ended = {step.key: anyio.Event() for step in plan.steps}
         begun = self._clock.monotonic()
         lines: dict[str, list[Any]] = {}
@@ -355,12 +437,20 @@ class Runner:
                 script = step.script
                 for key in step.after:
                     await ended[key].wait()
-                blocked = [k for k in step.after if self.results[k].outcome is not Outcome.APPLIED]
+                blocked = [k for k in step.after if not self.results[k].outcome.is_done]
+                state = plan.lines[line]
+                unfinished = state.unfinished if step.resumes else None
+                going_on = finish(script, state, seen.journal) if unfinished else None
                 if blocked:
                     waited_s = self._clock.monotonic() - begun
                     result = self._skipped(script, blocked[0], waited_s)
+                elif going_on is not None:
+                    result = await reverser.run(script, going_on, unfinished, begun)
+                    if step.undo is None and result.outcome.is_done:  # undone at last: once more
+                        result = await executor.run(script, None, begun)
+                elif decide is not None:
+                    result = await reverser.run(script, await decide(script), None, begun)
                 else:
-                    unfinished = plan.lines[line].unfinished if step.resumes else None
                     result = await executor.run(script, unfinished, begun)
                 self.results[script.key] = result
                 self._running.pop(line, None)
@@ -372,7 +462,8 @@ class Runner:
                 group.start_soon(run_line, line)
 
     def _skipped(self, script: Script, cause: Key, waited_s: float) -> StepReport:
-        why = f"{cause[0]} {cause[1]} was not applied."
+        going_back = self.plan is not None and self.plan.direction is Direction.ROLLBACK
+        why = f"{cause[0]} {cause[1]} was not {'undone' if going_back else 'applied'}."
         self._log.warning(ev.STEP_SKIPPED, table=script.line, version=script.version, error=why)
         return StepReport(
             line=script.line,
@@ -418,9 +509,6 @@ class Runner:
             LedgerError: The metadata tables cannot be read or written.
         """
 
-        async def never(head: Head) -> bool:
-            return False
-
         async def work(writer: Writer, lease: Lease) -> None:
             seen = await self.take_over(writer, lease, look)
             executor = self._executor(writer)
@@ -453,10 +541,15 @@ class Runner:
                     # Going on below it, its witnesses tell the next run which updates are done.
                     is_below = version < (left.started.version or 0)
                     branches = left.started.detail.get("branches", {})
-                    await executor.clean([] if is_below else list(left.savepoints), branches)
+                    tables = [] if is_below else list(left.savepoints)
+                    await executor.clean(line, version, tables, branches)
                 executor.lift(line, version)
 
-        await self.hold(work, is_done=never, doing="stamping")
+        await self.hold(work, is_done=_never, doing="stamping")
+
+
+async def _never(_: Head) -> bool:
+    return False
 
 
 def _raise_if_failed_elsewhere(before: Seen, seen: Seen) -> None:

@@ -6,6 +6,7 @@ which are foreign; what to do about foreign ones is for `executor`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from aiomigrate.errors import (
     OperationError,
     OverwriteLostError,
     StaleHandleError,
+    TableVersionGoneError,
     UnresolvedError,
 )
 from aiomigrate.lance import Store, Table, sql_literal
@@ -44,6 +46,7 @@ class Touched:
     Attributes:
         name: Its name.
         before: Its table_version when the migration began, 0 if it did not exist.
+        was: Its state when the migration began, `None` if it did not exist.
         version: The last table_version seen or made.
         foreign: Ranges of table_versions since `before` that others committed.
         commits: How many commits we made.
@@ -81,6 +84,7 @@ class Touched:
         self.commits = 0
         self.rows = 0
         self.retries = 0
+        self.was: TableState | None = None
         self.witness = ""
         self.ended = False
         self.on_progress: Callable[[int, int | None], None] = lambda done, total: None
@@ -97,6 +101,15 @@ class Touched:
         """Opens the table at its latest version and reads its state; it may not exist."""
         await self._look()
         self.before = 0 if self._state is None else self.version
+        self.was = self._state
+
+    async def resume_from(self, version: int) -> None:
+        """Takes the table as a migration found it which a dead process began."""
+        self.before = version
+        self.was = None
+        if version and self._table is not None:
+            with contextlib.suppress(TableVersionGoneError):
+                self.was = await (await self._table.at(version)).state()
 
     async def _look(self) -> None:
         self._table = await self._store.find(self.name)

@@ -128,6 +128,15 @@ class Writer:
         margin = min(2.0, self._options.ttl_s / 4)
         if self._clock.monotonic() < self._renewed_at + self._options.ttl_s - margin:
             return
+        await self.sync()
+
+    async def sync(self) -> None:
+        """Writes the head now: what was lifted is durable on return, and the lease renewed.
+
+        Raises:
+            LeaseLostError: Another process has the lease.
+        """
+        self._refuse_if_over()
         renewed = anyio.Event()
         self._renewals.append(renewed)
         self._wake.set()

@@ -20,6 +20,9 @@ from aiomigrate.manager import MigrationManager
 
 T = TypeVar("T")
 
+Hook = Callable[[str, str], Awaitable[None]]
+"""Awaited with the verb and the table of a call."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -105,3 +108,93 @@ def faulty_manager(fault: Fault) -> type[MigrationManager]:
         _store_type = Faulty
 
     return FaultyManager
+
+
+class Died(BaseException):
+    """The process is dead. Nothing handles that."""
+
+
+class _CarriedError(Exception):
+    """Brings `Died` out of the task in which a mutation is settled."""
+
+
+class DyingStore(Store):
+    """Dies at its n-th mutating call: that call and every later one raise `Died`.
+
+    A killed process without the process: whatever still runs can reach the database no more.
+    """
+
+    at = 0
+    when = "before"
+    calls: list[tuple[str, str]]
+    is_dead = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls = []
+
+    async def call(
+        self, verb: str, table: str, run: Callable[[], Awaitable[T]], *, mutates: bool = False
+    ) -> T:
+        if self.is_dead:
+            raise Died
+        strikes = False
+        if mutates:
+            self.calls.append((verb, table))
+            strikes = len(self.calls) == self.at
+        if strikes and self.when == "before":
+            self.is_dead = True
+            raise Died
+        result = await super().call(verb, table, run, mutates=mutates)
+        if strikes:
+            self.is_dead = True
+        if self.is_dead:
+            raise Died
+        return result
+
+    async def settle(self, table: str, run: Callable[[], Awaitable[T]]) -> T:
+        async def carrying() -> T:
+            try:
+                return await run()
+            except Died as exc:
+                raise _CarriedError from exc
+
+        if self.is_dead:
+            raise Died
+        try:
+            return await super().settle(table, carrying)
+        except _CarriedError:
+            raise Died from None
+
+
+def dying_manager(at: int = 0, when: str = "before") -> type[MigrationManager]:
+    """Returns a manager class that dies before or after its n-th mutating call, 0 for never."""
+    store = type("Dying", (DyingStore,), {"at": at, "when": when})
+    return type("DyingManager", (MigrationManager,), {"_store_type": store})
+
+
+class WatchedStore(Store):
+    """Has something else happen right before each mutating call is made, or right after it."""
+
+    before: Hook | None = None
+    after: Hook | None = None
+
+    async def call(
+        self, verb: str, table: str, run: Callable[[], Awaitable[T]], *, mutates: bool = False
+    ) -> T:
+        if mutates and self.before is not None:
+            await self.before(verb, table)
+        result = await super().call(verb, table, run, mutates=mutates)
+        if mutates and self.after is not None:
+            await self.after(verb, table)
+        return result
+
+
+def watched_manager(
+    *, before: Hook | None = None, after: Hook | None = None
+) -> type[MigrationManager]:
+    """Returns a manager class that is told of its mutating calls."""
+    hooks = {"before": before and staticmethod(before), "after": after and staticmethod(after)}
+    return type("WatchedManager", (MigrationManager,), {
+        "_store_type": type("Watched", (WatchedStore,), hooks)
+    })  # fmt: skip

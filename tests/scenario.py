@@ -146,7 +146,7 @@ async def snapshot(uri: str | Path, ledger: str = "table_migrations") -> dict[st
             "shape": state.shape(),
             "witnesses": state.witnesses(),
             "rows": sorted(rows),
-            "branches": await table.branches(),
+            "branches": len(await table.branches()),
         }
     result["tables"] = tables
     book = Ledger(store, ledger, clock=Clock(), log=None)

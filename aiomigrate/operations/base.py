@@ -339,6 +339,15 @@ class Operation:
             return state is after
         return after.same(state)
 
+    def predict(self, state: TableState | None, witness: str) -> TableState | None:
+        """Predicts the table after `apply`, which may finish what an interrupted run began. Pure.
+
+        Args:
+            state: The table as it is, perhaps halfway.
+            witness: The column that belongs to this operation.
+        """
+        return self.evolve(state)
+
     async def apply(self, target: Target) -> int:
         """Makes the change; called only when not `done`. Returns the rows changed."""
         raise NotImplementedError

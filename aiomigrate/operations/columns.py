@@ -531,6 +531,16 @@ class AlterType(Operation):
             return False
         return remembered(have, f"{witness}_all") is None  # else look at every part again
 
+    def predict(self, state: TableState | None, witness: str) -> TableState:
+        have = self.existing(state)
+        after = self.evolve(have)
+        memory = remembered(have, f"{witness}_all")
+        if memory is None:
+            return after
+        strict = dict.fromkeys(memory["not_null"], _forbidding_null)
+        indexes = (*after.indexes, *forgotten(after, memory))
+        return TableState(paths.changed(after.schema, strict), indexes)
+
     async def apply(self, target: Target) -> int:
         state = self.existing(target.state)
         memory = remembered(state, f"{target.witness}_all")
@@ -607,6 +617,10 @@ _SWEEPS = 5
 
 def _retyping(kind: pa.DataType) -> paths.Change:
     return lambda old: old.with_type(kind)
+
+
+def _forbidding_null(old: pa.Field[Any]) -> pa.Field[Any]:
+    return old.with_nullable(nullable=False)
 
 
 def _text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:

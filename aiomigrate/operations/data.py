@@ -201,8 +201,8 @@ class Run(Operation):
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
-            destructive=True,
             reversible="its inverse" if self.inverse else "restoring the table_version before",
+            commits="as many as it makes",
         )
 
     @property

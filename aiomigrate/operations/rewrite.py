@@ -177,6 +177,13 @@ class Rebuild(Operation):
         memory = remembered(have, witness)
         return memory is not None and not forgotten(have, memory)
 
+    def predict(self, state: TableState | None, witness: str) -> TableState:
+        have = self.existing(state)
+        memory = remembered(have, witness)
+        if memory is None:
+            return self.evolve(have)
+        return TableState(have.schema, (*have.indexes, *forgotten(have, memory)))
+
     async def apply(self, target: Target) -> int:
         before = self.existing(target.state)
         rows = 0

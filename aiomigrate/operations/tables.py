@@ -115,8 +115,9 @@ class CreateTable(Operation):
             )
         return state
 
-    def undo(self, before: TableState | None) -> tuple[Operation, ...]:
-        return (DropTable(table=self.table),) if before is None else ()
+    def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
+        """Returns nothing for a table it adopted; one it made is taken away, not dropped."""
+        return None if before is None else ()
 
     async def apply(self, target: Target) -> int:
         await target.create(self.arrow, self._arrow_rows())

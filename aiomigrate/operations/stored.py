@@ -1,0 +1,41 @@
+"""The state of a table as text, so that the journal can say what a migration found. Pure."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from typing import Any
+
+import pyarrow as pa
+
+from aiomigrate.operations.base import TableState
+from aiomigrate.operations.indexes import index_from, index_to
+
+
+def encode(state: TableState | None) -> str | None:
+    """Returns a state as text of some hundred characters, `None` for a table that is not there."""
+    if state is None:
+        return None
+    schema = pa.schema(state.fields()).serialize().to_pybytes()
+    indexes = json.dumps([{**index_to(i), "name": i.name} for i in state.indexes])
+    whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
+    return base64.b64encode(zlib.compress(whole)).decode()
+
+
+def decode(text: str | None) -> TableState | None:
+    """Returns the state of `encode`.
+
+    Raises:
+        ValueError: The text is none that `encode` made.
+    """
+    if text is None:
+        return None
+    try:
+        whole = zlib.decompress(base64.b64decode(text))
+        length = int.from_bytes(whole[:4], "big")
+        schema = pa.ipc.read_schema(pa.py_buffer(whole[4 : 4 + length]))
+        indexes: list[Any] = json.loads(whole[4 + length :])
+        return TableState(schema, tuple(index_from(index) for index in indexes))
+    except (zlib.error, pa.ArrowException, OSError, TypeError, KeyError) as exc:
+        raise ValueError("no stored state") from exc

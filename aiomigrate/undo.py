@@ -1,0 +1,389 @@
+"""How applied migrations can be undone, decided from the journal. Pure.
+
+A migration is undone by its own inverse, by the inverses of its operations, or by returning its
+tables to where it found them; the last only while every commit since is known to be ours. Doing
+it is for `rollback`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aiomigrate.errors import DependencyError, RollbackRefusedError, TargetError
+from aiomigrate.fold import Journal
+from aiomigrate.model import Event, Kind, Script, Scripts
+from aiomigrate.operations.base import Missing, Operation, TableState
+from aiomigrate.operations.data import Run, Update
+from aiomigrate.operations.stored import decode
+from aiomigrate.reconcile import LineState, Reconciled, nearest
+
+Key = tuple[str, int]
+
+
+class Way(enum.StrEnum):
+    """How a migration is undone."""
+
+    INVERSE = "inverse"  # by operations or by a function; what others wrote stays
+    RESTORE = "restore"  # by returning its tables to the table_version it found
+    FINISH = "finish"  # going on with an undoing that was interrupted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undo:
+    """How one migration is undone.
+
+    Attributes:
+        way: How.
+        to: The version its line is at afterwards.
+        operations: What to run, in order, for `Way.INVERSE`.
+        restores: For `Way.RESTORE`, by table: the table_version that must be its head, and the
+            one to return to (0 where the migration made the table).
+        discards: Commits of others that are given up, because that was allowed: ranges by table.
+        branches: Savepoint branches that were kept for it, by table.
+    """
+
+    way: Way
+    to: int
+    operations: tuple[Operation, ...] = ()
+    restores: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    discards: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    branches: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> tuple[str, ...]:
+        """Returns what is done, one line each."""
+        if self.way is Way.FINISH:
+            return ("go on undoing it, which was interrupted",)
+        if self.way is Way.INVERSE:
+            lines = [(f"{o.table}: " if o.table else "") + o.describe() for o in self.operations]
+            return tuple(lines) or ("nothing is to be undone",)
+        return tuple(
+            f"return {table} to table_version {to}" if to else f"take table {table} away"
+            for table, (_, to) in sorted(self.restores.items())
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A savepoint branch that was kept after its migration.
+
+    Attributes:
+        key: The migration, line and version.
+        table: The table.
+        branch: The branch.
+        at: When the migration was applied.
+    """
+
+    key: Key
+    table: str
+    branch: str
+    at: dt.datetime
+
+
+def kept_savepoints(journal: Journal) -> tuple[Kept, ...]:
+    """Returns the savepoint branches that are kept, oldest first."""
+    found: dict[tuple[str, str], Kept] = {}
+    for event in journal.events:
+        if event.kind == Kind.APPLIED:
+            for table, branch in event.detail.get("kept", {}).items():
+                key = (event.line or "", event.version or 0)
+                found[table, branch] = Kept(key=key, table=table, branch=branch, at=event.at)
+        elif event.kind in (Kind.PRUNED, Kind.ROLLED_BACK):
+            for table, branch in event.detail.get("pruned", {}).items():
+                found.pop((table, branch), None)
+    return tuple(found.values())
+
+
+def to_undo(
+    decided: Reconciled,
+    journal: Journal,
+    scripts: Scripts,
+    to: Mapping[str, int],
+) -> tuple[Key, ...]:
+    """Returns the migrations to undo, those applied last first.
+
+    Args:
+        decided: The state of every line, without problems.
+        journal: The folded journal.
+        scripts: All scripts.
+        to: The version each line is to be at.
+
+    Raises:
+        TargetError: A line is unknown, or its target is no version that it was at.
+        DependencyError: A migration that stays needs one that is to be undone, or was applied to
+            one of its tables later.
+    """
+    order = {(e.line or "", e.version or 0): n for n, e in enumerate(journal.events)
+             if e.kind in (Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED)}  # fmt: skip
+    chosen: set[Key] = set()
+    for line, target in to.items():
+        chosen |= _of_line(line, target, decided, scripts)
+    for line in scripts.line_names():
+        state = decided.lines[line]
+        for script in scripts.up_to(line, state.current):
+            if script.key not in chosen:
+                _check_stays(script, chosen, order, scripts)
+    return tuple(sorted(chosen, key=lambda key: (-order.get(key, -1), -key[1], key[0])))
+
+
+def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> set[Key]:
+    known = scripts.line_names()
+    state = decided.lines.get(line)
+    if state is None or line not in known:
+        raise TargetError(
+            f"There is no migration of {line!r}.",
+            f"Lines with migrations: {', '.join(known) or 'none'}.{nearest(line, known)}",
+            line=line,
+        )
+    if not isinstance(target, int) or isinstance(target, bool) or target < 0:
+        raise TargetError(f"{target!r} is no version to go back to.", "Use 0 or more.", line=line)
+    if target > state.current:
+        raise TargetError(
+            f"{line!r} is at version {state.current}, below {target}.",
+            "rollback only goes down; `aiomigrate upgrade` goes up.",
+            line=line,
+            version=target,
+        )
+    if target and scripts.get(line, target) is None:
+        raise TargetError(
+            f"{line!r} has no version {target}.",
+            f"Its versions: {', '.join(str(s.version) for s in scripts.of(line))}, or 0.",
+            line=line,
+            version=target,
+        )
+    applied = scripts.up_to(line, state.current)
+    missing = [v for v in state.history.applied if v > target and scripts.get(line, v) is None]
+    if missing:
+        raise TargetError(
+            f"Version {max(missing)} of {line!r} has no script, so it cannot be undone.",
+            f"Choose a version of {max(missing)} or more.",
+            line=line,
+            version=max(missing),
+        )
+    chosen = {script.key for script in applied if script.version > target}
+    left = state.unfinished
+    if left is not None and left.started.kind == Kind.ROLLING_BACK:
+        chosen.add((line, left.started.version or 0))
+    return chosen
+
+
+def _check_stays(
+    script: Script, chosen: Collection[Key], order: Mapping[Key, int], scripts: Scripts
+) -> None:
+    for line, version in script.depends_on.items():
+        needed = [key for key in chosen if key[0] == line and key[1] <= version]
+        if needed:
+            raise _needs_too(script, f"depends on {line} {version}")
+    for key in chosen:
+        other = scripts.get(*key)
+        shared = set(script.touches) & set(other.touches) if other is not None else set()
+        if shared and order.get(script.key, -1) > order.get(key, -1):
+            raise _needs_too(script, f"was applied to {min(shared)} after {key[0]} {key[1]}")
+
+
+def _needs_too(script: Script, why: str) -> DependencyError:
+    return DependencyError(
+        f"{script} {why}, and is not to be undone.",
+        f"Undo it too: --to {script.line}=VERSION with a version below {script.version}.",
+        line=script.line,
+        version=script.version,
+    )
+
+
+def decide(
+    script: Script,
+    state: LineState,
+    journal: Journal,
+    heads: Mapping[str, int],
+    *,
+    allow_destructive: bool,
+) -> Undo:
+    """Decides how one migration is undone.
+
+    Args:
+        script: The migration, unchanged since it was applied.
+        state: Its line.
+        journal: The folded journal.
+        heads: The table_version each of its tables is at, 0 for none.
+        allow_destructive: Whether commits of others may be given up.
+
+    Raises:
+        RollbackRefusedError: It cannot be, with the reason and the choices.
+    """
+    previous = [v for v in state.history.applied if v < script.version]
+    to = max(previous, default=0)
+    if (finishing := finish(script, state, journal)) is not None:
+        return finishing
+    applied = _applied(script.key, journal)
+    was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
+    operations = inverses(script, was)
+    branches = {} if applied is None else dict(applied.detail.get("kept", {}))
+    if operations is not None:
+        return Undo(way=Way.INVERSE, to=to, operations=operations, branches=branches)
+    if applied is None:
+        raise _refused(script, "it was not applied here but adopted or stamped", [])
+    restores: dict[str, tuple[int, int]] = {}
+    discards: dict[str, list[tuple[int, int]]] = {}
+    for table, facts in applied.tables.items():
+        before, after = int(facts["before"]), int(facts.get("after", 0))
+        if before == after:
+            continue
+        known, foreign = _position(applied, table, journal)
+        foreign = [*((int(a), int(b)) for a, b in facts.get("foreign", ())), *foreign]
+        head = heads.get(table, 0)
+        if head < known:
+            raise _refused(script, f"table {table} is not the one it changed", [])
+        if head > known:
+            foreign.append((known + 1, head))
+        if foreign:
+            discards[table] = foreign
+        restores[table] = (head, before)
+    if discards and not allow_destructive:
+        told = "; ".join(
+            f"{table}: table_version " + ", ".join(f"{a} to {b}" for a, b in spans)
+            for table, spans in discards.items()
+        )
+        raise _refused(
+            script,
+            f"it has no inverse, and others committed since ({told})",
+            ["give those commits up with --allow-destructive (allow_destructive=True)"],
+        )
+    return Undo(way=Way.RESTORE, to=to, restores=restores, discards=discards, branches=branches)
+
+
+def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
+    """Returns how an interrupted undoing goes on, `None` if there is none of this migration."""
+    left = state.unfinished
+    if left is None or left.started.kind != Kind.ROLLING_BACK:
+        return None
+    if left.started.version != script.version:
+        return None
+    applied = _applied(script.key, journal)
+    was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
+    restores = left.started.detail.get("restores", {})
+    return Undo(
+        way=Way.FINISH,
+        to=int(left.started.detail["to"]),
+        operations=() if restores else inverses(script, was) or (),
+        restores={table: (int(head), int(to)) for table, (head, to) in restores.items()},
+        branches={} if applied is None else dict(applied.detail.get("kept", {})),
+    )
+
+
+def _refused(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:
+    choices = [*choices, "write a migration that changes things back and upgrade",
+               "give the migration a `down` function"]  # fmt: skip
+    return RollbackRefusedError(
+        f"{script} cannot be undone: {why}. Nothing was changed.",
+        "Choose: " + "; or ".join(choices) + ".",
+        line=script.line,
+        version=script.version,
+        path=script.source or None,
+    )
+
+
+def _applied(key: Key, journal: Journal) -> Event | None:
+    found = None
+    for event in journal.events:
+        if (event.line, event.version) == key and event.kind in (
+            Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED,
+        ):  # fmt: skip
+            found = event
+    return found if found is not None and found.kind == Kind.APPLIED else None
+
+
+def _position(applied: Event, table: str, journal: Journal) -> tuple[int, list[tuple[int, int]]]:
+    """Follows our own commits on a table from a migration on.
+
+    Returns:
+        The table_version that they lead to, and what others committed between them.
+    """
+    position = int(applied.tables[table].get("after", 0))
+    foreign: list[tuple[int, int]] = []
+    passed = False
+    for event in journal.events:
+        if event is applied:
+            passed = True
+            continue
+        facts = event.tables.get(table)
+        if not passed or not isinstance(facts, Mapping) or event.kind not in _COMMITTING:
+            continue
+        before, after = int(facts.get("before", 0)), int(facts.get("after", 0))
+        if after <= position or before == after:
+            continue
+        if before > position:
+            foreign.append((position + 1, before))
+        foreign += [(int(a), int(b)) for a, b in facts.get("foreign", ())]
+        position = after
+    return position, foreign
+
+
+_COMMITTING = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
+
+
+def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, ...] | None:
+    """Returns the operations that undo a migration, `None` where some cannot be undone so.
+
+    Args:
+        script: The migration.
+        was: The state of each table before it, as `stored.encode` made it.
+    """
+    if any(isinstance(o, Run) for o in script.operations):
+        functions = [o.undo(None) for o in reversed(script.operations) if isinstance(o, Run)]
+        if len(functions) == len(script.operations) and all(f is not None for f in functions):
+            return tuple(o for found in functions for o in found or ())
+        return None
+    states: Mapping[str, TableState | None]
+    try:
+        states = {table: decode(text) for table, text in was.items()}
+    except ValueError:
+        return None
+    if any(table not in states for o in script.operations for table in o.tables):
+        return None
+    before_all = states
+    result: list[Operation] = []
+    for operation in script.operations:
+        before = states.get(operation.table or "")
+        is_passed_over = before is None and operation.when_missing is Missing.SKIP
+        undo: Iterable[Operation] | None
+        if is_passed_over or _is_subsumed(operation, before_all.get(operation.table or "")):
+            undo = ()
+        else:
+            undo = operation.undo(before)
+        if undo is None:
+            return None
+        result[:0] = undo
+        states = operation.fold(states)
+    return tuple(result)
+
+
+def _is_subsumed(operation: Operation, was: TableState | None) -> bool:
+    """Returns whether an update concerns only columns that the migration itself added."""
+    if not isinstance(operation, Update) or was is None:
+        return False
+    return not any(was.has(column) for column in (*operation.values, *operation.sql))
+
+
+def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str, ...]:
+    """Returns the tables of which a migration discards something that was there, sorted.
+
+    What a function does is not known; it counts as discarding nothing.
+
+    Args:
+        script: The migration.
+        was: The state of each table before it.
+    """
+    return tuple(
+        sorted(
+            {
+                operation.table
+                for operation in script.operations
+                if operation.traits.destructive
+                and operation.table is not None
+                and was.get(operation.table) is not None
+                and not _is_subsumed(operation, was[operation.table])
+            }
+        )
+    )

@@ -1,0 +1,488 @@
+"""Every operation dies at every commit, runs beside writers, and ends as if nothing had happened.
+
+A run dies in this process: its port raises at one mutating call and at every later one, so that a
+point costs a tenth of what a killed process does (`test_kill` kills real ones).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import lancedb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from aiomigrate import Migration, MigrationFailedError, MigrationManager, op
+from aiomigrate.clock import Clock
+from aiomigrate.lance import Store
+from aiomigrate.ledger import Ledger
+from tests import scenario
+from tests.faults import Died, DyingStore, dying_manager, watched_manager
+from tests.processes import quiet_logger
+from tests.test_operations import CASES, FIELDS, ROWS, THINGS, Case, having, ordered, upper
+from tests.tools import SEED, TABLE, found, make, rows_of
+
+LEDGER = "table_migrations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A table that is there before."""
+
+    schema: pa.Schema = THINGS
+    rows: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ROWS)
+    indexes: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journey:
+    """Tables, and migrations that change them.
+
+    Attributes:
+        name: What it shows.
+        tables: What is there before.
+        migrations: What is run.
+        written: A table that others may append to meanwhile, if they may.
+    """
+
+    name: str
+    tables: Mapping[str, Given]
+    migrations: Sequence[Migration]
+    written: str | None = None
+
+
+def journey_of(case: Case) -> Journey:
+    """Returns a case of the operations' own tests as a journey."""
+    given = Given(schema=case.schema, rows=case.rows, indexes=case.indexes) if case.schema else None
+    return Journey(
+        name=case.name,
+        tables={} if given is None else {TABLE: given},
+        migrations=[Migration(table=TABLE, version=1, operations=case.operations)],
+        written=None if case.fields is None else TABLE,
+    )
+
+
+def sized(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Keeps id and text, and puts the text's length in `n`."""
+    sizes = pc.fill_null(pc.utf8_length(batch["text"]), 0)
+    return pa.RecordBatch.from_arrays([batch["id"], batch["text"], sizes], ["id", "text", "n"])
+
+
+INDEXES = [("id", "BTree"), ("n", "Bitmap"), ("text", "FTS")]
+MANY = [{"id": f"r{n}", "n": n, "text": f"text {n}", "tags": [str(n)]} for n in range(7)]
+
+JOURNEYS = [
+    *map(journey_of, CASES),
+    Journey(
+        name="rename a table",
+        tables={TABLE: Given(indexes=INDEXES)},
+        migrations=[
+            Migration(table=TABLE, version=1, operations=[op.RenameTable("items")]),
+        ],
+    ),
+    Journey(
+        name="rename an empty table",
+        tables={TABLE: Given(rows=(), indexes=INDEXES[:1])},
+        migrations=[
+            Migration(
+                table=TABLE,
+                version=1,
+                operations=[op.AddColumns({"x": pa.int64()}), op.RenameTable("items")],
+            ),
+        ],
+    ),
+    Journey(
+        name="rename a table, then change it under its new name",
+        tables={TABLE: Given(indexes=INDEXES)},
+        migrations=[
+            Migration(table=TABLE, version=1, operations=[op.RenameTable("items")]),
+            Migration(
+                table="items",
+                line=TABLE,
+                version=2,
+                operations=[op.Update(sql={"n": "n + 1"}), op.DropIndex("text")],
+            ),
+        ],
+    ),
+    Journey(
+        name="copy into a table by a function",
+        tables={
+            TABLE: Given(indexes=INDEXES[:1]),
+            "others": Given(rows=[*MANY, {**MANY[0], "id": "a"}]),
+        },
+        migrations=[
+            Migration(
+                table=TABLE,
+                version=1,
+                operations=[
+                    op.CopyInto("others", key="id", where="n < 5", function=sized, batch_rows=2),
+                    op.Update(sql={"n": "n * 2"}),
+                ],
+            )
+        ],
+        written=TABLE,
+    ),
+    Journey(
+        name="split a table",
+        tables={TABLE: Given(rows=MANY, indexes=INDEXES)},
+        migrations=[
+            Migration(
+                table=TABLE,
+                version=1,
+                operations=[
+                    op.CreateTable(THINGS, table="few"),
+                    op.CreateTable(THINGS, table="many"),
+                    op.CopyInto(TABLE, key="id", where="n < 2", table="few", batch_rows=1),
+                    op.CopyInto(TABLE, key="id", where="n >= 2", table="many", batch_rows=3),
+                    op.Delete("n IS NOT NULL"),
+                ],
+            )
+        ],
+        written="many",
+    ),
+    Journey(
+        name="merge two tables",
+        tables={TABLE: Given(), "others": Given(rows=MANY, indexes=INDEXES)},
+        migrations=[
+            Migration(
+                line="merge",
+                version=1,
+                touches=("both", TABLE, "others"),
+                operations=[
+                    op.CreateTable(pa.schema([*THINGS, ("extra", pa.int64())]), table="both"),
+                    op.CopyInto(TABLE, key="id", table="both"),
+                    op.CopyInto("others", key="id", table="both", batch_rows=4),
+                    op.CreateIndex("id", table="both"),
+                    op.DropTable(table=TABLE),
+                    op.DropTable(table="others"),
+                ],
+            )
+        ],
+        written="both",
+    ),
+]
+
+
+def names(journey: Journey) -> str:
+    """Returns a test's id."""
+    return journey.name
+
+
+async def laid_out(journey: Journey, database: Path) -> None:
+    """Makes the tables as an application would, and a ledger without anything in it.
+
+    How a ledger is founded under kills is shown by `test_kill` and `test_ledger`.
+    """
+    for name, given in journey.tables.items():
+        await make(database, given.schema, given.rows, given.indexes, table=name)
+    store = await Store.connect(str(database))
+    await Ledger(store, LEDGER, clock=Clock(), log=quiet_logger()).ensure()
+    store.close()
+
+
+async def migrated(
+    database: Path, migrations: Sequence[Migration], kind: type[MigrationManager]
+) -> list[tuple[str, str]]:
+    """Runs migrations with a manager of some kind; returns its mutating calls if it counts them."""
+    async with kind(
+        database, migrations=migrations, logger=quiet_logger(), concurrency=1
+    ) as manager:
+        await manager.upgrade()
+        assert (await manager.validate()).valid
+        store = manager._store
+        return store.calls if isinstance(store, DyingStore) else []
+
+
+async def dies(
+    database: Path, migrations: Sequence[Migration], kind: type[MigrationManager]
+) -> bool:
+    """Runs migrations until the process dies, and its lease has expired; whether it did die."""
+    tasks = len(asyncio.all_tasks())
+    with anyio.fail_after(60):
+        manager = kind(database, migrations=migrations, logger=quiet_logger(), concurrency=1)
+        try:
+            await manager.upgrade()
+        except Died:
+            died = True
+        else:
+            died = False
+        await manager.aclose()
+    assert len(asyncio.all_tasks()) == tasks
+    connection = await lancedb.connect_async(database)
+    head = await connection.open_table(LEDGER)
+    await head.update({"owner": ""}, where="tableName = ':lease:run' AND owner != ''")
+    connection.close()
+    return died
+
+
+async def end_of(database: Path) -> dict[str, Any]:
+    """Returns all that must be the same whatever happened on the way."""
+    end = await scenario.snapshot(database)
+    store = await Store.connect(str(database))
+    for name, told in end["tables"].items():
+        assert told != "ghost", name
+        state = await (await store.open(name)).state()
+        told["metadata"] = {f.name: f.metadata for f in state.schema if f.metadata}
+        told["indexes"] = sorted((i.name, str(i), sorted(i.options.items())) for i in state.indexes)
+    store.close()
+    return end
+
+
+Point = tuple[int, str]
+"""A mutating call, and whether before or after it took effect."""
+
+
+class Crashes:
+    """One journey, to be run again and again from the same tables."""
+
+    def __init__(self, journey: Journey, folder: Path) -> None:
+        self.journey = journey
+        self.folder = folder
+        self.calls: list[tuple[str, str]] = []
+        self.expected: dict[str, Any] = {}
+        self.number = 0
+
+    async def prepare(self) -> None:
+        """Makes the tables, and runs once undisturbed."""
+        await laid_out(self.journey, self.folder / "before")
+        path = self.copy()
+        self.calls = await migrated(path, self.journey.migrations, dying_manager())
+        self.expected = await end_of(path)
+        for table in self.expected["tables"].values():
+            assert (table["witnesses"], table["branches"]) == ([], [])
+
+    def copy(self) -> Path:
+        """Returns a database as it was before."""
+        self.number += 1
+        path = self.folder / str(self.number)
+        shutil.copytree(self.folder / "before", path)
+        return path
+
+    def points(self) -> list[Point]:
+        """Returns every mutating call, before and after it."""
+        return [(n, when) for n in range(1, len(self.calls) + 1) for when in ("before", "after")]
+
+    async def wrong_after(self, *deaths: Point) -> str:
+        """Dies at each of some points, one run after the other, then runs; tells what differs."""
+        path = self.copy()
+        try:
+            for at, when in deaths:
+                await dies(path, self.journey.migrations, dying_manager(at, when))
+            with anyio.fail_after(60):
+                await migrated(path, self.journey.migrations, MigrationManager)
+            end = await end_of(path)
+        except Exception as exc:  # noqa: BLE001 - at which points it fails is the finding
+            return self._telling(deaths, repr(exc))
+        shutil.rmtree(path)
+        wrong = [
+            f"{key}: expected {self.expected[key]}, found {end[key]}"
+            for key in self.expected
+            if self.expected[key] != end[key]
+        ]
+        return self._telling(deaths, "; ".join(wrong)) if wrong else ""
+
+    def _telling(self, deaths: Sequence[Point], what: str) -> str:
+        at, when = deaths[0]
+        verb, table = self.calls[at - 1]
+        later = "".join(f", then {w} call {n}" for n, w in deaths[1:])
+        return f"died {when} call {at} ({verb} {table}){later}: {what}"
+
+
+@pytest.mark.parametrize("journey", JOURNEYS, ids=names)
+async def test_sampled_deaths_of_an_operation_end_as_undisturbed(
+    journey: Journey, tmp_path: Path
+) -> None:
+    """Dead before or after a sampled commit, once or twice: the next run ends the same.
+
+    Rows, schema, metadata, indexes, head and journal are those of a run that nothing disturbed; no
+    column of ours and no branch is left.
+    """
+    crashes = Crashes(journey, tmp_path)
+    await crashes.prepare()
+    chance = random.Random(f"{SEED} {journey.name}")
+    once = chance.sample(crashes.points(), 2)
+    wrong = [await crashes.wrong_after(point) for point in once]
+    wrong.append(await crashes.wrong_after(*chance.sample(crashes.points(), 2)))
+
+    assert [text for text in wrong if text] == []
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("journey", JOURNEYS, ids=names)
+async def test_every_death_of_an_operation_ends_as_undisturbed(
+    journey: Journey, tmp_path: Path
+) -> None:
+    """The whole of the above: every commit, and a second death somewhere in the recovery."""
+    crashes = Crashes(journey, tmp_path)
+    await crashes.prepare()
+    chance = random.Random(f"{SEED} {journey.name}")
+    wrong = []
+    for point in crashes.points():
+        wrong.append(await crashes.wrong_after(point))
+        wrong.append(await crashes.wrong_after(point, chance.choice(crashes.points())))
+
+    assert [text for text in wrong if text] == []
+
+
+# ---- beside a writer ----------------------------------------------------------------------------
+
+
+def value_of(kind: pa.DataType, number: int) -> Any:
+    """Returns a value of a type by which the number is known again, `None` if it has no room."""
+    made: Any = kind
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return f"w{number}"
+    if pa.types.is_integer(kind) and made.bit_width >= 32:
+        return number
+    if pa.types.is_floating(kind) and made.bit_width >= 32:
+        return float(number)
+    if pa.types.is_fixed_size_list(kind):
+        return [value_of(made.value_type, number)] * made.list_size
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [value_of(made.value_type, number)]
+    if pa.types.is_struct(kind):
+        fields = [made.field(position) for position in range(made.num_fields)]
+        return {inner.name: value_of(inner.type, number) for inner in fields}
+    return True if pa.types.is_boolean(kind) else None
+
+
+def is_row(row: Mapping[str, Any], number: int) -> bool:
+    """Returns whether a row is the one with that number, whatever became of its columns."""
+    return re.search(rf"(?<!\d){number}(?!\d)", repr(row)) is not None
+
+
+class Application:
+    """Appends rows, each through a table opened anew, filling the columns that are there.
+
+    Attributes:
+        written: Numbers of the rows whose append succeeded.
+    """
+
+    def __init__(self, database: Path, table: str) -> None:
+        self.database = database
+        self.table = table
+        self.written: list[int] = []
+        self._number = 1_000_000
+        self._connection: lancedb.AsyncConnection | None = None
+        self._over = False
+
+    async def append(self) -> int:
+        """Appends one row; returns its number."""
+        self._number += 1000  # what an operation adds to a number makes no other row of it
+        number = self._number
+        if self._connection is None:
+            self._connection = await lancedb.connect_async(self.database)
+        table = await self._connection.open_table(self.table)
+        known = pa.schema([f for f in await table.schema() if not f.name.startswith("_aiomigrate")])
+        row = {f.name: value_of(f.type, number) for f in known}
+        await table.add(pa.Table.from_pylist([row], schema=known))
+        self.written.append(number)
+        return number
+
+    async def _run(self) -> None:
+        while not self._over:
+            # Refused while the schema changes, or there is no table yet: it may be there or not.
+            with contextlib.suppress(ValueError, RuntimeError):
+                await self.append()
+            await anyio.sleep(0.001)
+
+    @contextlib.asynccontextmanager
+    async def appending(self) -> AsyncIterator[None]:
+        """Appends all the while."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._run)
+            try:
+                yield
+            finally:
+                self._over = True
+
+
+async def with_a_writer(journey: Journey, folder: Path) -> str:
+    """Runs a journey beside a writer; tells what is wrong in the end."""
+    assert journey.written is not None
+    crashes = Crashes(journey, folder)
+    await crashes.prepare()
+    database = crashes.copy()
+    application = Application(database, journey.written)
+    try:
+        with anyio.fail_after(120):
+            async with application.appending():
+                await anyio.sleep(0.05)
+                failed = ""
+                try:
+                    await migrated(database, journey.migrations, MigrationManager)
+                except MigrationFailedError as exc:
+                    failed = str(exc)
+            lost = await _lost(database, application)
+            if failed and not lost:
+                await migrated(database, journey.migrations, MigrationManager)
+                lost = await _lost(database, application)
+    except Exception as exc:  # noqa: BLE001 - which journeys fail is the finding
+        return f"{exc!r} after {failed!r}"
+    if lost:
+        return f"lost or doubled {lost} of {application.written} after {failed!r}"
+    return await _differing(database, crashes.expected)
+
+
+async def _lost(database: Path, application: Application) -> dict[int, int]:
+    """Returns how often each row is there that is not there once."""
+    rows = await rows_of(database, application.table)
+    counts = {number: sum(is_row(r, number) for r in rows) for number in application.written}
+    return {number: count for number, count in counts.items() if count != 1}
+
+
+async def _differing(database: Path, expected: dict[str, Any]) -> str:
+    """Tells what differs from an undisturbed run but for rows that were added."""
+    end = await end_of(database)
+    wrong = [f"{k}: {expected[k]}, not {end[k]}" for k in ("head", "held", "journal", "leases")
+             if expected[k] != end[k]]  # fmt: skip
+    if expected["tables"].keys() != end["tables"].keys():
+        return f"tables {sorted(end['tables'])}"
+    for name, told in end["tables"].items():
+        want = expected["tables"][name]
+        wrong += [
+            f"{name}.{key}: {want[key]}, not {told[key]}"
+            for key in told.keys() - {"rows"}
+            if want[key] != told[key]
+        ]
+        if missing := Counter(want["rows"]) - Counter(told["rows"]):
+            wrong.append(f"{name}: lost {missing}")
+    return "; ".join(wrong)
+
+
+WRITTEN = [j for j in JOURNEYS if j.written and "multiply" not in j.name]
+
+
+@pytest.mark.parametrize(
+    "journey", random.Random(SEED).sample(WRITTEN, 14), ids=names
+)
+async def test_a_sampled_operation_beside_a_writer_loses_nothing(
+    journey: Journey, tmp_path: Path
+) -> None:
+    """Each row appended meanwhile is there once, and the operation is as it is without a writer.
+
+    It may fail, with everything kept; run again without the writer it succeeds.
+    """
+    assert await with_a_writer(journey, tmp_path) == ""
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("journey", WRITTEN, ids=names)
+async def test_every_operation_beside_a_writer_loses_nothing(
+    journey: Journey, tmp_path: Path
+) -> None:
+    """The whole of the above, several times over."""
+    wrong = [await with_a_writer(journey, tmp_path / str(turn)) for turn in range(5)]
+
+    assert [text for text in wrong if text] == []
