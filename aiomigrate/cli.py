@@ -152,6 +152,32 @@ def _ahead_options(
     """What to make of a newer database."""
 
 
+def _destructive_options(
+    *,
+    on_destructive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="keep|allow|refuse",
+            help="Steps that discard what is there: keep a savepoint, allow without, or refuse. "
+            "Default: keep.",
+        ),
+    ] = None,
+    allow_destructive: Annotated[
+        bool,
+        typer.Option(
+            "--allow-destructive",
+            help="The same as --on-destructive allow.",
+            show_default=False,
+        ),
+    ] = False,
+    keep_savepoints: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long savepoints are kept. Default: a week."),
+    ] = None,
+) -> None:
+    """What to make of destructive steps."""
+
+
 def _lease_options(
     *,
     lease_ttl: Annotated[
@@ -237,6 +263,7 @@ class Call:
             ConfigurationError: A setting cannot be.
         """
         from aiomigrate.manager import MigrationManager
+        from aiomigrate.plan import OnDestructive
         from aiomigrate.reconcile import OnAhead
 
         chosen = self.settings
@@ -251,6 +278,8 @@ class Call:
             timeout=chosen.timeout,
             storage_options=chosen.storage_options or None,
             on_ahead=OnAhead(chosen.on_ahead),
+            on_destructive=OnDestructive(chosen.on_destructive),
+            keep_savepoints=chosen.keep_savepoints,
             on_progress=self.tracker,
         )
 
@@ -308,6 +337,8 @@ def _guarded(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[s
 
 def _settings(given: Mapping[str, Any]) -> Settings:
     layer = {key: value for key, value in given.items() if value not in (None, [])}
+    if layer.pop("allow_destructive", False):
+        layer["on_destructive"] = "allow"
     if "params" in layer:
         layer["params"] = config.parse_params(layer["params"])
     if "storage_options" in layer:
@@ -502,6 +533,7 @@ def _fate(key: tuple[str, int], events: Collection[Event], *, unresolved: bool) 
     _folder_options,
     _param_options,
     _ahead_options,
+    _destructive_options,
     _lease_options,
     _running_options,
 )
@@ -563,6 +595,136 @@ async def _show_traces(call: Call, manager: MigrationManager, exc: MigrationFail
             call.output.note(f"{step.line} {step.version}:\n{event.error.rstrip()}")
 
 
+@_verb(_database_options, _folder_options, _param_options, _ahead_options, _lease_options)
+def rollback(
+    call: Call,
+    *,
+    line: Annotated[
+        str | None, typer.Argument(metavar="LINE", help="The line (table).", show_default=False)
+    ] = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to",
+            metavar="VERSION",
+            help="Back to a version of LINE, or LINE=VERSION (repeatable). Default: one step back.",
+        ),
+    ] = None,
+    give_up: Annotated[
+        bool,
+        typer.Option(
+            "--allow-destructive",
+            help="Give up what others committed since, where nothing else undoes a migration.",
+            show_default=False,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan only.", show_default=False)
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask.", show_default=False)
+    ] = False,
+) -> Exit:
+    """Undo applied migrations: by their inverses, or by returning tables to where they were.
+
+    Shows the plan, and asks. Refuses what would discard commits of others.
+
+    Example: aiomigrate rollback memos --to 3
+    """
+    targets = _going_back(line, to or ())
+    return _run(
+        call,
+        lambda manager: _rollback(
+            call, manager, targets, give_up=give_up, dry_run=dry_run, ask=not yes
+        ),
+    )
+
+
+def _going_back(line: str | None, to: Collection[str]) -> str | dict[str, int]:
+    target = config.parse_target(list(to))
+    if isinstance(target, dict):
+        if line is not None and line not in target:
+            raise ConfigurationError(
+                f"--to names other lines than {line}.", "Leave the line out, or name it in --to."
+            )
+        return target
+    if line is None:
+        raise ConfigurationError(
+            "rollback was not told which line.", "Pass LINE, or --to LINE=VERSION."
+        )
+    return line if target is None else {line: target}
+
+
+async def _rollback(
+    call: Call,
+    manager: MigrationManager,
+    targets: str | dict[str, int],
+    *,
+    give_up: bool,
+    dry_run: bool,
+    ask: bool,
+) -> Exit:
+    output = call.output
+    planned = await manager.plan_rollback(targets, allow_destructive=give_up)
+    output.say(manager.database)
+    output.say(f"{planned}\n")
+    if dry_run or planned.is_empty:
+        output.document(planned.to_dict)
+        return Exit.OK
+    if ask and (output.as_json or not sys.stdin.isatty()):
+        raise ConfigurationError(
+            "rollback asks before it undoes anything, and there is no terminal to ask on.",
+            "Pass --yes once the plan is what you want (--dry-run shows it).",
+        )
+    if ask and not typer.confirm("Undo this?"):
+        output.say("Nothing was changed.")
+        return Exit.OK
+    try:
+        with call.tracker.showing():
+            report = await manager.rollback(targets, allow_destructive=give_up)
+    except MigrationFailedError as exc:
+        show_report(output, exc.report)
+        await _show_traces(call, manager, exc)
+        raise
+    show_report(output, report)
+    output.document(report.to_dict)
+    return Exit.OK
+
+
+@_verb(_database_options, _folder_options, _param_options, _lease_options)
+def prune(
+    call: Call,
+    *,
+    older_than: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Only of migrations applied so long ago.")
+    ] = 0.0,
+) -> Exit:
+    """Delete the savepoints that were kept of destructive migrations, which hold disk space.
+
+    Each run does so with those that are a week old.
+
+    Example: aiomigrate prune --older-than 86400
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        pruned = await manager.prune(older_than=older_than)
+        for kept in pruned:
+            call.output.say(f"{kept.key[0]} {kept.key[1]}: savepoint of {kept.table} deleted.")
+        if not pruned:
+            call.output.say("No savepoint to delete.")
+        call.output.document(
+            lambda: {
+                "pruned": [
+                    {"line": k.key[0], "version": k.key[1], "table": k.table, "branch": k.branch}
+                    for k in pruned
+                ]
+            }
+        )
+        return Exit.OK
+
+    return _run(call, work)
+
+
 @_verb(_database_options, _folder_options, _param_options, _lease_options)
 def stamp(call: Call, *, table: _Tables = None, to: _To = None) -> Exit:
     """Record lines at versions without running anything: the baseline of a database.
@@ -616,7 +778,7 @@ def unlock(call: Call) -> Exit:
 # ---- verbs that only look -----------------------------------------------------------------------
 
 
-@_verb(_database_options, _folder_options, _param_options, _ahead_options)
+@_verb(_database_options, _folder_options, _param_options, _ahead_options, _destructive_options)
 def plan(call: Call, *, table: _Tables = None, to: _To = None, check: _Check = False) -> Exit:
     """Show what upgrade would do. Writes nothing.
 

@@ -21,7 +21,10 @@ from urllib.parse import urlsplit
 from aiomigrate.errors import ConfigurationError
 
 ENV_PREFIX = "AIOMIGRATE_"
-ON_AHEAD = ("error", "warn")
+POLICIES: Mapping[str, tuple[str, ...]] = {
+    "on_ahead": ("error", "warn"),
+    "on_destructive": ("keep", "allow", "refuse"),
+}
 _MAPPINGS = ("params", "storage_options")
 _MIN_SECRET = 4  # shorter texts occur in ordinary words
 
@@ -39,6 +42,9 @@ class Settings:
         lease_wait: Seconds to wait for another process that is migrating.
         timeout: Seconds one migration may take, `None` for no limit.
         on_ahead: Whether a database newer than the code is an `error` or a reason to `warn`.
+        on_destructive: Whether to `keep` savepoints of destructive steps, `allow` them without, or
+            `refuse` them.
+        keep_savepoints: Seconds for which such savepoints are kept.
         params: Parameters of the migrations.
         storage_options: As for `lancedb.connect_async`.
     """
@@ -51,6 +57,8 @@ class Settings:
     lease_wait: float = 600.0
     timeout: float | None = None
     on_ahead: str = "error"
+    on_destructive: str = "keep"
+    keep_savepoints: float = 604_800.0
     params: Mapping[str, Any] = field(default_factory=dict, repr=False)
     storage_options: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -216,11 +224,14 @@ def _from_text(key: str, text: str, where: str) -> object:
         return text  # `check` says what is wrong with it
 
 
+_MAY_BE_0 = ("lease_wait", "keep_savepoints")
+
 _NUMBERS: Mapping[str, Callable[[str], object]] = {
     "concurrency": int,
     "lease_ttl": float,
     "lease_wait": float,
     "timeout": float,
+    "keep_savepoints": float,
 }
 
 
@@ -249,9 +260,11 @@ def check(key: str, value: object, where: str) -> object:
         return _check_mapping(key, value, where)
     if key in _NUMBERS:
         return _check_number(key, value, where)
-    if key == "on_ahead":
-        if value not in ON_AHEAD:
-            raise ConfigurationError(f"{where}: {value!r} is no policy.", "Use error or warn.")
+    if key in POLICIES:
+        if value not in POLICIES[key]:
+            raise ConfigurationError(
+                f"{where}: {value!r} is no policy.", f"Use one of {', '.join(POLICIES[key])}."
+            )
         return value
     if not isinstance(value, str) or not value.strip():
         raise ConfigurationError(f"{where} is not a text, or empty.", "Give it as text.")
@@ -265,7 +278,7 @@ def _check_number(key: str, value: object, where: str) -> float:
         noun = "a whole number" if whole else "a number of seconds"
         raise ConfigurationError(f"{where}: {value!r} is not {noun}.", "Give a number.")
     assert isinstance(value, int | float)  # noqa: S101 - `kind` says so
-    if not math.isfinite(value) or value < 0 or (value == 0 and key != "lease_wait"):
+    if not math.isfinite(value) or value < 0 or (value == 0 and key not in _MAY_BE_0):
         raise ConfigurationError(f"{where}: {value!r} is too small or too large.", "Raise it.")
     return value
 

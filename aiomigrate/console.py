@@ -298,7 +298,12 @@ class LiveView:
         )
 
 
-_STYLES: Mapping[str, str] = {"applied": "green", "failed": "red", "skipped": "yellow"}
+_STYLES: Mapping[str, str] = {
+    "applied": "green",
+    "rolled back": "green",
+    "failed": "red",
+    "skipped": "yellow",
+}
 
 
 def step_line(progress: Progress, elapsed_s: float) -> str:
@@ -379,7 +384,7 @@ def _rich_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
             overflow="fold",
         )
     for row in table[1:]:
-        style = _STYLES.get(row[2].partition(" ")[0], "")
+        style = _STYLES.get(row[2].removesuffix(" (resumed)"), "")
         shown.add_row(*(Text(cell, style=style if i == 2 else "") for i, cell in enumerate(row)))
     console.print(shown)
 

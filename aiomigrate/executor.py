@@ -25,6 +25,7 @@ from aiomigrate.errors import (
     LeaseLostError,
     MigrationTimeoutError,
     OperationError,
+    TableVersionGoneError,
     UnresolvedError,
 )
 from aiomigrate.fold import Unfinished
@@ -34,7 +35,7 @@ from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
-from aiomigrate.savepoint import branch_name, drop_branch
+from aiomigrate.savepoint import branch_name, drop_branch, is_ours, shape_effect
 from aiomigrate.touched import Touched
 from aiomigrate.undo import destroys
 from aiomigrate.writer import Writer
@@ -337,11 +338,44 @@ class Executor:
             LeaseLostError: Another process has taken over.
         """
         if cleaned := await self.applier.clean(tables, branches):
-            event = Event(
-                lease="", epoch=0, seq=0, at=self._clock.wall(), kind=Kind.CLEANED,
-                line=line, version=version, tables=cleaned,
-            )  # fmt: skip
-            await self._writer.record(event)
+            await self._record_cleaned(line, version, cleaned)
+
+    async def clean_after(self, ended: Event) -> None:
+        """Cleans after a migration whose process may have died before, or while, it did so.
+
+        Args:
+            ended: Its `applied` or `rolled_back` event, after which nothing else was recorded.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+        """
+        tables = list(ended.detail.get("cleanup", []))
+        cleaned = await self.applier.clean(tables, ended.detail.get("branches", {}))
+        for name in tables:
+            after = int(ended.tables.get(name, {}).get("after", 0))
+            if name not in cleaned and await self._was_cleaned(name, after):
+                cleaned[name] = {"before": after, "after": after + 1}
+        if cleaned:
+            await self._record_cleaned(ended.line or "", ended.version or 0, cleaned)
+
+    async def _was_cleaned(self, name: str, after: int) -> bool:
+        """Returns whether the commit after a table_version is the one that cleaned it."""
+        table = await self._store.find(name)
+        if table is None:
+            return False
+        try:
+            state = await (await table.at(after)).state()
+        except TableVersionGoneError:
+            return False
+        effect = shape_effect(state.with_fields(state.fields()))
+        return await is_ours(self._store, name, after, effect)
+
+    async def _record_cleaned(self, line: str, version: int, tables: Mapping[str, Any]) -> None:
+        event = Event(
+            lease="", epoch=0, seq=0, at=self._clock.wall(), kind=Kind.CLEANED,
+            line=line, version=version, tables=tables,
+        )  # fmt: skip
+        await self._writer.record(event)
 
     def lift(self, line: str, version: int) -> None:
         """Lets the head follow to a version the journal holds."""

@@ -234,3 +234,17 @@ class _Line:
             last=self.last,
             failed=self.failed,
         )
+
+
+def uncleaned(history: LineHistory, journal: Journal) -> Event | None:
+    """Returns the last `applied` or `rolled_back` of a line if it may not have been cleaned after.
+
+    Its process may have died before or while it removed what only the way needed, or before it
+    recorded that.
+    """
+    last = history.last
+    if last is None or not (last.detail.get("cleanup") or last.detail.get("branches")):
+        return None
+    later = [e for e in journal.events if e.line == last.line and e.version == last.version]
+    after = later[later.index(last) + 1 :] if last in later else []
+    return None if any(e.kind == Kind.CLEANED for e in after) else last

@@ -28,6 +28,7 @@ from aiomigrate.diff import differences
 from aiomigrate.errors import (
     AiomigrateError,
     ConfigurationError,
+    LedgerConflictError,
     LedgerError,
     MigrationFailedError,
     ScriptError,
@@ -42,6 +43,7 @@ from aiomigrate.model import Event, HeadRow, Script, Scripts, Target
 from aiomigrate.operations.base import TableState
 from aiomigrate.plan import OnDestructive, Plan, build_plan, build_rollback, check_operations
 from aiomigrate.reconcile import (
+    LineState,
     OnAhead,
     Reconciled,
     at_target,
@@ -52,7 +54,7 @@ from aiomigrate.reconcile import (
 )
 from aiomigrate.report import Holder, LineStatus, Outcome, Report, Status, StepReport, Validation
 from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
-from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo
+from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo, unsettled
 
 if TYPE_CHECKING:
     import lancedb
@@ -116,7 +118,9 @@ class MigrationManager:
         self._connection: lancedb.AsyncConnection | None = None
         if isinstance(database, str | Path):
             self._uri = locate(database)
-        elif hasattr(database, "open_table"):
+        elif hasattr(database, "is_open"):  # which a synchronous connection has not
+            if not database.is_open():  # type: ignore[no-untyped-call]
+                raise ConfigurationError("The connection is closed.", "Pass an open one, or a URI.")
             self._connection = database
             self._uri = str(database.uri)
         else:
@@ -195,8 +199,11 @@ class MigrationManager:
             try:
                 scripts = await anyio.to_thread.run_sync(discovery.load, self._source, self._params)
             except ScriptError as exc:
-                exc.what = self._scrub(exc.what)  # a function of the parameters may tell them
-                raise
+                told = self._scrub(exc.what)  # a function of the parameters may tell them
+                if told == exc.what:
+                    raise
+                exc.what, exc.args = told, (told, exc.remedy)
+                raise exc from None
             discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
             self._scripts = scripts
             self._at_target = at_target(self._scripts)
@@ -361,25 +368,35 @@ class MigrationManager:
         log = self._log.bind(run_id=run_id)
         begun = self._clock.monotonic()
         report = Report(run_id=run_id, database=self.database, started_at=self._clock.wall())
+        scripts = await self.scripts()
+        store = await self._connect() if await self._open() is not None else None
         plan = await self.plan_rollback(line, to=to, allow_destructive=allow_destructive)
         if plan.is_empty:
             return self._ended(report, begun, lines=_currents(plan))
-        scripts = await self.scripts()
-        store = await self._connect()
+        assert store is not None  # noqa: S101 - there is something to undo
         ledger = self._ledger(store, log)
         runner = Runner(
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
+        async def read() -> Seen:
+            seen = await self._read(store, scripts, log)
+            return replace(seen, plan=Plan(lines=seen.decided.lines))
+
         async def look() -> Seen:
             return await self._look_back(store, scripts, log, line, to, allow_destructive)
 
-        async def decide_again(script: Script) -> Undo:
-            seen = await self._read(store, scripts, log)
-            return await self._decide_undo(store, seen, script, allow_destructive)
+        async def decide_again(script: Script, state: LineState) -> Undo:
+            # From the journal alone: the head of other lines moves while they are undone.
+            journal = fold(await ledger.read_journal())
+            state = replace(state, history=journal.of(script.line))
+            return await self._decide_undo(
+                store, journal, script, state,
+                allow_destructive=allow_destructive, under_lease=True,
+            )  # fmt: skip
 
         log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
-        await runner.rollback(look, decide_again)
+        await runner.rollback(read, look, decide_again)
         lines = _currents(runner.plan or plan)
         for step in (runner.plan or plan).steps:
             result = runner.results.get(step.key)
@@ -446,22 +463,34 @@ class MigrationManager:
             script = scripts.get(*key)
             assert script is not None  # noqa: S101 - `to_undo` chose scripts
             assert store is not None  # noqa: S101 - nothing is applied where there is no database
-            undos[key] = await self._decide_undo(store, seen, script, allow_destructive)
+            state = seen.decided.lines[script.line]
+            undos[key] = await self._decide_undo(
+                store, seen.journal, script, state, allow_destructive=allow_destructive
+            )
         return replace(seen, plan=build_rollback(undos, seen.decided, scripts))
 
     async def _decide_undo(
         self,
         store: Store,
-        seen: Seen,
+        journal: Journal,
         script: Script,
-        allow_destructive: bool,  # noqa: FBT001 - a public keyword, handed on
+        state: LineState,
+        *,
+        allow_destructive: bool,
+        under_lease: bool = False,
     ) -> Undo:
         heads = {}
         for name in script.touches:
             table = await store.find(name)
             heads[name] = 0 if table is None else await table.version()
-        state = seen.decided.lines[script.line]
-        return decide(script, state, seen.journal, heads, allow_destructive=allow_destructive)
+        return decide(
+            script,
+            state,
+            journal,
+            heads,
+            allow_destructive=allow_destructive,
+            unsettled=() if under_lease else unsettled(journal),
+        )
 
     async def prune(self, *, older_than: float = 0.0) -> tuple[Kept, ...]:
         """Deletes savepoints that were kept of destructive migrations. Takes the lease.
@@ -765,21 +794,29 @@ class MigrationManager:
         Raises:
             AiomigrateError: What forbids running.
         """
-        events: list[Event] = []
-        if store is not None:
-            ledger = ledger or self._ledger(store, log)
-            head = head or await ledger.read_head()
-            events = await ledger.read_journal()
-        head = head or Head()
-        journal = fold(events)
-        decided = await self._decide(store, head, journal, scripts)
+        for attempt in range(_LOOKS):
+            events: list[Event] = []
+            if store is not None:
+                ledger = ledger or self._ledger(store, log)
+                head = head or await ledger.read_head()
+                events = await ledger.read_journal()
+            journal = fold(events)
+            decided = await self._decide(store, head or Head(), journal, scripts)
+            crossed = any(isinstance(p, LedgerConflictError) for p in decided.problems)
+            if not crossed or attempt == _LOOKS - 1:
+                break
+            # Read while another process went back from one to the other: look again.
+            head = None
+            await anyio.sleep(0.05)
         decided.raise_first()
         for name, state in decided.lines.items():
             if not scripts.of(name):
                 log.debug(ev.LINE_UNKNOWN, table=name, version=state.current)
             if state.is_ahead:
                 log.warning(ev.LINE_AHEAD, table=name, version=state.current, target=state.latest)
-        return Seen(head=head, events=events, journal=journal, decided=decided, plan=Plan())
+        return Seen(
+            head=head or Head(), events=events, journal=journal, decided=decided, plan=Plan()
+        )
 
     async def _decide(
         self, store: Store | None, head: Head, journal: Journal, scripts: Scripts
@@ -810,6 +847,8 @@ class MigrationManager:
                     _, states[name] = await store.state_of(name)
         return check_operations(plan, states, self._options.on_destructive)
 
+
+_LOOKS = 3
 
 _MAY_BE_0 = ("lease_wait", "keep_savepoints")
 

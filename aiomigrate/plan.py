@@ -24,7 +24,7 @@ from aiomigrate.model import Script, Scripts, Target
 from aiomigrate.operations.base import TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.reconcile import LineState, Reconciled, nearest, pending
-from aiomigrate.undo import Undo, Way, destroys
+from aiomigrate.undo import Undo, Way, destroys, spell_spans
 
 Key = tuple[str, int]
 """Line and version."""
@@ -230,7 +230,7 @@ def build_rollback(undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scri
         steps.append(Step(script=script, after=after, undo=undo, resumes=undo.way is Way.FINISH))
     warnings = [
         f"{step.script}: gives up what others committed to {table}: table_version "
-        + ", ".join(f"{a} to {b}" for a, b in spans)
+        f"{spell_spans(spans)}"
         for step in steps
         if step.undo is not None
         for table, spans in step.undo.discards.items()

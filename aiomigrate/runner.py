@@ -19,7 +19,7 @@ from aiomigrate.checksum import ALGORITHM
 from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, MigrationFailedError
 from aiomigrate.executor import Executor
-from aiomigrate.fold import Journal, seen_epochs
+from aiomigrate.fold import Journal, seen_epochs, uncleaned
 from aiomigrate.lance import Store
 from aiomigrate.lease import HOST, Lease, LeaseOptions, acquire, phase_text
 from aiomigrate.ledger import Head, Ledger
@@ -103,8 +103,8 @@ class Seen:
     plan: Plan
 
 
-Decide = Callable[[Script], Awaitable[Undo]]
-"""Decides how one migration is undone, from what is there now."""
+Decide = Callable[[Script, LineState], Awaitable[Undo]]
+"""Decides how one migration of a line is undone, from what is there now."""
 
 Look = Callable[[], Awaitable[Seen]]
 """Reads head and journal, decides and plans; raises what forbids running."""
@@ -275,11 +275,12 @@ class Runner:
 
         return await self.hold(work, is_done=is_done, doing="starting")
 
-    async def rollback(self, look: Look, decide: Decide) -> None:
+    async def rollback(self, read: Look, look: Look, decide: Decide) -> None:
         """Takes the lease and undoes what the plan says; `results` holds the migrations.
 
         Args:
-            look: Reads and decides.
+            read: Reads, so that what a dead process left can be settled first.
+            look: Reads, decides and plans.
             decide: Reads and decides again how one migration is undone, when its turn comes.
 
         Raises:
@@ -287,10 +288,11 @@ class Runner:
         """
 
         async def work(writer: Writer, lease: Lease) -> None:
-            seen = await self.take_over(writer, lease, look)
-            self.plan = seen.plan
             executor = self._executor(writer)
-            await self._settle(seen, writer, lease, executor)
+            await self._settle(await self.take_over(writer, lease, read), writer, lease, executor)
+            await writer.sync()
+            seen = await look()
+            self.plan = seen.plan
             await self._run_plan(seen, executor, self._reverser(writer, executor), decide)
 
         await self.hold(work, is_done=_never, doing="rolling back")
@@ -375,15 +377,10 @@ class Runner:
         if adopted:
             await writer.record(*adopted)
         await self._ledger.own_rows(owned)
+        for state in seen.plan.lines.values():
+            if (left := uncleaned(state.history, seen.journal)) is not None:
+                await executor.clean_after(left)
         for state in lifted:
-            last = state.history.last
-            if last is not None and last.detail:  # a crash came before this was removed
-                await executor.clean(
-                    state.line,
-                    last.version or 0,
-                    list(last.detail.get("cleanup", [])),
-                    last.detail.get("branches", {}),
-                )
             executor.lift(state.line, state.current)
 
     def _row(self, line: str, version: int, lease: Lease) -> HeadRow:
@@ -445,11 +442,13 @@ class Runner:
                     waited_s = self._clock.monotonic() - begun
                     result = self._skipped(script, blocked[0], waited_s)
                 elif going_on is not None:
+                    self._tell_running(script, "undoing", 0, None)
                     result = await reverser.run(script, going_on, unfinished, begun)
                     if step.undo is None and result.outcome.is_done:  # undone at last: once more
                         result = await executor.run(script, None, begun)
                 elif decide is not None:
-                    result = await reverser.run(script, await decide(script), None, begun)
+                    self._tell_running(script, "undoing", 0, None)
+                    result = await reverser.run(script, await decide(script, state), None, begun)
                 else:
                     result = await executor.run(script, unfinished, begun)
                 self.results[script.key] = result

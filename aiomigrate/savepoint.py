@@ -21,6 +21,7 @@ from aiomigrate.errors import StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.lance import Store, Table
 from aiomigrate.model import Script
 from aiomigrate.operations.base import LEFTOVER, TableState, spell
+from aiomigrate.undo import spell_spans
 
 Guard = Callable[[], Awaitable[None]]
 """Raises unless the lease is safely ours."""
@@ -119,7 +120,7 @@ def unresolved(
     script: Script, table: str, savepoint: int, foreign: Sequence[tuple[int, int]]
 ) -> UnresolvedError:
     """Builds the error that names the commits which undoing would discard."""
-    spans = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in foreign)
+    spans = spell_spans(foreign)
     again = (
         ""
         if script.runs_code

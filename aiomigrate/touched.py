@@ -155,7 +155,7 @@ class Touched:
         # Not again when another commit came first: with a handle this fresh it may succeed, and
         # since that commit is foreign, the base matters no more.
         if self._announces_all and effect is not None and effect != self._announced:
-            await self._announce(self.name, self.version, effect, self.foreign)
+            await self._tell(self.version, effect)
             self._announced = effect
         await self._may_write()
         table.on_commit = self._note
@@ -163,8 +163,16 @@ class Touched:
         self._announced = None
         self._state = await table.state()
 
+    async def _tell(self, base: int, effect: Mapping[str, Any]) -> None:
+        self._refuse_if_ended()
+        await self._announce(self.name, base, effect, self.foreign)
+
     async def _may_write(self) -> None:
+        self._refuse_if_ended()
         await self._guard()
+        self._refuse_if_ended()
+
+    def _refuse_if_ended(self) -> None:
         if self.ended:
             raise OperationError(
                 f"Table {self.name!r} is written to by a migration that has ended.",
@@ -194,7 +202,7 @@ class Touched:
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table; one that another process created meanwhile is brought back."""
         if self._announces_all:
-            await self._announce(self.name, self.version, {"do": "create"}, self.foreign)
+            await self._tell(self.version, {"do": "create"})
         await self._may_write()
         making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
         await self._store.settle(self.name, lambda: self._created(making))
@@ -224,7 +232,7 @@ class Touched:
     async def drop(self) -> None:
         """Drops the table, or what a drop that was killed has left of it."""
         if self._announces_all:
-            await self._announce(self.name, self.version, {"do": "drop"}, self.foreign)
+            await self._tell(self.version, {"do": "drop"})
         await self._may_write()
         await self._store.drop(self.name)
         self._table = self._state = None
@@ -243,7 +251,7 @@ class Touched:
         for _ in range(_OVERWRITES):
             base, source = self.version, self.table
             effect = {"do": "overwrite", "witness": self.witness}
-            await self._announce(self.name, base, effect, self.foreign)
+            await self._tell(base, effect)
             await self._may_write()
             if await self._overwritten(base, source, schema, transform, batch_rows):
                 return

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiomigrate.errors import DependencyError, RollbackRefusedError, TargetError
-from aiomigrate.fold import Journal
+from aiomigrate.fold import Journal, uncleaned
 from aiomigrate.model import Event, Kind, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation, TableState
 from aiomigrate.operations.data import Run, Update
@@ -58,11 +58,12 @@ class Undo:
             return ("go on undoing it, which was interrupted",)
         if self.way is Way.INVERSE:
             lines = [(f"{o.table}: " if o.table else "") + o.describe() for o in self.operations]
-            return tuple(lines) or ("nothing is to be undone",)
-        return tuple(
-            f"return {table} to table_version {to}" if to else f"take table {table} away"
-            for table, (_, to) in sorted(self.restores.items())
-        )
+        else:
+            lines = [
+                f"return {table} to table_version {to}" if to else f"take table {table} away"
+                for table, (_, to) in sorted(self.restores.items())
+            ]
+        return tuple(lines) or ("it changed nothing",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +121,8 @@ def to_undo(
     chosen: set[Key] = set()
     for line, target in to.items():
         chosen |= _of_line(line, target, decided, scripts)
-    for line in scripts.line_names():
-        state = decided.lines[line]
-        for script in scripts.up_to(line, state.current):
-            if script.key not in chosen:
-                _check_stays(script, chosen, order, scripts)
+    if staying := _needed_too(chosen, order, decided, scripts):
+        raise _undo_too(staying, chosen, to, decided)
     return tuple(sorted(chosen, key=lambda key: (-order.get(key, -1), -key[1], key[0])))
 
 
@@ -169,26 +167,64 @@ def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> s
     return chosen
 
 
-def _check_stays(
-    script: Script, chosen: Collection[Key], order: Mapping[Key, int], scripts: Scripts
-) -> None:
-    for line, version in script.depends_on.items():
-        needed = [key for key in chosen if key[0] == line and key[1] <= version]
-        if needed:
-            raise _needs_too(script, f"depends on {line} {version}")
-    for key in chosen:
-        other = scripts.get(*key)
+def _needed_too(
+    chosen: Collection[Key], order: Mapping[Key, int], decided: Reconciled, scripts: Scripts
+) -> dict[Key, str]:
+    """Returns the migrations that cannot stay when some are undone, with the reason."""
+    applied = [
+        script
+        for line in scripts.line_names()
+        for script in scripts.up_to(line, decided.lines[line].current)
+    ]
+    by_key = {script.key: script for script in applied}
+    going = set(chosen)
+    found: dict[Key, str] = {}
+    grows = True
+    while grows:
+        grows = False
+        for script in applied:
+            if script.key in going:
+                continue
+            if why := _cannot_stay(script, going, by_key, order):
+                found[script.key] = why
+                going.add(script.key)
+                grows = True
+    return found
+
+
+def _cannot_stay(
+    script: Script, going: Collection[Key], by_key: Mapping[Key, Script], order: Mapping[Key, int]
+) -> str | None:
+    for line, version in going:
+        if script.line == line and script.version > version:
+            return f"comes after {line} {version}"
+        if script.depends_on.get(line, 0) >= version:
+            return f"depends on {line} {script.depends_on[line]}"
+        other = by_key.get((line, version))
         shared = set(script.touches) & set(other.touches) if other is not None else set()
-        if shared and order.get(script.key, -1) > order.get(key, -1):
-            raise _needs_too(script, f"was applied to {min(shared)} after {key[0]} {key[1]}")
+        if shared and order.get(script.key, -1) > order.get((line, version), -1):
+            return f"was applied to {min(shared)} after {line} {version}"
+    return None
 
 
-def _needs_too(script: Script, why: str) -> DependencyError:
+def _undo_too(
+    staying: Mapping[Key, str],
+    chosen: Collection[Key],
+    to: Mapping[str, int],
+    decided: Reconciled,
+) -> DependencyError:
+    (line, version), why = next(iter(staying.items()))
+    more = f" (and {len(staying) - 1} more)" if len(staying) > 1 else ""
+    targets = dict(to)
+    for name, lowest in sorted({*staying, *chosen}, reverse=True):
+        below = [v for v in decided.lines[name].history.applied if v < lowest]
+        targets[name] = min(max(below, default=0), targets.get(name, lowest))
+    words = " ".join(f"--to {name}={target}" for name, target in sorted(targets.items()))
     return DependencyError(
-        f"{script} {why}, and is not to be undone.",
-        f"Undo it too: --to {script.line}=VERSION with a version below {script.version}.",
-        line=script.line,
-        version=script.version,
+        f"{line} {version} {why}, and is not to be undone{more}.",
+        f"To undo what cannot stay too: aiomigrate rollback {words}",
+        line=line,
+        version=version,
     )
 
 
@@ -199,6 +235,7 @@ def decide(
     heads: Mapping[str, int],
     *,
     allow_destructive: bool,
+    unsettled: Collection[str] = (),
 ) -> Undo:
     """Decides how one migration is undone.
 
@@ -208,6 +245,7 @@ def decide(
         journal: The folded journal.
         heads: The table_version each of its tables is at, 0 for none.
         allow_destructive: Whether commits of others may be given up.
+        unsettled: Tables of which it cannot be told yet what others committed (see `unsettled`).
 
     Raises:
         RollbackRefusedError: It cannot be, with the reason and the choices.
@@ -230,6 +268,11 @@ def decide(
         before, after = int(facts["before"]), int(facts.get("after", 0))
         if before == after:
             continue
+        if not after:
+            raise _refused(script, f"it dropped table {table}", [])
+        if table in unsettled:
+            restores[table] = (heads.get(table, 0), before)
+            continue
         known, foreign = _position(applied, table, journal)
         foreign = [*((int(a), int(b)) for a, b in facts.get("foreign", ())), *foreign]
         head = heads.get(table, 0)
@@ -242,8 +285,7 @@ def decide(
         restores[table] = (head, before)
     if discards and not allow_destructive:
         told = "; ".join(
-            f"{table}: table_version " + ", ".join(f"{a} to {b}" for a, b in spans)
-            for table, spans in discards.items()
+            f"{table}: table_version {spell_spans(spans)}" for table, spans in discards.items()
         )
         raise _refused(
             script,
@@ -251,6 +293,17 @@ def decide(
             ["give those commits up with --allow-destructive (allow_destructive=True)"],
         )
     return Undo(way=Way.RESTORE, to=to, restores=restores, discards=discards, branches=branches)
+
+
+def unsettled(journal: Journal) -> frozenset[str]:
+    """Returns the tables on which a dead process left commits that are still to be attributed."""
+    tables: set[str] = set()
+    for history in journal.lines.values():
+        if history.unfinished is not None:
+            tables.update(history.unfinished.savepoints)
+        if (left := uncleaned(history, journal)) is not None:
+            tables.update(left.detail.get("cleanup", ()))
+    return frozenset(tables)
 
 
 def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
@@ -270,6 +323,11 @@ def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
         restores={table: (int(head), int(to)) for table, (head, to) in restores.items()},
         branches={} if applied is None else dict(applied.detail.get("kept", {})),
     )
+
+
+def spell_spans(spans: Iterable[tuple[int, int]]) -> str:
+    """Returns ranges of table_versions in words."""
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans)
 
 
 def _refused(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:

@@ -202,9 +202,11 @@ class Writer:
             self._requests = []
             await self._append(batch)
         if self._renewals or self._clock.monotonic() >= self._renewed_at + self._options.beat_s:
+            # Those that ask while it is written may have lifted what it does not hold.
+            asked = list(self._renewals)
             await self._write_head(closing=False)
-            renewals, self._renewals = self._renewals, []
-            for renewal in renewals:
+            self._renewals = [renewal for renewal in self._renewals if renewal not in asked]
+            for renewal in asked:
                 renewal.set()
 
     async def _gather(self) -> None:

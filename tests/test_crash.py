@@ -28,10 +28,10 @@ from aiomigrate.clock import Clock
 from aiomigrate.lance import Store
 from aiomigrate.ledger import Ledger
 from tests import scenario
-from tests.faults import Died, DyingStore, dying_manager, watched_manager
+from tests.faults import Died, DyingStore, dying_manager
 from tests.processes import quiet_logger
-from tests.test_operations import CASES, FIELDS, ROWS, THINGS, Case, having, ordered, upper
-from tests.tools import SEED, TABLE, found, make, rows_of
+from tests.test_operations import CASES, ROWS, THINGS, Case
+from tests.tools import SEED, TABLE, make, rows_of
 
 LEDGER = "table_migrations"
 
@@ -464,9 +464,7 @@ async def _differing(database: Path, expected: dict[str, Any]) -> str:
 WRITTEN = [j for j in JOURNEYS if j.written and "multiply" not in j.name]
 
 
-@pytest.mark.parametrize(
-    "journey", random.Random(SEED).sample(WRITTEN, 14), ids=names
-)
+@pytest.mark.parametrize("journey", random.Random(SEED).sample(WRITTEN, 14), ids=names)
 async def test_a_sampled_operation_beside_a_writer_loses_nothing(
     journey: Journey, tmp_path: Path
 ) -> None:
