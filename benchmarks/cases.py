@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import lancedb
 import structlog
 
-from aiomigrate import MigrationManager, Report
+from aiomigrate import Migration, MigrationManager, Report, op
 from benchmarks import floor, peer, workload
 from benchmarks.history import stamped_often
 from benchmarks.measure import Measured, Prepare, Result, Target, interleaved
@@ -40,6 +44,8 @@ class Size:
         tables: Tables of the large database of `flat-tables`.
         events: Journal events of the large database of `flat-events`.
         lines: Tables of `first-run`.
+        rows: Rows of `rebuild`, and three times as many.
+        rebuilds: Runs of it kept of each contender.
         is_quick: Whether it is too little to judge times by.
     """
 
@@ -47,11 +53,13 @@ class Size:
     tables: int = 1024
     events: int = 5000
     lines: int = 64
+    rows: int = 1_000_000
+    rebuilds: int = 3
     is_quick: bool = False
 
 
 FULL = Size()
-QUICK = Size(rounds=3, tables=128, events=500, lines=16, is_quick=True)
+QUICK = Size(rounds=3, tables=128, events=500, lines=16, rows=20_000, rebuilds=1, is_quick=True)
 
 
 @contextmanager
@@ -285,6 +293,70 @@ async def flat_events(size: Size) -> Result:
     )
 
 
+async def operation(size: Size) -> Result:
+    """Measures one metadata-only operation, without the ledger, against the bare call."""
+    samples: dict[str, list[float]] = {"ours": [], "floor": []}
+    with _folder() as folder:
+        path = str(folder / "database")
+        for number in range(size.rounds * 5):
+            name = f"table_{number:04}"
+            connection = await lancedb.connect_async(path)
+            await workload.create(connection, name)
+            await workload.create(connection, f"{name}_bare")
+            begun = time.perf_counter()
+            await workload.alter(await connection.open_table(f"{name}_bare"), 2)
+            samples["floor"].append(time.perf_counter() - begun)
+            connection.close()
+            step = Migration(table=name, version=1, operations=[op.AddColumns(workload.TAGS)])
+            async with MigrationManager(path, migrations=[step], logger=_LOG) as manager:
+                (report,) = (await manager.upgrade()).steps
+            samples["ours"].append(report.ran_s)
+    return Result(
+        name="operation",
+        what="one AddColumns: opening, looking, committing, comparing; ledger and lease apart",
+        samples=samples,
+        targets=(Target(of="ours", against="floor", at_most=1.5),),
+    )
+
+
+async def rebuild(size: Size) -> Result:
+    """Measures rewriting a table of vectors, and returning to where it was."""
+    samples: dict[str, list[float]] = {"ours": [], "floor": [], "rollback": [], "0.1 s": []}
+    peaks: dict[int, float] = {}
+    with _folder() as folder:
+        for rows in (size.rows, 3 * size.rows):
+            for round_ in range(size.rebuilds if rows == size.rows else 1):
+                for how in ("floor", "ours") if round_ % 2 else ("ours", "floor"):
+                    path = folder / f"{how}-{rows}"
+                    await _rebuilt(how, path, rows)
+                    told = await _rebuilt(how, path, rows)
+                    await anyio.to_thread.run_sync(shutil.rmtree, path)
+                    if how == "ours":
+                        peaks[rows] = max(told["peak_mb"], peaks.get(rows, 0.0))
+                    if rows == size.rows:
+                        samples[how].append(told["rebuild_s"])
+                    if how == "ours" and rows == size.rows:
+                        samples["rollback"].append(told["rollback_s"])
+                        samples["0.1 s"].append(0.1)
+    return Result(
+        name="rebuild",
+        what=f"{size.rows:,} rows of 384 floats and text; peak memory of the process in facts",
+        samples=samples,
+        targets=(
+            Target(of="ours", against="floor", at_most=1 / 0.9),
+            Target(of="rollback", against="0.1 s", at_most=1),
+        ),
+        facts={"peak_mb": {str(rows): round(peak) for rows, peak in peaks.items()}},
+    )
+
+
+async def _rebuilt(how: str, path: Path, rows: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.rebuild", how, str(path), str(rows)]
+    done = await anyio.run_process(command, stderr=None)
+    lines = done.stdout.decode().splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
 Case = Callable[[Size], Awaitable[Result]]
 
 CASES: dict[str, Case] = {
@@ -292,6 +364,8 @@ CASES: dict[str, Case] = {
     "first-run": first_run,
     "flat-tables": flat_tables,
     "flat-events": flat_events,
+    "operation": operation,
+    "rebuild": rebuild,
 }
 """Every benchmark by name, in the order they run."""
 
