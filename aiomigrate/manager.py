@@ -371,7 +371,7 @@ class MigrationManager:
         scripts = await self.scripts()
         store = await self._connect() if await self._open() is not None else None
         plan = await self.plan_rollback(line, to=to, allow_destructive=allow_destructive)
-        if plan.is_empty:
+        if not plan.needs_lease:
             return self._ended(report, begun, lines=_currents(plan))
         assert store is not None  # noqa: S101 - there is something to undo
         ledger = self._ledger(store, log)
@@ -395,7 +395,8 @@ class MigrationManager:
                 allow_destructive=allow_destructive, under_lease=True,
             )  # fmt: skip
 
-        log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
+        if plan.steps:
+            log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
         await runner.rollback(read, look, decide_again)
         lines = _currents(runner.plan or plan)
         for step in (runner.plan or plan).steps:

@@ -370,7 +370,9 @@ def _serialise_tables(
 
 
 def check_operations(
-    plan: Plan, tables: Mapping[str, TableState | None], on_destructive: OnDestructive
+    plan: Plan,
+    tables: Mapping[str, TableState | None],
+    on_destructive: OnDestructive = OnDestructive.KEEP,
 ) -> Plan:
     """Folds every operation's pure half over the live tables, so that mistakes show beforehand.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiomigrate.checksum import ALGORITHM, chain_digest
 from aiomigrate.errors import (
@@ -21,8 +21,8 @@ from aiomigrate.errors import (
     MissingScriptError,
     OutOfOrderError,
 )
-from aiomigrate.fold import Journal, LineHistory, Unfinished
-from aiomigrate.model import HeadRow, Script, Scripts, Target
+from aiomigrate.fold import Journal, LineHistory, Unfinished, uncleaned
+from aiomigrate.model import HeadRow, Kind, Script, Scripts, Target
 
 
 class OnAhead(enum.Enum):
@@ -55,6 +55,8 @@ class LineState:
         history: What the journal says of it.
         is_ahead: Whether it is above its newest script.
         rows: How many head rows it has; more than one are identical duplicates to be merged.
+        is_unclean: Whether an undoing died before it removed what only it needed. (After an
+            applied migration the head lags then, and `act` tells.)
     """
 
     line: str
@@ -64,6 +66,7 @@ class LineState:
     history: LineHistory
     is_ahead: bool = False
     rows: int = 1
+    is_unclean: bool = False
 
     @property
     def unfinished(self) -> Unfinished | None:
@@ -76,7 +79,8 @@ class LineState:
         if self.act is Act.IGNORE:
             return False
         lost = self.act is Act.ENROL and self.current > 0
-        return lost or self.act in (Act.ADOPT, Act.REOWN, Act.LIFT) or self.rows > 1
+        changed = self.act in (Act.ADOPT, Act.REOWN, Act.LIFT)
+        return lost or changed or self.rows > 1 or self.is_unclean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +194,9 @@ def reconcile(
         except LedgerConflictError as exc:
             problems.append(exc)
             continue
+        left = uncleaned(state.history, journal)
+        if left is not None and left.kind == Kind.ROLLED_BACK and left.detail.get("cleanup"):
+            state = replace(state, is_unclean=True)
         lines[line] = state
         if state.act is Act.IGNORE:
             continue

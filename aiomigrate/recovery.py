@@ -249,6 +249,7 @@ class Recovery:
         work.resumed = True
         work.savepoints = unfinished.savepoints
         work.branches = dict(unfinished.started.detail.get("branches", {}))
+        await self._protect(work)
         for intent in unfinished.intents:
             if intent.detail["effect"]["do"] == "overwrite":
                 await uncover(
@@ -261,6 +262,17 @@ class Recovery:
                 )
 
         await self.fence_resumed(work, unfinished)
+
+    async def _protect(self, work: Work) -> None:
+        """Makes the savepoint branches that a dead process had only announced."""
+        for name, branch in list(work.branches.items()):
+            table = await self._store.find(name)
+            if table is not None and branch not in await table.branches():
+                try:
+                    await self._check()
+                    await table.create_branch(branch, work.savepoints[name])
+                except StoreError:  # it died while it made it: that name can never be used
+                    del work.branches[name]
 
     async def fence_resumed(self, work: Work, unfinished: Unfinished) -> None:
         """Fences what a dead process may have in flight, on tables that are gone on with."""

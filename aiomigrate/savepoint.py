@@ -91,7 +91,8 @@ async def vacate(store: Store, name: str, *, head: int, guard: Guard, script: Sc
     if found != head:
         raise unresolved(script, name, 0, [(head + 1, found)])
     await guard()
-    mark = await store.create(name, LEFTOVER, overwrite=True)
+    left = pa.schema([pa.field(LEFTOVER, pa.bool_())])
+    mark = await store.create(name, left, overwrite=True)
     return await _covering(mark, await mark.version(), name, to=0, head=head, script=script)
 
 

@@ -61,6 +61,8 @@ class TestPrecedence:
             "lease_wait": "0",
             "timeout": "1.5",
             "on_ahead": "warn",
+            "on_destructive": "refuse",
+            "keep_savepoints": "0",
             "params": '{"d": 1}',
             "storage_options": '{"region": "x", "n": 1, "flag": true}',
         }

@@ -82,8 +82,10 @@ async def test_names_are_stable() -> None:
         "lease.waiting",
         "ledger.adopted", "ledger.compacted", "ledger.founded", "ledger.healed", "ledger.retried",
         "line.ahead", "line.stamped", "line.unknown",
+        "progress.failed",
         "run.at_target", "run.failed", "run.finished", "run.planned",
-        "step.applied", "step.failed", "step.recovering", "step.restored",
+        "savepoints.pruned",
+        "step.applied", "step.failed", "step.recovering", "step.restored", "step.rolled_back",
         "step.skipped", "step.started", "step.unresolved",
     ]  # fmt: skip
 
@@ -373,6 +375,9 @@ async def test_an_open_connection_of_a_secret_uri_is_scrubbed_too() -> None:
         """Enough of one."""
 
         uri = URI
+
+        def is_open(self) -> bool:
+            return True
 
         async def get_read_consistency_interval(self) -> None:
             return None

@@ -49,7 +49,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "a name that is no text": ({"table": 3}, "3 is no name"),
     "a line that touches nothing": ({"table": None, "line": "indexes"}, "touches nothing"),
     "touches as text": ({"touches": "memos"}, "touches is text"),
-    "touches no name": ({"touches": ("memos", "")}, "'' is no table"),
+    "touches no name": ({"touches": ("memos", "")}, "no table named ''"),
     "neither operations nor up": ({"operations": []}, "operations or up, not both"),
     "operations and up": ({"up": up}, "operations or up, not both"),
     "down without up": ({"down": down}, "down has no up"),

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiomigrate import Migration, MigrationFailedError, op
+from aiomigrate import Migration, MigrationFailedError, OnDestructive, op
 from aiomigrate.applier import witness_name
 from aiomigrate.errors import (
     AiomigrateError,
@@ -585,7 +585,9 @@ async def test_an_operation_does_once_what_it_predicts(case: Case, database: Pat
             predicted = operation.on(TABLE).evolve(predicted)
 
     async with manager(
-        database, [Migration(table=TABLE, version=1, operations=case.operations)]
+        database,
+        [Migration(table=TABLE, version=1, operations=case.operations)],
+        on_destructive=OnDestructive.ALLOW,
     ) as migrations:
         first = await migrations.upgrade()
         after = tree(database)

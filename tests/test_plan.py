@@ -176,7 +176,7 @@ LINES = [script("memos", 1), script("memos", 2), script("memos", 4), script("use
         ({"to": {}}, []),
         ({"tables": ["users"]}, ["users 3"]),
         ({"tables": ("memos",), "to": 2}, ["memos 1", "memos 2"]),
-        ({"tables": ["users"], "to": {"memos": 1}}, ["users 3"]),
+        ({"tables": ["users", "memos"], "to": {"memos": 1}}, ["memos 1", "users 3"]),
         ({"tables": []}, []),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_plan_is_a_value_for_people_and_programs() -> None:
     assert told["lines"]["memos"] == {"current": 0, "latest": 2}
     assert told["steps"][1] == {
         "line": "memos", "version": 2, "description": "", "source": "002_memos.py",
-        "checksum": "memos2", "touches": ["memos"], "resumes": False,
+        "checksum": "memos2", "touches": ["memos"], "resumes": False, "undo": None,
         "after": [{"line": "users", "version": 1}],
         "operations": [{
             "table": "memos", "does": "drop a", "rewriting": False, "destructive": True,

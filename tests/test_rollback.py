@@ -411,8 +411,9 @@ async def kill_points(tmp_path: Path) -> list[tuple[int, int, str]]:
 async def test_a_rollback_that_died_at_sampled_commits_is_gone_on_with(tmp_path: Path) -> None:
     """The next run needs no human: it finishes the undoing, then does what it was asked."""
     points = await kill_points(tmp_path)
+    last = [point for point in points if point[0] == 6][-6:]  # while it cleans up after itself
 
-    await check_kills(tmp_path, sorted(random.Random(SEED).sample(points, 10)))
+    await check_kills(tmp_path, sorted({*random.Random(SEED).sample(points, 6), *last[:4]}))
 
 
 @pytest.mark.campaign

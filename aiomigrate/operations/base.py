@@ -23,8 +23,8 @@ from aiomigrate.operations import paths
 WITNESS_PREFIX = "_aiomigrate_"
 """Start of the names of columns that are ours; none outlives its migration."""
 
-LEFTOVER = pa.schema([pa.field(f"{WITNESS_PREFIX}leftover", pa.bool_())])
-"""All that is left of a table whose creation was undone: it counts as no table."""
+LEFTOVER = f"{WITNESS_PREFIX}leftover"
+"""The only column of what is left of a table whose creation was undone: it counts as no table."""
 
 _MEMORY = b"aiomigrate:memory"
 
@@ -96,7 +96,7 @@ class TableState:
     @property
     def is_leftover(self) -> bool:
         """Whether it is all that is left of a table whose creation was undone."""
-        return self.schema.names == LEFTOVER.names
+        return self.schema.names == [LEFTOVER]
 
     def same(self, other: TableState) -> bool:
         """Returns whether both have one shape."""
