@@ -25,6 +25,7 @@ from aiomigrate.errors import (
     LeaseLostError,
     MigrationTimeoutError,
     OperationError,
+    OverwriteLostError,
     TableVersionGoneError,
     UnresolvedError,
 )
@@ -471,6 +472,8 @@ class Executor:
         remedy = error.remedy if error else "Correct the migration and run again."
         if unresolved_now and error is not None and exc is not error:
             why = f"{why} {error.what}"
+        if isinstance(exc, OverwriteLostError):
+            remedy = exc.remedy  # unchanged, it goes on where it was
         if is_back and script.runs_code and (moved := await self._moved(work)):
             why = (
                 f"{why} (Table {', '.join(moved)} was changed meanwhile by others, or through "

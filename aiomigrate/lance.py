@@ -355,6 +355,7 @@ class Store:
                 failures.append(exc)
                 raise
 
+        refused: StoreError | None = None
         async with anyio.from_thread.BlockingPortal() as portal:
 
             def pull() -> Iterator[pa.RecordBatch]:  # in a thread of LanceDB's
@@ -371,9 +372,9 @@ class Store:
                     mutates=True,
                 )
             except StoreError as exc:
-                if failures:
-                    raise failures[0] from exc
-                raise
+                refused = exc  # raised outside: a portal wraps what leaves it
+        if refused is not None:
+            raise (failures[0] if failures else refused) from (refused if failures else None)
         return Table(self, name, handle)
 
     async def drop(self, name: str) -> None:

@@ -273,13 +273,18 @@ class Touched:
         async def rows() -> AsyncIterator[pa.RecordBatch]:
             async for batch in source.batches(None, None, batch_rows):
                 yield await transform(batch)
+            # The last moment at which nothing is committed yet, and so nothing to be undone.
+            if await (await self._store.open(self.name)).version() != base:
+                raise StaleHandleError(
+                    f"Table {self.name!r} was committed to while it was read.", "Read it again."
+                )
 
-        async def act() -> Table:
+        try:
             table = await self._store.create_from(self.name, schema, rows(), overwrite=True)
-            self._note(await table.version())
-            return table
-
-        table = await act()
+        except StaleHandleError:
+            self.retries += 1
+            return False
+        self._note(await table.version())
         if self.version == base + 1:
             self._table = table
             self._state = await table.state()

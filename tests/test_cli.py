@@ -81,6 +81,23 @@ users = Migration(table="users", version=2, description="after", up=up, depends_
 """
 
 
+PRINTS = """\
+from aiomigrate import Migration
+
+print("imported")
+
+async def up(ctx):
+    print("running")
+
+def operations(params):
+    from aiomigrate import op
+    print("resolving")
+    return [op.Run(up)]
+
+memos = Migration(table="memos", version=2, operations=operations)
+"""
+
+
 @dataclass(frozen=True)
 class Result:
     """What came of one call."""
@@ -478,6 +495,22 @@ class TestJson:
         assert sorted(e["line"] for e in events if e["kind"] == "applied") == ["memos", "users"]
         assert call("unlock", "--json").json == {"removed": None}
 
+    def test_what_scripts_print_goes_to_stderr(
+        self, call: Call, scripts: Callable[..., None]
+    ) -> None:
+        """When imported, resolved or run: stdout stays one document; without --json it is theirs."""
+        scripts(CREATE, PRINTS)
+        uris = {"upgrade": "a", "stamp": "b"}
+
+        for verb in ("plan", "status", "validate", "upgrade", "stamp"):
+            extra = ("--to", "latest") if verb == "stamp" else ()
+            result = call(verb, "--json", "--uri", f"./{uris.get(verb, 'c')}", *extra)
+
+            assert result.json
+            assert "imported\nresolving\n" in result.err
+            assert ("running\n" in result.err) == (verb == "upgrade")
+        assert "imported" in call("plan").out
+
     def test_failure(self, call: Call, scripts: Callable[..., None]) -> None:
         """A failure is a document too: the report, and the error with its type and place."""
         scripts(CREATE, FAILS)
@@ -571,6 +604,31 @@ class TestSignals:
         scripts(CREATE, SLOW.replace("60", "0"))
         assert call("upgrade", "--uri", "./SIGINT").code == 0
         assert self._rows("./SIGINT", "memos") == 1
+
+    def test_an_impatient_user_gets_the_same(self, scripts: Callable[..., None]) -> None:
+        """Ctrl-C again and again spoils neither the undoing nor the explanation of it."""
+        scripts(CREATE, SLOW)
+        args = command("upgrade", "--json", "--uri", "./db")
+        with subprocess.Popen(
+            args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if '"step.applied"' in line:
+                    break
+            _wait_for(lambda: self._rows("./db", "memos") == 1)
+            for _ in range(5):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.01)
+            out, err = process.communicate(timeout=30)
+
+        assert process.returncode == 130
+        told = json.loads(out)
+        assert told["interrupted"] == "SIGINT"
+        assert "memos 2 was in hand: it was undone." in told["what"]
+        assert "Nothing is locked." in told["what"]
+        assert "Traceback" not in err
+        assert self._rows("./db", "memos") == 0
 
     def _start(self, name: str) -> subprocess.Popen[str]:
         args = command("upgrade", "--uri", f"./{name}")
@@ -681,6 +739,24 @@ class TestInterruption:
         tracker = Tracker(Output(as_json=True, verbose=False))
 
         assert "could not be read" in interruption(tracker, [], None, process=PROCESS)
+
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_does_not_deny_what_was_begun(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], begun: bool
+    ) -> None:
+        """Where only Python's own Ctrl-C is left, it says so too, as a document with --json."""
+
+        def body(call: cli.Call) -> cli.Exit:
+            if begun:
+                call.tracker(progress("memos", 2, "running"))
+            raise KeyboardInterrupt
+
+        code = cli._guarded(body, {"as_json": True, "verbose": False}, {})
+
+        out, err = capsys.readouterr()
+        assert code == cli.Exit.INTERRUPTED
+        assert ("before anything was begun" in json.loads(out)["what"]) is not begun
+        assert ("aiomigrate status" in err) is begun
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,43 @@ def test_a_migration_that_cannot_be_is_refused_where_it_is_written(
     assert caught.value.version in (2, None, *(v for v in values.values() if type(v) is int))
 
 
+IMPOSSIBLE_TABLES = (
+    "my table", "it's", 'q"t', "mem\u00f6s", "\u65e5\u8bb0", "a/b", "a\\b", "a\nb", "a%20b", " t",
+    "con:", ".", "..", "x" * 201,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE_TABLES, ids=ascii)
+def test_a_table_that_lancedb_cannot_have_is_refused_where_it_is_written(name: str) -> None:
+    """As the migration's own, among what it touches, and as the table of an operation."""
+    elsewhere = op.AddColumns({"a": pa.int8()}, table=name)
+    with pytest.raises(InvalidMigrationError, match="LanceDB takes no table named"):
+        migration(table=name)
+    with pytest.raises(InvalidMigrationError, match="LanceDB takes no table named"):
+        migration(touches=("memos", name))
+    with pytest.raises(InvalidMigrationError, match="LanceDB takes no table named") as caught:
+        migration(operations=[elsewhere]).resolve({})
+
+    assert "letters" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["a.b", "A-b_c.1", "1", "x" * 200])
+def test_an_odd_name_that_lancedb_takes_is_accepted(name: str) -> None:
+    """Letters, digits and `_ - .`, up to 200 of them."""
+    assert migration(table=name).resolve({})[0].table == name
+
+
+@pytest.mark.parametrize("name", ["a`b", "_rowid", "_ROWADDR", "_row_created_at_version", ""])
+def test_a_column_that_lancedb_cannot_have_is_refused_where_it_is_written(name: str) -> None:
+    """By every operation that gives a column its name."""
+    with pytest.raises(InvalidMigrationError):
+        op.AddColumns({name: pa.int8()})
+    with pytest.raises(InvalidMigrationError):
+        op.RenameColumns({"a": name})
+    with pytest.raises(InvalidMigrationError):
+        op.CreateTable(pa.schema([pa.field(name, pa.int8())]))
+
+
 def test_operations_are_bound_to_the_table_they_do_not_name() -> None:
     """An operation of a migration acts on the migration's table unless it names its own."""
     elsewhere = op.AddColumns({"a": pa.int8()}, table="users")

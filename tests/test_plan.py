@@ -196,6 +196,12 @@ def test_what_is_asked_for_is_what_runs(options: dict[str, Any], expected: list[
         ({"to": "2"}, "'2' is no version to go to"),
         ({"to": True}, "True is no version to go to"),
         ({"to": {"users": None}}, "None is no version to go to"),
+        (
+            {"tables": ["users"], "to": {"memos": 2}},
+            "given for 'memos', which is not among the lines to upgrade.*Those are users",
+        ),
+        ({"tables": ["memos"], "to": {"nope": 3}}, "given for 'nope', which is not among"),
+        ({"tables": [], "to": {"memos": 2}}, "Those are none"),
     ],
 )
 def test_a_target_that_cannot_be_is_named(options: dict[str, Any], message: str) -> None:

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import anyio
+import pyarrow as pa
 import pytest
 
-from aiomigrate import Migration, MigrationFailedError, MigrationManager, op
-from tests import scenario
+from aiomigrate import Migration, MigrationFailedError, MigrationManager, load, op
+from tests import predecessor, scenario
 from tests.faults import Fault
+from tests.predecessor import DIMENSION, LEDGER, State
 from tests.processes import MP, initialize, quiet_logger, start
 from tests.test_kill import undisturbed
+from tests.test_memo_app import (
+    MIGRATIONS,
+    application,
+    assert_rows_kept,
+    manager,
+    read,
+    target,
+    unpack,
+)
+from tests.tools import FIXTURES
 
 PROCESSES = 8
 
 
-async def race(path: Path, source: Any, options: dict[str, Any]) -> list[tuple[str, Any]]:
+async def race(
+    path: Path, source: Any, options: dict[str, Any], *, count: int = PROCESSES
+) -> list[tuple[str, Any]]:
     """Starts processes that initialize at the same instant; returns what each tells."""
-    gate, results = MP.Barrier(PROCESSES), MP.Queue()
+    gate, results = MP.Barrier(count), MP.Queue()
     processes = [
-        start(initialize, str(path), source, Fault(), options, results, gate)
-        for _ in range(PROCESSES)
+        start(initialize, str(path), source, Fault(), options, results, gate) for _ in range(count)
     ]
     told = [await anyio.to_thread.run_sync(lambda: results.get(timeout=60)) for _ in processes]
     for process in processes:
@@ -43,6 +57,51 @@ async def test_eight_processes_on_a_fresh_database(tmp_path: Path, trial: int) -
     assert set((await scenario.applied_counts(tmp_path / f"{trial}")).values()) == {1}
 
 
+async def first_release(path: Path, trial: int) -> None:
+    """Makes a database of the first release: three times one that the predecessor has written.
+
+    Without archives, and in the other trials, one in its format.
+    """
+    if FIXTURES and trial < 3:
+        unpack("memo_app_v1_small", path)
+    else:
+        await predecessor.build(path, State.V1)
+
+
+@pytest.mark.parametrize("trial", range(10))
+async def test_eight_processes_on_the_first_release_of_an_application(
+    tmp_path: Path, trial: int
+) -> None:
+    """All 8 succeed, its history is applied once, and no row of tables or ledger is there twice."""
+    path = tmp_path / f"{trial}"
+    await first_release(path, trial)
+    before = await read(path)
+    pending = {
+        (script.line, script.version)
+        for script in load(MIGRATIONS, {}).all
+        if script.version > before.ledger.get(script.line, 0)
+    }
+    told = await race(path, str(MIGRATIONS), {"lease_ttl": 5.0})
+    after = await read(path)
+    async with manager(path) as migrations:
+        validation = await migrations.validate()
+
+    assert [outcome for outcome, _ in told] == ["ok"] * PROCESSES, told
+    assert sorted(step for _, steps in told for step in steps) == sorted(pending)
+    assert await scenario.applied_counts(path) == dict.fromkeys(pending, 1)
+    assert repeated(after.rows["categories"], "uid", "name") == []
+    assert repeated(after.rows[LEDGER], "tableName") == []
+    assert application(after) == target(DIMENSION)
+    assert_rows_kept(before, after)
+    assert validation.valid, validation.errors
+
+
+def repeated(rows: pa.Table, *columns: str) -> list[tuple[Any, ...]]:
+    """Returns what occurs more than once in some columns taken together."""
+    found = zip(*(rows[column].to_pylist() for column in columns), strict=True)
+    return [values for values, count in Counter(found).items() if count > 1]
+
+
 async def test_two_managers_in_one_process(tmp_path: Path) -> None:
     """Managers of one process share nothing: both succeed, each migration runs once."""
     reports = []
@@ -50,8 +109,8 @@ async def test_two_managers_in_one_process(tmp_path: Path) -> None:
     async def run() -> None:
         async with MigrationManager(
             tmp_path / "db", migrations=scenario.migrations(), logger=quiet_logger()
-        ) as manager:
-            reports.append(await manager.initialize())
+        ) as migrating:
+            reports.append(await migrating.initialize())
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
@@ -85,9 +144,9 @@ async def test_who_waits_for_a_failing_migration_raises_that_failure(tmp_path: P
     async def run() -> None:
         async with MigrationManager(
             tmp_path / "db", migrations=failing_slowly(), logger=quiet_logger()
-        ) as manager:
+        ) as migrating:
             with pytest.raises(MigrationFailedError) as caught:
-                await manager.initialize()
+                await migrating.initialize()
             errors.append(caught.value)
 
     async with anyio.create_task_group() as group:
@@ -96,6 +155,6 @@ async def test_who_waits_for_a_failing_migration_raises_that_failure(tmp_path: P
 
     assert all("boom" in str(error) for error in errors)
     assert sum("another process" in str(error) for error in errors) == 1
-    async with MigrationManager(tmp_path / "db", migrations=failing_slowly()) as manager:
-        kinds = [event.kind for event in await manager.history("t")]
+    async with MigrationManager(tmp_path / "db", migrations=failing_slowly()) as migrating:
+        kinds = [event.kind for event in await migrating.history("t")]
     assert kinds.count("failed") == 1
