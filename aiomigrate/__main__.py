@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 _NEEDED = ("typer", "rich")
@@ -26,7 +27,10 @@ def main() -> int:
         return 2
     from aiomigrate.cli import run
 
-    return run(sys.argv[1:])
+    code = run(sys.argv[1:])
+    # All is said and done: a further Ctrl-C must not spoil the end with a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code
 
 
 if __name__ == "__main__":

@@ -480,7 +480,7 @@ def interruption(
     parts = [] if tracker.seen else ["No migration was begun."]
     parts += [
         f"{word.capitalize()}: {_list_of(keys)}."
-        for word in ("applied", "failed", "skipped")
+        for word in ("applied", "rolled back", "failed", "skipped")
         if (keys := tracker.in_state(word))
     ]
     parts += [

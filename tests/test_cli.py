@@ -25,7 +25,10 @@ from aiomigrate.model import Event, Kind
 from aiomigrate.report import Holder, Status
 from aiomigrate.runner import Progress
 
-VERBS = ("upgrade", "plan", "status", "validate", "history", "stamp", "new", "unlock", "version")
+VERBS = (
+    "upgrade", "rollback", "plan", "status", "validate", "history", "stamp", "prune", "new",
+    "unlock", "version",
+)  # fmt: skip
 
 CREATE = """\
 import pyarrow as pa
@@ -498,7 +501,7 @@ class TestJson:
     def test_what_scripts_print_goes_to_stderr(
         self, call: Call, scripts: Callable[..., None]
     ) -> None:
-        """When imported, resolved or run: stdout stays one document; without --json it is theirs."""
+        """Imported, resolved or run: stdout stays one document; without --json it is theirs."""
         scripts(CREATE, PRINTS)
         uris = {"upgrade": "a", "stamp": "b"}
 
@@ -826,3 +829,96 @@ class TestTerminal:
 def test_error_line(error: str | None, line: str) -> None:
     """History shows the telling line of an error."""
     assert error_line(error) == line
+
+
+DROP = """\
+from aiomigrate import Migration, op
+
+memos = Migration(table="memos", version=3, operations=[op.DropColumns("tags")])
+"""
+
+
+class TestRollback:
+    def test_undoes_what_is_above(self, call: Call, scripts: Callable[..., None]) -> None:
+        """It shows the plan and the timings; a later upgrade applies it again."""
+        scripts(CREATE, ADD, DROP)
+        assert call("upgrade").code == 0
+
+        shown = call("rollback", "memos", "--dry-run")
+        result = call("rollback", "memos", "--to", "1", "--yes")
+
+        assert shown.code == 0
+        assert "return memos to table_version" in shown.out
+        assert call("status", "--check").code == 3
+        assert result.code == 0
+        assert "Undo 2 migrations on 1 line" in result.out
+        assert "2 rolled back" in result.out
+        assert "2 applied" in call("upgrade").out
+
+    def test_json_is_one_document(self, call: Call, scripts: Callable[..., None]) -> None:
+        """Plan and report are JSON for programs."""
+        scripts(CREATE, ADD)
+        call("upgrade")
+
+        plan = call("rollback", "memos", "--dry-run", "--json").json
+        report = call("rollback", "memos", "--yes", "--json").json
+
+        assert plan["direction"] == "rollback"
+        assert plan["steps"][0]["undo"]["does"] == ["memos: drop tags"]
+        assert [step["outcome"] for step in report["steps"]] == ["rolled back"]
+
+    def test_asks_first(self, call: Call, scripts: Callable[..., None]) -> None:
+        """Where there is nobody to ask, it says how to do without, and changes nothing."""
+        scripts(CREATE)
+        call("upgrade")
+
+        result = call("rollback", "memos")
+
+        assert result.code == 2
+        assert "--yes" in result.err
+        assert call("status", "--check").code == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ((), "was not told which line"),
+            (("memos", "--to", "users=1"), "--to names other lines than memos"),
+            (("memo", "--to", "1"), "Did you mean 'memos'"),
+            (("memos", "--to", "x"), "'x' is no version"),
+        ],
+    )
+    def test_mistakes(
+        self, call: Call, scripts: Callable[..., None], arguments: Sequence[str], said: str
+    ) -> None:
+        """Each is told with what to do."""
+        scripts(CREATE)
+        call("upgrade")
+
+        result = call("rollback", *arguments)
+
+        assert result.code != 0
+        assert said in result.err
+
+    def test_prune(self, call: Call, scripts: Callable[..., None]) -> None:
+        """What was kept of a destructive step is deleted, and said; then there is nothing."""
+        scripts(CREATE, ADD, DROP)
+        call("upgrade")
+
+        first, second = call("prune"), call("prune", "--json")
+
+        assert first.out == "memos 3: savepoint of memos deleted.\n"
+        assert second.json == {"pruned": []}
+
+    def test_destructive_steps_can_be_refused(
+        self, call: Call, scripts: Callable[..., None]
+    ) -> None:
+        """The policy is an option like others; the error says how to allow it."""
+        scripts(CREATE, ADD, DROP)
+
+        refused = call("upgrade", "--on-destructive", "refuse")
+        allowed = call("upgrade", "--allow-destructive")
+
+        assert refused.code == 1
+        assert "--allow-destructive" in refused.err
+        assert allowed.code == 0
+        assert call("prune").out == "No savepoint to delete.\n"
