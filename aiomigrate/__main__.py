@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 _NEEDED = ("typer", "rich")
@@ -27,10 +26,7 @@ def main() -> int:
         return 2
     from aiomigrate.cli import run
 
-    code = run(sys.argv[1:])
-    # All is said and done: a further Ctrl-C must not spoil the end with a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return code
+    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ needs it, so that `--help` and `version` answer at once.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import inspect
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -380,23 +379,17 @@ def _run(call: Call, work: Callable[[MigrationManager], Awaitable[Exit]]) -> Exi
             result = await _until_signal(lambda: work(manager), caught, call.output)
             if result is not None:
                 return result
-            with _deaf():
-                await _explain(call, manager, caught[0])
+            _deafen()
+            await _explain(call, manager, caught[0])
             return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
 
     return anyio.run(main)
 
 
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Lets further signals pass while the first one is being explained."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def _deafen() -> None:
+    """Lets further signals pass: the process only explains the first one, and ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _until_signal(

@@ -272,7 +272,7 @@ def _check_targets(states: Mapping[str, LineState], scripts: Scripts, to: Target
         if line not in states:
             raise TargetError(
                 f"A version is given for {line!r}, which is not among the lines to upgrade.",
-                f"Those are {', '.join(states) or 'none'}.{nearest(line, scripts.line_names())}",
+                f"Those are {', '.join(states) or 'none'}.{nearest(line, tuple(states))}",
                 line=line,
             )
         current = states[line].current

@@ -22,6 +22,7 @@ import lancedb
 import pyarrow as pa
 import pytest
 import structlog
+from blockbuster import blockbuster_ctx
 
 from aiomigrate import AiomigrateError, Context, Migration, MigrationFailedError, op
 from aiomigrate.clock import Clock
@@ -37,6 +38,7 @@ from aiomigrate.lance import Store
 from aiomigrate.manager import MigrationManager
 from aiomigrate.report import Outcome, Report
 from aiomigrate.runner import Progress
+from tests import scenario
 from tests.faults import Fault, faulty_manager, watched_manager
 from tests.processes import MP, initialize, quiet_logger, start
 from tests.tools import found, make, manager, rows_of, tree
@@ -1085,3 +1087,24 @@ def test_a_synchronous_connection_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match=r"lancedb\.connect_async"):
         MigrationManager(connection, migrations=[])
+
+
+async def test_nothing_blocks_the_event_loop(tmp_path: Path) -> None:
+    """Migrating, looking and rolling back leave the application's other tasks their turn."""
+    manager = MigrationManager(
+        tmp_path / "db", migrations=scenario.migrations(), logger=quiet_logger()
+    )
+    pa.array([0], pa.timestamp("us", tz="UTC")).to_pylist()  # Arrow loads its time zones, once
+    await manager.scripts()
+    with blockbuster_ctx(scanned_modules=["aiomigrate"]):
+        async with manager:
+            report = await manager.initialize()
+            await manager.plan()
+            await manager.get_status()
+            validation = await manager.validate()
+            await manager.history()
+            back = await manager.rollback("log", to=1)
+
+    assert len(report.applied) == len(scenario.migrations())
+    assert validation.valid
+    assert len(back.steps) == 1
