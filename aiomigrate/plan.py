@@ -94,6 +94,7 @@ class Step:
                     "rewriting": operation.traits.rewriting,
                     "destructive": operation.traits.destructive,
                     "reversible": operation.traits.reversible,
+                    "commits": operation.traits.commits,
                 }
                 for operation in script.operations
             ],

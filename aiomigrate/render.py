@@ -61,6 +61,7 @@ def plan_text(plan: Plan) -> str:
                 for word, on in (
                     ("rewriting", traits.rewriting),
                     ("destructive", traits.destructive),
+                    ("irreversible", not traits.reversible),
                 )
                 if on
             ]

@@ -318,7 +318,9 @@ class Touched:
             )
         for _ in range(_OVERWRITES):
             if copy.state is None or not await same_content(self.table, copy.table):
-                await copy.replace_by(self, pa.schema(fields))
+                await copy.replace_by(
+                    self, pa.schema(fields, metadata=dict((state.schema.metadata or {}).items()))
+                )
             for index in state.indexes:
                 if copy.state is None or index not in copy.state.indexes:
                     await copy.create_index(index, index.options)

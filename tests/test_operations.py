@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lancedb.embeddings import TextEmbeddingFunction, register
 
 from aiomigrate import Migration, MigrationFailedError, OnDestructive, op
 from aiomigrate.applier import witness_name
@@ -1063,3 +1064,73 @@ def test_a_field_is_spelled_with_its_nullability() -> None:
     """`!` stands for NOT NULL, as in every message and in the journal."""
     assert spell(pa.field("a", pa.int64())) == "int64"
     assert spell(pa.field("a", pa.int64(), nullable=False)) == "int64!"
+
+
+# ---- what LanceDB leaves stale ------------------------------------------------------------------
+
+
+@register("aiomigrate-tests")
+class Counting(TextEmbeddingFunction):
+    """Embeds a text by its length."""
+
+    def ndims(self) -> int:
+        """Returns the dimension."""
+        return 2
+
+    def generate_embeddings(self, texts: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns a vector for each text."""
+        return [[float(len(str(text))), 0.0] for text in texts]
+
+
+EMBEDDED = pa.schema(
+    [pa.field("text", pa.string()), pa.field("vector", pa.list_(pa.float32(), 2))],
+    metadata={
+        "embedding_functions": '[{"name": "aiomigrate-tests", "model": {}, '
+        '"source_column": "text", "vector_column": "vector"}]',
+        "owner": "search",
+    },
+)
+
+
+@pytest.mark.parametrize(
+    "operation", [op.DropColumns("vector"), op.RenameColumns({"text": "body"})]
+)
+async def test_a_column_of_an_embedding_function_is_not_left_dangling(
+    database: Path, operation: op.Operation
+) -> None:
+    """Refused beforehand with the way that works: else the application's next add() would fail."""
+    await make(database, EMBEDDED)
+    async with manager(
+        database, [Migration(table=TABLE, version=1, operations=[operation])]
+    ) as migrations:
+        with pytest.raises(OperationError, match="embedding function 'aiomigrate-tests'") as caught:
+            await migrations.upgrade()
+
+    assert "op.Rebuild" in caught.value.remedy
+
+
+async def test_a_rebuild_writes_the_metadata_that_is_right(database: Path) -> None:
+    """It stays where the columns do, and goes with the column that an embedding function names."""
+    await make(database, EMBEDDED, [{"text": "a", "vector": [1, 2]}])
+    steps = [
+        Migration(table=TABLE, version=1, operations=[op.Rebuild()]),
+        Migration(
+            table=TABLE, version=2,
+            operations=[op.Rebuild(schema=pa.schema([pa.field("text", pa.string())]))],
+        ),
+        Migration(table=TABLE, version=3, operations=[op.RenameTable("renamed")]),
+    ]  # fmt: skip
+    told = []
+    async with manager(database, steps) as migrations:
+        for version, table in ((1, TABLE), (2, TABLE), (3, "renamed")):
+            await migrations.upgrade(to=version)
+            state, _ = await found(database, table)
+            assert state is not None
+            told.append(state.schema.metadata or {})
+    table = await (await lancedb.connect_async(database)).open_table("renamed")
+    await table.add([{"text": "as the application does"}])
+
+    assert await table.count_rows() == 2
+    assert [sorted(metadata) for metadata in told] == [
+        [b"embedding_functions", b"owner"], [b"owner"], [b"owner"],
+    ]  # fmt: skip

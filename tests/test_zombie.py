@@ -18,7 +18,7 @@ from aiomigrate.errors import LeaseLostError
 from tests import scenario
 from tests.faults import Fault, FaultyStore, faulty_manager
 from tests.processes import MP, initialize, quiet_logger, start
-from tests.test_kill import SCENARIO, Upgrade, kill_points, undisturbed
+from tests.test_kill import SCENARIO, Upgrade, by_twos, kill_points, undisturbed
 from tests.tools import SEED
 
 OPTIONS: dict[str, Any] = {"lease_ttl": 0.5, "concurrency": 1}
@@ -120,10 +120,13 @@ async def woken(path: Path, fault: Fault, upgrade: Upgrade = SCENARIO) -> str | 
 async def check(tmp_path: Path, faults: Sequence[Fault], upgrade: Upgrade = SCENARIO) -> None:
     """Pauses a holder by each fault and tells which ended wrongly."""
     wrong = {}
-    for number, fault in enumerate(faults):
+
+    async def pause(number: int, fault: Fault) -> None:
         found = await woken(tmp_path / f"paused-{number}", fault, upgrade)
         if found is not None:
             wrong[fault] = found
+
+    await by_twos(faults, pause)
 
     assert wrong == {}
     assert count_paused(tmp_path) >= len(faults) - len(faults) // 20
@@ -184,7 +187,7 @@ async def test_a_holder_paused_at_sampled_commits_does_no_harm_when_it_wakes(
 async def test_a_holder_paused_between_commits_does_no_harm_when_it_wakes(tmp_path: Path) -> None:
     """Nor where it has read, or waits for the journal, or the head has not followed yet."""
     await undisturbed(tmp_path / "expected")
-    steps = random.Random(SEED).sample(sorted(HOLDING.values()), 4)
+    steps = random.Random(SEED).sample(sorted(HOLDING.values()), 6)
 
     await check(tmp_path, await at_steps(tmp_path / "calls", SCENARIO, steps))
 

@@ -432,6 +432,71 @@ def quote(column: str) -> str:
     return ".".join("`" + name.replace("`", "``") + "`" for name in column.split("."))
 
 
+_EMBEDDING = b"embedding_functions"
+
+
+def embedding_columns(schema: pa.Schema) -> dict[str, str]:
+    """Returns the columns that the table's embedding functions name, with the function's name.
+
+    LanceDB keeps them in the schema's metadata and does not follow renames and drops: the next
+    `add` then fails (facts: 36).
+    """
+    return {
+        str(told[key]): str(told.get("name", "?"))
+        for told in _embeddings(schema.metadata)
+        for key in ("source_column", "vector_column")
+        if isinstance(told.get(key), str)
+    }
+
+
+def _embeddings(metadata: Mapping[bytes, bytes] | None) -> list[Mapping[str, Any]]:
+    try:
+        found = json.loads((metadata or {}).get(_EMBEDDING, b"[]"))
+    except ValueError:
+        return []
+    return [told for told in found if isinstance(told, Mapping)] if isinstance(found, list) else []
+
+
+def kept_metadata(before: pa.Schema, names: Iterable[str]) -> dict[bytes | str, bytes | str] | None:
+    """Returns a schema's metadata as it is right for other columns.
+
+    Args:
+        before: The schema before.
+        names: The columns after.
+    """
+    metadata: dict[bytes | str, bytes | str] = dict((before.metadata or {}).items())
+    have = set(names)
+    whole = [
+        told
+        for told in _embeddings(before.metadata)
+        if have.issuperset(
+            str(told[key]) for key in ("source_column", "vector_column") if told.get(key)
+        )
+    ]
+    if _EMBEDDING in metadata:
+        del metadata[_EMBEDDING]
+        if whole:
+            metadata[_EMBEDDING] = json.dumps(whole)
+    return metadata or None
+
+
+def refuse_embedding(operation: Operation, state: TableState, columns: Iterable[str]) -> None:
+    """Refuses what would leave an embedding function with a column that is not there.
+
+    Raises:
+        OperationError: One of the columns is named by one.
+    """
+    named = embedding_columns(state.schema)
+    for column in columns:
+        if column in named:
+            raise operation.refuse(
+                f"the table's embedding function {named[column]!r} uses column {column!r}, and "
+                "LanceDB would go on looking for it: the next add() would fail.",
+                "Use op.Rebuild(function, schema=...) without or with the renamed column: it "
+                "writes the table's metadata anew.",
+            )
+
+
 def remember(name: str, what: Mapping[str, Any]) -> pa.Field[Any]:
     """Returns a column of ours that remembers something as long as its migration runs."""
     return pa.field(name, pa.bool_(), metadata={_MEMORY: json.dumps(what)})

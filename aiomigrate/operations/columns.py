@@ -19,6 +19,7 @@ from aiomigrate.operations.base import (
     checked_names,
     checked_new,
     quote,
+    refuse_embedding,
     remember,
     remembered,
     spell,
@@ -208,6 +209,7 @@ class DropColumns(Operation):
 
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
+        refuse_embedding(self, before, self.columns)
         schema = paths.changed(before.schema, {column: lambda _: None for column in self.columns})
         if not len(schema):
             raise self.refuse("no column would be left.", "Keep one column, or drop the table.")
@@ -299,6 +301,7 @@ class RenameColumns(Operation):
                 raise self.refuse(
                     f"column {path!r} exists already.", "Choose another name, or rename both."
                 )
+        refuse_embedding(self, before, self.names)
         changes = {old: _renaming(name) for old, name in self.names.items()}
         schema = paths.changed(before.schema, changes)
         return TableState(schema, tuple(index.renamed(self.names) for index in before.indexes))

@@ -22,6 +22,7 @@ from aiomigrate.operations.base import (
     Traits,
     checked_names,
     checked_new,
+    kept_metadata,
     remember,
     remembered,
     spell,
@@ -191,6 +192,9 @@ class Rebuild(Operation):
             schema = self.evolve(before).schema
             kept = [index_to(i) for i in before.indexes if self._keeps(i, before, schema)]
             whole = schema.append(remember(target.witness, {"indexes": kept}))
+            whole = whole.with_metadata(
+                {**(schema.metadata or {}), **(kept_metadata(before.schema, schema.names) or {})}
+            )
             total = await target.count_rows()
 
             async def transform(batch: pa.RecordBatch) -> pa.RecordBatch:
