@@ -957,7 +957,15 @@ LITERALS: dict[pa.DataType, Any] = {
 VALUES: dict[pa.DataType, Any] = {**LITERALS, pa.list_(pa.string()): ["x"]}
 SQL = {pa.int64(): "`{}` + 1", pa.string(): "concat(`{}`, '!')"}
 
-VERBS = ("create", "add", "drop", "rename", "permute", "null", "notnull", "index", "unindex")
+VERBS = (
+    "create", "add", "drop", "rename", "permute", "null", "notnull", "index", "retype", "metadata",
+    "delete", "rebuild", "unindex",
+)  # fmt: skip
+RETYPES = {
+    (pa.int64(), pa.float64()), (pa.int64(), pa.string()), (pa.float64(), pa.string()),
+    (pa.string(), pa.large_string()),
+}  # fmt: skip
+"""Changes of type that every value of the sequences survives."""
 
 names = st.sampled_from(NAMES)
 types = st.sampled_from(COLUMN_TYPES)
@@ -974,7 +982,7 @@ def schemas(draw: st.DrawFn) -> pa.Schema:
 
 
 @st.composite
-def operations(draw: st.DrawFn) -> op.Operation:
+def operations(draw: st.DrawFn) -> op.Operation:  # noqa: C901 - a closed case list
     """Draws an operation, which may not fit."""
     some = draw(st.lists(names, min_size=1, max_size=2, unique=True))
     one = some[0]
@@ -999,6 +1007,14 @@ def operations(draw: st.DrawFn) -> op.Operation:
         case "index":
             kinds = ("BTree", "Bitmap", "LabelList", "FTS")
             return op.CreateIndex(one, kind=draw(st.sampled_from(kinds)))
+        case "retype":
+            return op.AlterType({one: draw(st.sampled_from([new for _, new in RETYPES]))})
+        case "metadata":
+            return op.SetMetadata(one, {"unit": draw(st.sampled_from(["cm", "kg"]))})
+        case "delete":
+            return op.Delete("id = 'nobody'")
+        case "rebuild":
+            return op.Rebuild()
         case _:
             return op.DropIndex(one)
 
@@ -1013,6 +1029,10 @@ def accepted(draw: st.DrawFn) -> tuple[pa.Schema, list[op.Operation], op.TableSt
         batch: list[op.Operation] = [operation]
         try:
             after = operation.on(TABLE).evolve(state)
+            if isinstance(operation, op.AlterType):
+                ((column, new),) = operation.columns.items()
+                if (state.schema.field(column).type, new) not in RETYPES:
+                    continue
             if isinstance(operation, op.SetNotNull):
                 kinds = {c: state.schema.field(c).type for c in operation.columns}
                 if not all(kind in LITERALS for kind in kinds.values()):
