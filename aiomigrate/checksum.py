@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import linecache
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
@@ -157,7 +158,7 @@ def _definition(function: Callable[..., Any]) -> ast.AST:
         )
     found = [
         node
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(_parsed(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         and _first_line(node) == code.co_firstlineno
         and getattr(node, "name", "<lambda>") == code.co_name
@@ -168,6 +169,15 @@ def _definition(function: Callable[..., Any]) -> ast.AST:
             "Define it with def, on lines of its own.",
         )
     return found[0]
+
+
+_PARSING = threading.Lock()
+
+
+def _parsed(source: str) -> ast.AST:
+    # Early releases of Python 3.11 fail when two threads parse at once (seen with 3.11.7).
+    with _PARSING:
+        return ast.parse(source)
 
 
 def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> int:

@@ -84,7 +84,15 @@ class Executor:
         self._progress = progress
         self._keeps = keeps
         self.applier = Applier(store, writer.check, progress=progress, log=log)
-        self.recovery = Recovery(store, self.applier, self.record, check=writer.check, log=log)
+        lease = writer.lease
+        self.recovery = Recovery(
+            store,
+            self.applier,
+            self.record,
+            check=writer.check,
+            branch_of=lambda script: branch_name(lease.epoch, lease.owner, script),
+            log=log,
+        )
 
     async def run(
         self, script: Script, unfinished: Unfinished | None, ready_at: float

@@ -21,6 +21,8 @@ from aiomigrate.operations.base import TableState
 from aiomigrate.operations.stored import encode
 from aiomigrate.savepoint import (
     Guard,
+    drop_branch,
+    is_branch_of,
     is_ours,
     restore_fenced,
     shape_effect,
@@ -119,7 +121,14 @@ class Recovery:
     """Returns tables to where a migration found them, when that discards nothing of others."""
 
     def __init__(
-        self, store: Store, applier: Applier, record: Record, *, check: Guard, log: Any
+        self,
+        store: Store,
+        applier: Applier,
+        record: Record,
+        *,
+        check: Guard,
+        branch_of: Callable[[Script], str],
+        log: Any,
     ) -> None:
         """Binds to a database.
 
@@ -128,8 +137,10 @@ class Recovery:
             applier: For fencing and cleaning.
             record: Writes events of a migration.
             check: Raises unless the lease is safely ours.
+            branch_of: Returns what this holder calls the savepoint branches of a migration.
             log: Bound logger.
         """
+        self._branch_of = branch_of
         self._store = store
         self._applier = applier
         self._record = record
@@ -241,7 +252,8 @@ class Recovery:
         await self._applier.fence(
             unfinished.savepoints.keys() - {table for table, _, _ in restores}
         )
-        await self._applier.clean([], branches)
+        for name in branches:
+            await self._drop_leftovers(script, name)
 
     async def _resume(self, work: Work, unfinished: Unfinished) -> None:
         script = work.script
@@ -264,15 +276,30 @@ class Recovery:
         await self.fence_resumed(work, unfinished)
 
     async def _protect(self, work: Work) -> None:
-        """Makes the savepoint branches that a dead process had only announced."""
-        for name, branch in list(work.branches.items()):
+        """Keeps the savepoints of a migration that is gone on with, by branches of our own.
+
+        Those of its dead process go: it may only be paused, and removes them when it wakes.
+        """
+        mine = self._branch_of(work.script)
+        for name in list(work.branches):
             table = await self._store.find(name)
-            if table is not None and branch not in await table.branches():
-                try:
-                    await self._check()
-                    await table.create_branch(branch, work.savepoints[name])
-                except StoreError:  # it died while it made it: that name can never be used
-                    del work.branches[name]
+            if table is None:
+                continue
+            try:
+                await self._check()
+                await table.create_branch(mine, work.savepoints[name])
+                work.branches[name] = mine
+            except StoreError:  # that version is gone already: there is nothing to keep
+                del work.branches[name]
+            await self._drop_leftovers(work.script, name, but=mine)
+
+    async def _drop_leftovers(self, script: Script, name: str, *, but: str = "") -> None:
+        """Deletes the savepoint branches that attempts at a migration left on a table."""
+        table = await self._store.find(name)
+        for left in [] if table is None else await table.branches():
+            if left != but and is_branch_of(left, script):
+                await self._check()
+                await drop_branch(self._store, name, left)
 
     async def fence_resumed(self, work: Work, unfinished: Unfinished) -> None:
         """Fences what a dead process may have in flight, on tables that are gone on with."""

@@ -197,8 +197,16 @@ def _accept(script: Script) -> str:
 
 def branch_name(epoch: int, owner: str, script: Script) -> str:
     """Returns a name no branch ever had: one whose creation crashed can never be used again."""
-    line = hashlib.sha256(script.line.encode()).hexdigest()[:8]
-    return f"aiomigrate-{epoch}-{owner}-{line}-{script.version}"
+    return f"aiomigrate-{epoch}-{owner}-{_branch_end(script)}"
+
+
+def is_branch_of(name: str, script: Script) -> bool:
+    """Returns whether a branch is the savepoint of some attempt at a migration."""
+    return name.startswith("aiomigrate-") and name.endswith(f"-{_branch_end(script)}")
+
+
+def _branch_end(script: Script) -> str:
+    return f"{hashlib.sha256(script.line.encode()).hexdigest()[:8]}-{script.version}"
 
 
 async def drop_branch(store: Store, table: str, name: str) -> None:
