@@ -180,7 +180,7 @@ class Recovery:
                     touched.name,
                     touched.before,
                     touched.version,
-                    work.branches.get(touched.name),
+                    protected=touched.name in work.branches,
                 )
         except StoreError as exc:
             raise UnresolvedError(
@@ -192,7 +192,7 @@ class Recovery:
         return bool(back)
 
     async def _return(
-        self, script: Script, table: str, to: int, head: int, branch: str | None
+        self, script: Script, table: str, to: int, head: int, *, protected: bool
     ) -> int:
         if not to:
             return await vacate(self._store, table, head=head, guard=self._check, script=script)
@@ -203,7 +203,7 @@ class Recovery:
             head=head,
             guard=self._check,
             script=script,
-            branch=branch,
+            protected=protected,
         )
 
     async def recover(self, work: Work, unfinished: Unfinished) -> None:
@@ -239,7 +239,7 @@ class Recovery:
             )
         branches = unfinished.started.detail.get("branches", {})
         for table, to, head in restores:
-            await self._return(script, table, to, head, branches.get(table))
+            await self._return(script, table, to, head, protected=table in branches)
         await self._record(work, event_of(script, Kind.RESTORED))
         self._log.info(
             ev.STEP_RESTORED,
@@ -333,7 +333,7 @@ class Recovery:
         if live > head and await is_ours(self._store, table, head, _back_effect(to)):
             return
         await self._record(work, intended(work.script, table, head, _back_effect(to)))
-        await self._return(work.script, table, to, head, None)
+        await self._return(work.script, table, to, head, protected=False)
 
     async def _owned_head(
         self, script: Script, unfinished: Unfinished, table: str, savepoint: int

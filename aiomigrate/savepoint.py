@@ -38,7 +38,7 @@ async def restore_fenced(
     head: int,
     guard: Guard,
     script: Script,
-    branch: str | None = None,
+    protected: bool = False,
 ) -> int:
     """Returns a table to an older table_version, if its head is still the one we know.
 
@@ -49,7 +49,7 @@ async def restore_fenced(
         head: The latest table_version known to be ours (or the savepoint itself).
         guard: Asked immediately before the restore.
         script: The migration being undone, for the error.
-        branch: The savepoint branch, if there is one: a table without it is another table.
+        protected: Whether it has a savepoint branch: a table without one is another table.
 
     Returns:
         The table_version of the restore.
@@ -62,7 +62,7 @@ async def restore_fenced(
     found = await table.version()
     if found != head:
         raise unresolved(script, name, to, [(head + 1, found)])
-    if branch is not None and branch not in await table.branches():
+    if protected and not any(is_branch_of(b, script) for b in await table.branches()):
         raise UnresolvedError(
             f"{script}: table {name!r} has lost its savepoint: it was dropped and made again by "
             "someone else while the migration ran. It was left as it is.",
