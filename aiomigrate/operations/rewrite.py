@@ -70,7 +70,9 @@ def fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 def _cast(array: Any, kind: pa.DataType) -> Any:
     """Returns an array as another type; fields of structs are taken by name, like columns."""
-    if array.type == kind or not (pa.types.is_struct(kind) and pa.types.is_struct(array.type)):
+    if array.type == kind:
+        return array  # a cast would copy
+    if not (pa.types.is_struct(kind) and pa.types.is_struct(array.type)):
         return array.cast(kind)
     wanted: Any = kind
     fields = [wanted.field(position) for position in range(wanted.num_fields)]
