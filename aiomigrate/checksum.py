@@ -50,6 +50,7 @@ def checksum(migration: Migration) -> str:
                 "table": migration.table,
                 "touches": sorted(migration.touches or ()),
                 "depends_on": migration.depends_on,
+                **({"contracts": migration.contracts} if migration.contracts else {}),
             }
         )
     except InvalidMigrationError as exc:

@@ -219,6 +219,7 @@ def _script(migration: Migration, source: str, params: Params) -> Script:
         checksum=checksum(migration),
         source=source,
         table=migration.table,
+        contracts=dict(migration.contracts),
     )
 
 

@@ -44,7 +44,8 @@ T = TypeVar("T")
 SCHEMES = ("s3", "s3+ddb", "gs", "az", "abfs", "abfss", "hf", "oss", "cos", "memory", "file")
 
 _CONFLICTS: tuple[tuple[str, type[StoreError], str], ...] = (
-    (r"Retryable commit conflict", CommitConflictError, "Run it again."),
+    (r"Retryable commit conflict|Commit conflict for version", CommitConflictError,
+     "Run it again."),
     (r"Incompatible transaction", StaleHandleError, "Reopen the table and run it again."),
     (r"Too many concurrent writers", WriterCongestionError,
      "Let fewer processes write to the table, then run it again."),

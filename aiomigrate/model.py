@@ -38,6 +38,9 @@ class Migration:
         down: The inverse of `up`.
         touches: The tables it changes; by default `table` and those its operations name.
         depends_on: Version of another line that must be applied first, by line.
+        contracts: The compatible halves that this one completes: once it is applied, the
+            savepoints kept for them are given up. Version by line; those of other lines are
+            depended on.
 
     Raises:
         InvalidMigrationError: The values cannot be.
@@ -52,6 +55,7 @@ class Migration:
     down: Up | None = None
     touches: Sequence[str] | None = None
     depends_on: Mapping[str, int] = field(default_factory=dict)
+    contracts: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:  # noqa: C901 - one check after another
         name = self.line or self.table
@@ -93,17 +97,29 @@ class Migration:
                     f"LanceDB takes no table named {text!r}.",
                     "Use up to 200 letters (a to z), digits and _ - . only.",
                 )
-        for other, version in self.depends_on.items():
-            if not _is_int(version) or version < 1 or not isinstance(other, str):
-                raise wrong(
-                    f"depends_on {other!r}: {version!r} is no version.",
-                    'Write depends_on={"users": 2}.',
-                )
+        for given, versions in (("depends_on", self.depends_on), ("contracts", self.contracts)):
+            for other, version in versions.items():
+                if not _is_int(version) or version < 1 or not isinstance(other, str):
+                    raise wrong(
+                        f"{given} {other!r}: {version!r} is no version.",
+                        f'Write {given}={{"users": 2}}.',
+                    )
+        if self.contracts.get(name, 0) >= self.version:
+            raise wrong(
+                f"it contracts its own version {self.contracts[name]}, which does not come before.",
+                "Name an earlier version.",
+            )
         if isinstance(self.operations, Operation):
             raise wrong("operations is one operation, not a list.", "Write operations=[...].")
         if not callable(self.operations):
             object.__setattr__(self, "operations", self._checked(self.operations))
-        object.__setattr__(self, "depends_on", MappingProxyType(dict(self.depends_on)))
+        others = {line: version for line, version in self.contracts.items() if line != name}
+        needed = {
+            line: max(self.depends_on.get(line, 0), others.get(line, 0))
+            for line in {**self.depends_on, **others}
+        }
+        object.__setattr__(self, "depends_on", MappingProxyType(needed))
+        object.__setattr__(self, "contracts", MappingProxyType(dict(self.contracts)))
 
     def _checked(self, operations: Iterable[Operation]) -> tuple[Operation, ...]:
         given = tuple(operations)  # once: it may be a generator
@@ -178,6 +194,7 @@ class Script:
         operations: Its operations, each bound to a table (`Run` may have none).
         touches: Tables it may change, sorted.
         depends_on: Version that must be applied first, by line.
+        contracts: Version whose savepoints are given up once it is applied, by line.
         checksum: Digest of its content; formatting and comments do not count.
         source: The file's name, or empty.
         table: The table of the line, `None` for a pseudo-table.
@@ -192,6 +209,7 @@ class Script:
     checksum: str
     source: str = ""
     table: str | None = None
+    contracts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int]:

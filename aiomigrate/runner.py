@@ -28,7 +28,7 @@ from aiomigrate.plan import Direction, Key, OnDestructive, Plan
 from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, is_at_target, newly_covered
 from aiomigrate.report import Outcome, StepReport
 from aiomigrate.rollback import Reverser
-from aiomigrate.undo import Kept, Undo, finish, kept_savepoints
+from aiomigrate.undo import Kept, Undo, contracted, finish, kept_savepoints
 from aiomigrate.version import __version__
 from aiomigrate.writer import Writer
 
@@ -271,7 +271,10 @@ class Runner:
             executor = self._executor(writer)
             await self._settle(seen, writer, lease, executor)
             await self._run_plan(seen, executor, self._reverser(writer, executor))
-            await self._prune(seen.journal, writer, executor, older_than_s=self._options.keep_s)
+            if any(self._completes(key) for key in self.results):
+                await writer.sync()
+                seen = await look()
+            await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
 
         return await self.hold(work, is_done=is_done, doing="starting")
 
@@ -308,18 +311,23 @@ class Runner:
         async def work(writer: Writer, lease: Lease) -> None:
             seen = await self.take_over(writer, lease, look)
             executor = self._executor(writer)
-            found.extend(
-                await self._prune(seen.journal, writer, executor, older_than_s=older_than_s)
-            )
+            found.extend(await self._prune(seen, writer, executor, older_than_s=older_than_s))
 
         await self.hold(work, is_done=_never, doing="pruning")
         return tuple(found)
 
+    def _completes(self, key: Key) -> bool:
+        script = self._scripts.get(*key)
+        return script is not None and bool(script.contracts) and self.results[key].outcome.is_done
+
     async def _prune(
-        self, journal: Journal, writer: Writer, executor: Executor, *, older_than_s: float
+        self, seen: Seen, writer: Writer, executor: Executor, *, older_than_s: float
     ) -> list[Kept]:
         oldest = self._clock.wall() - dt.timedelta(seconds=older_than_s)
-        old = [kept for kept in kept_savepoints(journal) if kept.at <= oldest]
+        current = {line: state.current for line, state in seen.decided.lines.items()}
+        found = kept_savepoints(seen.journal)
+        ended = contracted(found, self._scripts, current)
+        old = [kept for kept in found if kept.at <= oldest or kept in ended]
         for kept in old:
             await executor.applier.clean([], {kept.table: kept.branch})
         if old:

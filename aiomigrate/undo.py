@@ -97,6 +97,24 @@ def kept_savepoints(journal: Journal) -> tuple[Kept, ...]:
     return tuple(found.values())
 
 
+def contracted(
+    kept: Iterable[Kept], scripts: Scripts, applied: Mapping[str, int]
+) -> tuple[Kept, ...]:
+    """Returns those savepoints whose migration was completed by one that is applied.
+
+    Args:
+        kept: Savepoints that are kept.
+        scripts: All scripts.
+        applied: The version each line is at.
+    """
+    ends: dict[str, int] = {}
+    for line, version in applied.items():
+        for script in scripts.up_to(line, version):
+            for other, upto in script.contracts.items():
+                ends[other] = max(upto, ends.get(other, 0))
+    return tuple(k for k in kept if k.key[1] <= ends.get(k.key[0], 0))
+
+
 def to_undo(
     decided: Reconciled,
     journal: Journal,

@@ -171,6 +171,18 @@ async def congested(store: Store, table: Table) -> None:
     await store.call("update", "t", give_up, mutates=True)
 
 
+async def out_of_retries(store: Store, table: Table) -> None:
+    """Gives up like LanceDB when every retry of its own lost (seen once, beside eight writers)."""
+
+    async def give_up() -> None:
+        raise RuntimeError(
+            "lance error: Commit conflict for version 9: Failed to commit the transaction after "
+            "20 retries."
+        )
+
+    await store.call("update", "t", give_up, mutates=True)
+
+
 Provoke = Callable[[Store, Table], Awaitable[None]]
 
 
@@ -185,6 +197,7 @@ PROVOKED: list[tuple[Provoke, type[StoreError]]] = [
     (preempted, CommitConflictError),
     (overwritten, StaleHandleError),
     (congested, WriterCongestionError),
+    (out_of_retries, CommitConflictError),
     (version_never_made, TableVersionGoneError),
     (restore_of_version_never_made, TableVersionGoneError),
     (cleaned_version, TableVersionGoneError),

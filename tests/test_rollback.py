@@ -308,6 +308,34 @@ async def test_old_savepoints_go_with_the_next_run(database: Path) -> None:
     assert list(await table.branches.list()) == []
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_contract_gives_up_the_savepoints_it_names(
+    database: Path,
+    at_once: bool,
+) -> None:
+    """What completes an expansion ends the keep of its savepoints, in one run with it or later."""
+    await make(database, T, START)
+    steps = [
+        Migration(table=TABLE, version=1, operations=[op.Update({}, sql={"n": "n + 1"})]),
+        Migration(table=TABLE, version=2, operations=[op.Update({}, sql={"n": "n + 2"})]),
+        Migration(
+            line="later", version=1, touches=(TABLE,), contracts={TABLE: 1},
+            operations=[op.SetMetadata("n", {"unit": "m"}, table=TABLE)],
+        ),
+    ]  # fmt: skip
+    table = await (await lancedb.connect_async(database)).open_table(TABLE)
+    async with manager(database, steps) as migrations:
+        if not at_once:
+            await migrations.upgrade(tables=[TABLE])
+            assert len(await table.branches.list()) == 2
+        await migrations.upgrade()
+        left = list(await table.branches.list())
+        pruned = await migrations.prune()
+
+    assert [name.rsplit("-", 1)[-1] for name in left] == ["2"]
+    assert [k.key for k in pruned] == [(TABLE, 2)]
+
+
 @pytest.mark.parametrize(
     ("operation", "policy", "refused"),
     [
