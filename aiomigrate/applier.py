@@ -6,6 +6,7 @@ them, is for `executor`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,15 @@ def witness_name(script: Script, operation: Operation, earlier: Sequence[Operati
         operation: The operation.
         earlier: Those before it.
     """
-    digest = operation_digest(operation)
-    same = sum(operation_digest(other) == digest for other in earlier)
+    digest = _mark(operation)
+    same = sum(_mark(other) == digest for other in earlier)
     return f"{WITNESS_PREFIX}{script.version}_{digest[:12]}" + (f"_{same}" if same else "")
+
+
+def _mark(operation: Operation) -> str:
+    if operation.identity is None:
+        return operation_digest(operation)
+    return hashlib.sha256(operation.identity.encode()).hexdigest()
 
 
 class Applier:
@@ -80,8 +87,9 @@ class Applier:
             StoreError: LanceDB failed.
         """
         touched.witness = witness
-        touched.on_progress = lambda done, total: self._progress(
-            script, operation.describe(), done, total
+        words = operation.describe()
+        touched.on_progress = lambda done, total, note: self._progress(
+            script, f"{words} ({note})" if note else words, done, total
         )
         if touched.state is None and operation.when_missing is Missing.SKIP:
             return

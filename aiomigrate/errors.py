@@ -7,6 +7,7 @@ to do next. This module is for naming failures; it is not for mapping LanceDB's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +175,38 @@ class RollbackRefusedError(PlanError):
 
 class DestructiveError(PlanError):
     """A step discards what could not be brought back, and that was not allowed."""
+
+
+class KeepsProgressError(AiomigrateError):
+    """Work that was paid for is kept: the next run goes on where this one stopped."""
+
+
+class PoisonRowsError(KeepsProgressError):
+    """A backfill's function failed for some rows; the others are filled.
+
+    Attributes:
+        rows: Key and error of the first of them.
+        count: How many they are.
+    """
+
+    def __init__(
+        self, what: str, remedy: str, *, rows: Sequence[tuple[str, str]], count: int
+    ) -> None:
+        super().__init__(what, remedy)
+        self.rows = tuple(rows)
+        self.count = count
+
+
+class BackfillBehindError(KeepsProgressError):
+    """Others add or change rows faster than a backfill fills them."""
+
+
+class ModelChangedError(KeepsProgressError):
+    """A model does not give the vectors it gave when the re-embedding began."""
+
+
+class QualityGateError(KeepsProgressError):
+    """The new vectors are worse than the thresholds allow; the old ones stay in use."""
 
 
 class SchemaMismatchError(AiomigrateError):

@@ -22,6 +22,7 @@ from aiomigrate.clock import Clock
 from aiomigrate.context import Context
 from aiomigrate.errors import (
     AiomigrateError,
+    KeepsProgressError,
     LeaseLostError,
     MigrationTimeoutError,
     OperationError,
@@ -302,6 +303,7 @@ class Executor:
             "cleanup": cleanup,
             "branches": {t: b for t, b in work.branches.items() if t not in destroyed},
             "kept": {t: b for t, b in work.branches.items() if t in destroyed},
+            "told": work.told(),
         }
         applied = event_of(
             script,
@@ -418,6 +420,7 @@ class Executor:
             commits=sum(t.commits for t in tables),
             retries=sum(t.retries for t in tables),
             tables=work.versions(),
+            told=work.told(),
             resumed=work.resumed,
             **more,
         )
@@ -437,7 +440,7 @@ class Executor:
             # A mutation may still commit under us: whoever takes the lease next recovers.
             log.warning(ev.COMMIT_UNRESOLVED, tables=sorted(under_way))
         # A resumed migration stays where it is, and the next run goes on from there again.
-        elif not isinstance(exc, UnresolvedError) and not work.resumed:
+        elif not isinstance(exc, UnresolvedError) and not work.goes_on:
             try:
                 restored = await self.recovery.undo(work)
             except UnresolvedError as unresolvable:
@@ -447,7 +450,7 @@ class Executor:
         unresolved_now = isinstance(error, UnresolvedError)
         if unresolved_now:
             log.error(ev.STEP_UNRESOLVED, error=str(error))
-        is_back = not (unresolved_now or work.resumed or under_way)
+        is_back = not (unresolved_now or work.goes_on or under_way)
         events = []
         if is_back and (restored or work.journaled):
             events.append(event_of(script, Kind.RESTORED))
@@ -477,11 +480,9 @@ class Executor:
             ev.STEP_FAILED, error=why, restored=restored, unresolved=unresolved_now,
             ran_s=round(ran_s, 4),
         )  # fmt: skip
-        remedy = error.remedy if error else "Correct the migration and run again."
+        remedy = _remedy(work, exc, error)
         if unresolved_now and error is not None and exc is not error:
             why = f"{why} {error.what}"
-        if isinstance(exc, OverwriteLostError):
-            remedy = exc.remedy  # unchanged, it goes on where it was
         if is_back and script.runs_code and (moved := await self._moved(work)):
             why = (
                 f"{why} (Table {', '.join(moved)} was changed meanwhile by others, or through "
@@ -512,6 +513,16 @@ def _check(script: Script, tables: Mapping[str, Touched]) -> None:
         states = operation.fold(states)
 
 
+def _remedy(work: Work, exc: Exception | None, error: AiomigrateError | None) -> str:
+    """Returns what to do after a failure."""
+    if isinstance(exc, OverwriteLostError):
+        return exc.remedy  # unchanged, it goes on where it was
+    remedy = error.remedy if error else "Correct the migration and run again."
+    if work.goes_on and not isinstance(error, (UnresolvedError, KeepsProgressError)):
+        remedy = f"{remedy} What it has done is kept: the next run goes on from there."
+    return remedy
+
+
 def failure_text(exc: BaseException, store: Store) -> str:
     """Returns a failure in one sentence, without secrets."""
     if isinstance(exc, AiomigrateError):
@@ -524,6 +535,6 @@ def failure_text(exc: BaseException, store: Store) -> str:
 
 def failure_trace(exc: BaseException, store: Store) -> str:
     """Returns a failure as the journal keeps it, without secrets."""
-    if isinstance(exc, OperationError):
+    if isinstance(exc, (OperationError, KeepsProgressError)):
         return store.scrub(str(exc))
     return store.scrub("".join(traceback.format_exception(exc)))

@@ -502,6 +502,18 @@ class Table:
         while (batch := await self._read("read", lambda: anext(reader, None))) is not None:
             yield batch
 
+    async def scan(
+        self, where: str, columns: Sequence[str], max_rows: int
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows in the table's own order, with `_rowid`.
+
+        Its upper 32 bits are the row's fragment.
+        """
+        query = self._query(where, columns).with_row_id()
+        reader = await self._read("read", lambda: query.to_batches(max_batch_length=max_rows))
+        while (batch := await self._read("read", lambda: anext(reader, None))) is not None:
+            yield batch
+
     async def window(self, columns: Sequence[str], offset: int, rows: int) -> pa.Table:
         """Returns at most `rows` rows from a position in the table's own order."""
         query = self.handle.query().select(list(columns)).offset(offset).limit(rows)
@@ -554,6 +566,18 @@ class Table:
         merge = merge.when_not_matched_insert_all()
         result = await self._commit("merge", lambda: merge.execute(data))
         return int(result.num_updated_rows + result.num_inserted_rows), int(result.version)
+
+    async def merge_columns(self, key: str, data: pa.Table) -> tuple[int, int]:
+        """Sets some columns of the rows of equal key; returns (rows, table_version).
+
+        Without a condition on them: with one, and an index on the key, LanceDB 0.40 panics
+        ("Incorrect number of arrays for StructArray fields", measured).
+        """
+        merge = self.handle.merge_insert(key).when_matched_update_all()
+        # By default NULL counts as a bad vector; so do those with NaN, which become NULL here.
+        run = merge.execute
+        result = await self._commit("merge", lambda: run(data, on_bad_vectors="null"))
+        return int(result.num_updated_rows), int(result.version)
 
     async def update(
         self,

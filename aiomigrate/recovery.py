@@ -13,7 +13,7 @@ from typing import Any
 
 from aiomigrate import events as ev
 from aiomigrate.applier import Applier
-from aiomigrate.errors import StoreError, UnresolvedError
+from aiomigrate.errors import OperationError, StoreError, UnresolvedError
 from aiomigrate.fold import Unfinished
 from aiomigrate.lance import Store
 from aiomigrate.model import Event, Kind, Script
@@ -63,9 +63,18 @@ class Work:
     ledger_s: float = 0.0
     started_s: float = 0.0
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a failure leaves it where it is, for the next run to go on."""
+        return self.resumed or any(t.keeps_progress for t in self.tables.values())
+
     def versions(self) -> dict[str, tuple[int, int]]:
         """Returns each table's table_version before and after."""
         return {t.name: (t.before, t.version) for t in self.tables.values()}
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        """Returns what operations tell of their work, by table."""
+        return {t.name: t.told for t in self.tables.values() if t.told}
 
     def facts(self) -> dict[str, Any]:
         """Returns what an `applied` event tells of the tables."""
@@ -225,7 +234,11 @@ class Recovery:
         effects = [intent.detail["effect"]["do"] for intent in unfinished.intents]
         going_back = "restore" in effects or "vacate" in effects
         if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
-            await self._resume(work, unfinished)
+            await self._resume(work, unfinished, begin_at=unfinished.advanced)
+            return
+        if "fill" in effects and not going_back and await self._fits(script):
+            # Corrected, and what was paid for is in the table: each operation looks how far it is.
+            await self._resume(work, unfinished, begin_at=0)
             return
         restores: list[tuple[str, int, int]] = []
         for table, savepoint in unfinished.savepoints.items():
@@ -255,9 +268,21 @@ class Recovery:
         for name in branches:
             await self._drop_leftovers(script, name)
 
-    async def _resume(self, work: Work, unfinished: Unfinished) -> None:
+    async def _fits(self, script: Script) -> bool:
+        """Returns whether a corrected migration can begin with its tables as they are."""
+        if script.runs_code:
+            return False
+        states = {name: (await self._store.state_of(name))[1] for name in script.touches}
+        try:
+            for operation in script.operations:
+                states = operation.fold(states)
+        except OperationError:
+            return False
+        return True
+
+    async def _resume(self, work: Work, unfinished: Unfinished, *, begin_at: int) -> None:
         script = work.script
-        work.begin_at = unfinished.advanced
+        work.begin_at = begin_at
         work.resumed = True
         work.savepoints = unfinished.savepoints
         work.branches = dict(unfinished.started.detail.get("branches", {}))

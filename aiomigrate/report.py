@@ -45,6 +45,8 @@ class StepReport:
         resumed: Whether it recovered what a crash had interrupted.
         error: Why it failed or was skipped, or empty.
         remedy: What to do about it, or empty.
+        told: What its operations tell of their work, JSON values by table and topic: the rows
+            that a backfill could not fill (`poison`), the quality of new vectors (`gate`).
     """
 
     line: str
@@ -62,6 +64,7 @@ class StepReport:
     resumed: bool = False
     error: str = ""
     remedy: str = ""
+    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as a JSON-ready dictionary."""

@@ -13,17 +13,20 @@ from typing import Any
 import anyio
 import pyarrow as pa
 
+from aiomigrate import filling as filling_of
 from aiomigrate.errors import (
     MigrationTimeoutError,
     OperationError,
     OverwriteLostError,
     StaleHandleError,
+    StoreError,
     TableVersionGoneError,
     UnresolvedError,
 )
 from aiomigrate.lance import Store, Table, sql_literal
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, Transform, remember
+from aiomigrate.operations.fill import Filling
 from aiomigrate.operations.indexes import with_index
 from aiomigrate.savepoint import (
     Guard,
@@ -54,7 +57,9 @@ class Touched:
         retries: How many commits were tried again.
         witness: The column name that belongs to the operation in hand.
         ended: Whether the migration has ended, so that nothing may be written any more.
-        on_progress: Told how far the operation in hand is.
+        keeps_progress: Whether it holds work that was paid for and must not be undone.
+        told: What operations tell of their work, JSON values by topic.
+        on_progress: Told how far the operation in hand is: done, total, and a few words.
     """
 
     def __init__(
@@ -87,7 +92,9 @@ class Touched:
         self.was: TableState | None = None
         self.witness = ""
         self.ended = False
-        self.on_progress: Callable[[int, int | None], None] = lambda done, total: None
+        self.keeps_progress = False
+        self.told: dict[str, Any] = {}
+        self.on_progress: Callable[[int, int | None, str], None] = lambda done, total, note: None
         self._store = store
         self._guard = guard
         self._announce = announce
@@ -195,9 +202,13 @@ class Touched:
         """Returns another table that the migration touches."""
         return self._others[name]
 
-    def progress(self, done: int, total: int | None) -> None:
+    def progress(self, done: int, total: int | None, note: str = "") -> None:
         """Tells how far the operation in hand is."""
-        self.on_progress(done, total)
+        self.on_progress(done, total, note)
+
+    def tell(self, topic: str, what: Any) -> None:
+        """Puts a JSON value into the migration's report and history."""
+        self.told[topic] = what
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table; one that another process created meanwhile is brought back."""
@@ -477,6 +488,56 @@ class Touched:
             await self.reopen()
         return changed
 
+    async def fill(self, filling: Filling) -> int:
+        """Fills a column by a function, in commits of many rows; returns how many it filled.
+
+        Raises:
+            KeepsProgressError: It stopped, and goes on when it is run again.
+        """
+        self.keeps_progress = True
+        return await filling_of.fill(self, filling)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's Arrow schema as last read."""
+        return self._known().schema
+
+    async def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows of the latest table_version, with `_rowid`, in its order."""
+        other = await self._store.open(self.name)  # ours moves on with each commit
+        async for batch in other.scan(where, columns, _SCAN_ROWS):
+            yield batch
+
+    async def merge_columns(self, key: str, data: pa.Table) -> int:
+        """Sets some columns of the rows of equal key; returns how many rows.
+
+        Doing it twice is doing it once: it is tried again whatever the store says.
+        """
+        changed = 0
+
+        async def run(table: Table) -> int:
+            nonlocal changed
+            changed, version = await table.merge_columns(key, data)
+            return version
+
+        effect = {"do": "fill", "key": key, "columns": [n for n in data.schema.names if n != key]}
+        for attempt in range(_MERGES):
+            try:
+                await self._commit(effect, run)
+                break
+            except StoreError:
+                if attempt == _MERGES - 1:
+                    raise
+                self.retries += 1
+                await anyio.sleep(min(0.05 * 2**attempt, 2.0))
+                await self.reopen()
+        self.rows += changed
+        return changed
+
+    async def uncovered(self, index: Index) -> int:
+        """Returns how many rows an index does not cover."""
+        return await self.table.uncovered(index)
+
     async def is_live(self) -> bool:
         """Returns whether others committed to a large table within the last minute."""
         if await self.count_rows() < _LIVE_ROWS:
@@ -549,7 +610,9 @@ class Touched:
 
 
 _OVERWRITES = 3
+_MERGES = 8
 _COPY_ROWS = 4096
+_SCAN_ROWS = 1024
 _COVERING = 3
 _BATCH_ROWS = 20_000
 _PASSES = 20

@@ -17,6 +17,7 @@ from aiomigrate.fold import Journal, uncleaned
 from aiomigrate.model import Event, Kind, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation, TableState
 from aiomigrate.operations.data import Run, Update
+from aiomigrate.operations.fill import Backfill
 from aiomigrate.operations.stored import decode
 from aiomigrate.reconcile import LineState, Reconciled, nearest
 
@@ -436,10 +437,14 @@ def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, 
 
 
 def _is_subsumed(operation: Operation, was: TableState | None) -> bool:
-    """Returns whether an update concerns only columns that the migration itself added."""
-    if not isinstance(operation, Update) or was is None:
+    """Returns whether an operation fills only columns that the migration itself added."""
+    if was is None:
         return False
-    return not any(was.has(column) for column in (*operation.values, *operation.sql))
+    if isinstance(operation, Backfill):
+        return not was.has(operation.column)
+    return isinstance(operation, Update) and not any(
+        was.has(column) for column in (*operation.values, *operation.sql)
+    )
 
 
 def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str, ...]:

@@ -80,6 +80,11 @@ def twice_but_b(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, schema=batch.schema)
 
 
+async def lengths(batch: pa.RecordBatch) -> pa.Array:
+    """Returns how long each text is, nothing for none."""
+    return pc.utf8_length(batch["text"]).cast(pa.int64())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Operations, the table they are applied to, and what it must be afterwards."""
@@ -499,6 +504,24 @@ CASES = [
         expected=[r for r in ROWS if r["id"] != "b" for _ in range(2)],
     ),
     Case(
+        name="add a column and backfill it",
+        operations=[
+            op.AddColumns({"size": pa.int64()}),
+            op.Backfill(
+                "size", lengths, key="id", source="text", pace=op.Pace(batch_rows=1, chunk_rows=2)
+            ),
+        ],
+        fields={**FIELDS, "size": "int64"},
+        expected=having(size=lambda r: None if r["text"] is None else len(r["text"])),
+    ),
+    Case(
+        name="backfill what is NULL, by a key with an index",
+        operations=[op.Backfill("n", lengths, key="id", source=["text"])],
+        indexes=[("id", "BTree")],
+        expected=having(n=lambda r: r["n"] or len(r["text"])),
+        indexed=["BTree id"],
+    ),
+    Case(
         name="fields of a struct by path",
         operations=[
             op.AddColumns({"st.new": pa.int64()}),
@@ -664,6 +687,14 @@ REFUSALS: dict[str, tuple[op.Operation, pa.Schema | None, str]] = {
         NULLED,
         r"'z' is new and NOT NULL",
     ),
+    "backfill: no such column": (
+        op.Backfill("x", lengths, key="a"), NULLED, r"no column 'x'",
+    ),
+    "backfill: no such source": (
+        op.Backfill("b", lengths, key="a", source="x"), NULLED, r"no column 'x'",
+    ),
+    "backfill: no such key": (op.Backfill("b", lengths, key="x"), NULLED, r"no column 'x'"),
+    "backfill: a NOT NULL column": (op.Backfill("a", lengths, key="b"), NULLED, r"forbids NULL"),
     "copy: no such table": (op.CopyInto("gone", key="a"), NULLED, r"no table 'gone'"),
     "copy: no such key": (op.CopyInto(TABLE, key="x"), NULLED, r"no column 'x'"),
     "rename table: no table": (op.RenameTable("z"), None, r"does not exist"),
@@ -876,6 +907,12 @@ INVALID: dict[str, tuple[Callable[[], object], str]] = {
     "alter to no type": (lambda: op.AlterType({"a": "int"}), "no type"),  # type: ignore[dict-item]
     "delete without a condition": (lambda: op.Delete(" "), "no condition"),
     "rebuild by no function": (lambda: op.Rebuild(3), "not a function"),  # type: ignore[arg-type]
+    "backfill by no function": (lambda: op.Backfill("a", 3, key="b"), "not a function"),  # type: ignore[arg-type]
+    "backfill from itself": (
+        lambda: op.Backfill("a", lengths, key="b", source="a"), "filled from itself",
+    ),
+    "backfill in no batches": (lambda: op.Pace(batch_rows=0), "batch_rows=0"),
+    "backfill at no pace": (lambda: op.Pace(calls_per_s=0), "calls_per_s=0"),
     "rebuild in no batches": (lambda: op.Rebuild(upper, batch_rows=0), "batch_rows=0"),
     "rebuild to no schema": (lambda: op.Rebuild(schema=pa.schema([])), "not a schema"),
     "copy in no batches": (lambda: op.CopyInto("a", key="id", batch_rows=0), "batch_rows=0"),

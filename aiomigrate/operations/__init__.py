@@ -11,6 +11,7 @@ from aiomigrate.operations.columns import (
     SetNullable,
 )
 from aiomigrate.operations.data import Delete, Run, Update
+from aiomigrate.operations.fill import Backfill, OnPoison, Pace
 from aiomigrate.operations.indexes import CreateIndex, DropIndex
 from aiomigrate.operations.rewrite import CopyInto, Rebuild
 from aiomigrate.operations.tables import CreateTable, DropTable, Optimize, RenameTable
@@ -18,6 +19,7 @@ from aiomigrate.operations.tables import CreateTable, DropTable, Optimize, Renam
 __all__ = [
     "AddColumns",
     "AlterType",
+    "Backfill",
     "CopyInto",
     "CreateIndex",
     "CreateTable",
@@ -27,8 +29,10 @@ __all__ = [
     "DropTable",
     "Index",
     "Missing",
+    "OnPoison",
     "Operation",
     "Optimize",
+    "Pace",
     "Rebuild",
     "RenameColumns",
     "RenameTable",

@@ -187,8 +187,11 @@ class Target(Protocol):
     def sibling(self, name: str) -> Target:
         """Returns another table that the operation names."""
 
-    def progress(self, done: int, total: int | None) -> None:
+    def progress(self, done: int, total: int | None, note: str = "") -> None:
         """Tells how far the operation is."""
+
+    def tell(self, topic: str, what: Any) -> None:
+        """Puts a JSON value into the migration's report and history."""
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None: ...
 
@@ -233,6 +236,11 @@ class Target(Protocol):
 
     async def optimize(self, cleanup_older_than_s: float | None) -> None: ...
 
+    async def fill(self, filling: Any) -> int:
+        """Fills a column by a function (see `operations.fill.Filling`); returns the rows filled."""
+
+    async def uncovered(self, index: Index) -> int: ...
+
     async def is_live(self) -> bool:
         """Returns whether others commit to it, so that long commits would hold them up."""
 
@@ -269,6 +277,11 @@ class Operation:
     def needs_savepoint(self) -> bool:
         """Whether the table_version before must be kept from cleanup while this runs."""
         return False
+
+    @property
+    def identity(self) -> str | None:
+        """What makes it the same work when its script is corrected; by default all it is."""
+        return None
 
     @property
     def overwrites(self) -> bool:
@@ -497,9 +510,9 @@ def refuse_embedding(operation: Operation, state: TableState, columns: Iterable[
             )
 
 
-def remember(name: str, what: Mapping[str, Any]) -> pa.Field[Any]:
+def remember(name: str, what: Mapping[str, Any], kind: pa.DataType | None = None) -> pa.Field[Any]:
     """Returns a column of ours that remembers something as long as its migration runs."""
-    return pa.field(name, pa.bool_(), metadata={_MEMORY: json.dumps(what)})
+    return pa.field(name, kind or pa.bool_(), metadata={_MEMORY: json.dumps(what)})
 
 
 def remembered(state: TableState | None, name: str) -> Mapping[str, Any] | None:

@@ -78,8 +78,8 @@ class CreateIndex(Operation):
         if self._fits(before):
             return before
         have = before.column(self.column)
-        if not _can_index(self.kind, have.type):
-            fitting = [kind for kind in KINDS if _can_index(kind, have.type)]
+        if not can_index(self.kind, have.type):
+            fitting = [kind for kind in KINDS if can_index(kind, have.type)]
             raise self.refuse(
                 f"LanceDB builds no {self.kind} index on {spell(have)}.",
                 f"On that type it builds {', '.join(fitting)}."
@@ -212,7 +212,7 @@ def _is_vector(index: Index) -> bool:
     return index.kind.startswith("Ivf")
 
 
-def _can_index(kind: str, column: Any) -> bool:
+def can_index(kind: str, column: Any) -> bool:
     """Returns whether LanceDB builds such an index on such a column (measured)."""
     is_list = pa.types.is_list(column) or pa.types.is_large_list(column)
     is_plain = (
@@ -233,10 +233,10 @@ def _can_index(kind: str, column: Any) -> bool:
     if kind == "Fm":
         return pa.types.is_string(column) or is_large or is_bytes
     if kind == "FTS":
-        inside = is_list and _can_index("FTS", column.value_type)
+        inside = is_list and can_index("FTS", column.value_type)
         return inside or pa.types.is_string(column) or is_large
     if kind == "LabelList":
-        return is_list and _can_index("Bitmap", column.value_type)
+        return is_list and can_index("Bitmap", column.value_type)
     return is_plain or is_large or is_bytes
 
 

@@ -1,0 +1,602 @@
+"""Filling a column by a user's function: scan what is to do, call, commit in chunks, look again.
+
+Several calls are in flight, their results wait until a chunk of the table's own order is whole,
+and one commit at a time writes it. Not for deciding what a row needs (`operations.fill` says it),
+nor for what a commit is (`touched`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pyarrow as pa
+import pyarrow.compute as pc
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
+
+from aiomigrate.errors import (
+    AiomigrateError,
+    BackfillBehindError,
+    KeepsProgressError,
+    OperationError,
+    StoreError,
+)
+from aiomigrate.operations.digests import digests
+from aiomigrate.operations.fill import Filling
+
+_CHUNK_BYTES = 128_000_000
+_PASSES = 100
+_BEHIND = 3
+_ERROR_LENGTH = 500
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 30.0
+
+
+class Fillable(Protocol):
+    """A table whose commits are recorded."""
+
+    name: str
+    foreign: list[tuple[int, int]]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its schema as last read."""
+
+    async def reopen(self) -> None:
+        """Moves to the latest table_version; what others committed is in `foreign`."""
+
+    async def count_rows(self, where: str | None = None) -> int:
+        """Returns how many rows match."""
+
+    def progress(self, done: int, total: int | None, note: str = "") -> None:
+        """Tells how far it is."""
+
+    def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows of the latest table_version, with `_rowid`, in its order."""
+
+    async def merge_columns(self, key: str, data: pa.Table) -> int:
+        """Sets some columns of the rows of equal key, in one commit; returns how many rows."""
+
+
+async def fill(table: Fillable, job: Filling) -> int:
+    """Fills a column, pass after pass, until a pass finds nothing that others left to do.
+
+    Cancellation: calls in flight get `drain_s` to end, what they gave is committed, and
+    cancellation goes on. The same holds for a failure.
+
+    Returns:
+        How many rows were filled.
+
+    Raises:
+        OperationError: Keys are NULL or not unique, or the function returned what is no result.
+        KeepsProgressError: The function fails for everything, or for too many rows.
+        BackfillBehindError: Others change rows faster than they are filled.
+        StoreError: LanceDB failed.
+    """
+    await _check_keys(table, job)
+    filled = before = behind = 0
+    few = job.pace.batch_rows * job.pace.concurrency
+    for number in range(_PASSES):
+        known = len(table.foreign)
+        one = _Pass(table, job, is_first=number == 0)
+        await one.run()
+        filled += one.committed
+        await table.reopen()
+        if one.is_whole and (not one.found or len(table.foreign) == known):
+            break
+        if number and one.is_whole and one.found <= few:
+            break  # what is left came while the last rows were done
+        behind = behind + 1 if number > 1 and one.found >= before else 0
+        if behind >= _BEHIND:
+            raise BackfillBehindError(
+                f"{job.words} on table {table.name!r}: during each of the last passes others "
+                f"added or changed as many rows ({one.found}) as were filled.",
+                "Raise concurrency or batch_rows, or let fewer writers write; then run again: it "
+                "goes on where it was.",
+            )
+        before = one.found
+    return filled
+
+
+async def _check_keys(table: Fillable, job: Filling) -> None:
+    nulls = await table.count_rows(f"{_quoted(job.key)} IS NULL")
+    if nulls:
+        raise OperationError(
+            f"{job.words} on table {table.name!r}: {nulls} rows have no {job.key!r}.",
+            "Fill the key first, or name another one.",
+        )
+    hashes: list[Any] = []
+    async for batch in table.scan("true", [job.key]):
+        column: Any = batch.column(job.key)
+        is_number = pa.types.is_integer(column.type)
+        hashes.append(column if is_number else pa.array(digests(batch.select([job.key]))))
+    if not hashes:
+        return
+    total = sum(len(chunk) for chunk in hashes)
+    counting = pc.count_distinct
+    distinct = (await anyio.to_thread.run_sync(counting, pa.chunked_array(hashes))).as_py()
+    if distinct != total:
+        raise OperationError(
+            f"{job.words} on table {table.name!r}: {total - distinct} rows share their "
+            f"{job.key!r} with another one.",
+            "Name a key that is unique, or remove the duplicates first.",
+        )
+
+
+@dataclass(eq=False)
+class _Part:
+    """Rows for one call, and later what came of it."""
+
+    chunk: int
+    rows: pa.RecordBatch
+    digests: list[int]
+    values: Any = None
+    errors: list[str | None] = field(default_factory=list)
+
+
+class Chunks:
+    """Decides which rows are committed together: whole fragments, up to a limit.
+
+    A commit writes the column anew for each fragment it concerns, so the rows of one fragment
+    belong together; small fragments are gathered, large ones cut.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Begins with chunk 0.
+
+        Args:
+            limit: Rows of a chunk.
+        """
+        self.number = 0
+        self._limit = limit
+        self._rows = 0
+        self._fragment: int | None = None
+
+    def take(self, fragment: int, rows: int) -> int:
+        """Returns how many of the next rows, all of one fragment, belong to chunk `number`."""
+        is_new = fragment != self._fragment
+        if self._rows >= self._limit or (is_new and 2 * self._rows >= self._limit):
+            self.number += 1
+            self._rows = 0
+        self._fragment = fragment
+        taken = min(rows, self._limit - self._rows)
+        self._rows += taken
+        return taken
+
+
+class _Pass:
+    """One pass over the rows that are to do."""
+
+    def __init__(self, table: Fillable, job: Filling, *, is_first: bool) -> None:
+        self.found = 0
+        self.committed = 0
+        self.is_whole = True
+        self._table = table
+        self._job = job
+        self._is_first = is_first
+        self._type = table.schema.field(job.column).type
+        self._limit = job.pace.chunk_rows or max(1, _CHUNK_BYTES // (_width(self._type) + 16))
+        self._sent: dict[int, int] = {}
+        self._arrived: dict[int, list[_Part]] = {}
+        self._count: dict[int, int] = {}
+        self._doubtful: list[_Part] = []
+        self._outstanding = 0
+        self._is_scanned = False
+        self._open_chunk = 0
+        self._succeeded = False
+        self._poison = 0
+        self._draining: float | None = None
+        self._calls: set[anyio.CancelScope] = set()
+        self._wake = anyio.Event()
+        self._room = anyio.Event()
+        self._threads = anyio.CapacityLimiter(job.pace.concurrency)
+        self._total = 0
+        self._begun = 0.0
+        called = getattr(job.function, "__call__", None)  # noqa: B004 - of an object, say
+        self._is_async = any(inspect.iscoroutinefunction(f) for f in (job.function, called))
+        self._limiter: Any = None
+        if job.pace.calls_per_s is not None:
+            from aiolimiter import AsyncLimiter
+
+            burst = max(1.0, job.pace.calls_per_s)
+            self._limiter = AsyncLimiter(burst, burst / job.pace.calls_per_s)
+
+    async def run(self) -> None:
+        """Does what is to do, as seen in one version of the table."""
+        self._total = await self._table.count_rows(self._job.todo)
+        self._begun = anyio.current_time()
+        failure: BaseException | None = None
+        try:
+            async with anyio.create_task_group() as group:
+                send, receive = anyio.create_memory_object_stream[_Part](self._job.pace.concurrency)
+                ended = anyio.Event()
+                group.start_soon(self._watch, ended)
+                group.start_soon(self._scan, send)
+                for _ in range(self._job.pace.concurrency):
+                    group.start_soon(self._work, receive.clone())
+                receive.close()
+                group.start_soon(self._commit_all, ended)
+        except BaseExceptionGroup as failures:
+            failure = _first(failures)
+        except anyio.get_cancelled_exc_class():
+            await self._keep()
+            raise
+        if failure is not None:
+            await self._keep()
+            raise failure
+
+    async def _keep(self) -> None:
+        """Commits what was paid for, if the lease still allows it."""
+        with anyio.CancelScope(shield=True), contextlib.suppress(AiomigrateError):
+            await self._commit([part for parts in self._arrived.values() for part in parts])
+
+    async def _watch(self, ended: anyio.Event) -> None:
+        """Gives calls in flight a last moment when the pass is cancelled."""
+        try:
+            await ended.wait()
+        finally:
+            self._draining = anyio.current_time() + self._job.pace.drain_s
+            for call in self._calls:
+                call.deadline = self._draining
+
+    # ---- what is to do --------------------------------------------------------------------------
+
+    async def _scan(self, send: ObjectSendStream[_Part]) -> None:
+        job = self._job
+        columns = list(dict.fromkeys([job.key, *job.sources, job.witness, job.errors]))
+        chunks = Chunks(self._limit)
+        waiting: list[tuple[pa.RecordBatch, list[int]]] = []
+
+        async def emit(*, everything: bool) -> None:
+            rows = sum(len(batch) for batch, _ in waiting)
+            while rows >= job.pace.batch_rows or (everything and rows):
+                part = _gather(waiting, job.pace.batch_rows, self._open_chunk)
+                rows -= len(part.rows)
+                await self._send(send, part)
+
+        async with send:
+            try:
+                async for batch in self._table.scan(job.todo, columns):
+                    due, told = self._due(batch)
+                    while len(due):
+                        fragment = due.column("_rowid")[0].as_py() >> 32
+                        run = _run_length(due, fragment)
+                        taken = chunks.take(fragment, run)
+                        if chunks.number != self._open_chunk:
+                            await emit(everything=True)
+                            self._open_chunk = chunks.number
+                            self._wake.set()
+                        if taken:
+                            waiting.append((due.slice(0, taken), told[:taken]))
+                            due, told = due.slice(taken), told[taken:]
+                        await emit(everything=False)
+            except StoreError:
+                # The version that was read is gone, say: what is left is for the next pass.
+                self.is_whole = False
+                if not self.found:
+                    raise
+            await emit(everything=True)
+        self._is_scanned = True
+        self._wake.set()
+
+    def _due(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[int]]:
+        job = self._job
+        told = digests(batch.select(list(job.sources)))
+        known = batch.column(job.witness).to_pylist()
+        failed = batch.column(job.errors).is_valid().to_pylist()
+        again = job.retries_poison and self._is_first
+        picked = [
+            row
+            for row, (was, now, bad) in enumerate(zip(known, told, failed, strict=True))
+            if was != now or (bad and again)
+        ]
+        if len(picked) == len(batch):
+            return batch, told
+        return batch.take(pa.array(picked, pa.int64())), [told[row] for row in picked]
+
+    async def _send(self, send: ObjectSendStream[_Part], part: _Part) -> None:
+        rows = len(part.rows)
+        while self._outstanding >= 2 * self._limit + rows:
+            self._room = anyio.Event()
+            await self._room.wait()
+        self.found += rows
+        self._outstanding += rows
+        self._sent[part.chunk] = self._sent.get(part.chunk, 0) + rows
+        await send.send(part)
+
+    # ---- calls ----------------------------------------------------------------------------------
+
+    async def _work(self, parts: ObjectReceiveStream[_Part]) -> None:
+        async with parts:
+            async for part in parts:
+                with anyio.CancelScope(shield=True) as call:
+                    if self._draining is not None:
+                        call.deadline = self._draining
+                    self._calls.add(call)
+                    try:
+                        part.values, part.errors = await self._resolve(part.rows, first=True)
+                    finally:
+                        self._calls.discard(call)
+                    self._arrive(part)
+                await anyio.lowlevel.checkpoint_if_cancelled()
+
+    async def _resolve(self, rows: pa.RecordBatch, *, first: bool) -> tuple[Any, list[str | None]]:
+        """Returns the values of rows and their errors; halves them to find those that fail."""
+        try:
+            values = await (self._patiently(rows) if first else self._ask(rows))
+        except AiomigrateError:
+            raise
+        except Exception as exc:
+            if self._draining is not None:
+                raise
+            if len(rows) == 1:
+                text = f"{type(exc).__name__}: {exc}"[:_ERROR_LENGTH]
+                return pa.nulls(1, self._type), [text]
+            middle = len(rows) // 2
+            one = await self._resolve(rows.slice(0, middle), first=False)
+            other = await self._resolve(rows.slice(middle), first=False)
+            return pa.concat_arrays([one[0], other[0]]), one[1] + other[1]
+        return values, [None] * len(rows)
+
+    async def _patiently(self, rows: pa.RecordBatch) -> Any:
+        """Asks, and again with growing and random pauses while it fails."""
+        try:
+            return await self._ask(rows)
+        except AiomigrateError:
+            raise
+        except Exception:
+            if self._job.pace.attempts == 1 or self._draining is not None:
+                raise
+        from tenacity import AsyncRetrying, retry_if_not_exception_type, wait_random_exponential
+
+        pauses = wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
+        await anyio.sleep(random.uniform(0, _FIRST_PAUSE_S))  # noqa: S311 - no secret
+        retrying = AsyncRetrying(
+            stop=self._is_enough,
+            wait=pauses,
+            retry=retry_if_not_exception_type((AiomigrateError, anyio.get_cancelled_exc_class())),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        return await retrying(self._ask, rows)
+
+    def _is_enough(self, state: Any) -> bool:
+        tried = int(state.attempt_number) + 1
+        return tried >= self._job.pace.attempts or self._draining is not None
+
+    async def _ask(self, rows: pa.RecordBatch) -> Any:
+        if self._limiter is not None:
+            await self._limiter.acquire()
+        function: Any = self._job.function
+        given = rows.select(list(self._job.sources))
+        if self._is_async:
+            result = await function(given)
+        else:
+            result = await anyio.to_thread.run_sync(
+                function, given, limiter=self._threads, abandon_on_cancel=True
+            )
+            if inspect.isawaitable(result):
+                result = await result
+        return self._values(result, len(rows))
+
+    def _values(self, result: Any, rows: int) -> Any:
+        try:
+            values = as_array(result, self._type)
+        except (pa.ArrowException, TypeError, ValueError) as exc:
+            raise OperationError(
+                f"{self._job.words}: what the function returned is no {self._type}: {exc}.",
+                "Return one value of the column's type for each row.",
+            ) from exc
+        if _has_nan(values):
+            raise ValueError("a vector with NaN")  # of one row, perhaps: the others are good
+        if len(values) != rows:
+            raise OperationError(
+                f"{self._job.words}: the function returned {len(values)} values for {rows} rows.",
+                "Return one value for each row, in their order; None where there is none.",
+            )
+        return values
+
+    def _arrive(self, part: _Part) -> None:
+        bad = sum(error is not None for error in part.errors)
+        if bad == len(part.rows) and bad > 1:
+            self._doubtful.append(part)  # are the rows bad, or is it the function?
+            if not self._succeeded or len(self._doubtful) >= self._job.pace.concurrency:
+                raise KeepsProgressError(
+                    f"{self._job.words} on table {self._table.name!r}: the function fails for "
+                    f"every row, now with {part.errors[0]}.",
+                    "Correct the cause and run again: what is filled stays filled.",
+                )
+            return
+        if bad < len(part.rows):
+            self._succeeded = True
+            for doubtful in self._doubtful:
+                self._count_in(doubtful)
+            self._doubtful.clear()
+        self._count_in(part)
+
+    def _count_in(self, part: _Part) -> None:
+        self._poison += sum(error is not None for error in part.errors)
+        self._arrived.setdefault(part.chunk, []).append(part)
+        self._count[part.chunk] = self._count.get(part.chunk, 0) + len(part.rows)
+        self._wake.set()
+        if self._poison > self._job.max_poison:
+            raise KeepsProgressError(
+                f"{self._job.words} on table {self._table.name!r}: the function failed for more "
+                f"than {self._job.max_poison} rows, at last with "
+                f"{next(e for e in reversed(part.errors) if e is not None)}.",
+                "Correct the function and run again: what is filled stays filled. Or raise "
+                "max_poison.",
+            )
+
+    # ---- commits --------------------------------------------------------------------------------
+
+    async def _commit_all(self, ended: anyio.Event) -> None:
+        every = self._job.pace.checkpoint_s
+        deadline = anyio.current_time() + every
+        while not (self._is_scanned and not self._outstanding):
+            parts = self._whole_chunk()
+            if not parts and anyio.current_time() >= deadline:
+                parts = [part for arrived in self._arrived.values() for part in arrived]
+                deadline = anyio.current_time() + every
+            if not parts:
+                if self._is_scanned and self._doubtful and self._in_doubt():
+                    self._settle_doubt()
+                    continue
+                self._wake = anyio.Event()
+                with anyio.move_on_at(deadline):
+                    await self._wake.wait()
+                continue
+            await self._commit(parts)
+            deadline = anyio.current_time() + every
+        ended.set()
+
+    def _in_doubt(self) -> bool:
+        """Whether nothing but rows in doubt is left."""
+        doubtful = sum(len(part.rows) for part in self._doubtful)
+        arrived = sum(len(part.rows) for parts in self._arrived.values() for part in parts)
+        return doubtful + arrived == self._outstanding
+
+    def _settle_doubt(self) -> None:
+        for doubtful in self._doubtful:
+            self._count_in(doubtful)
+        self._doubtful.clear()
+
+    def _whole_chunk(self) -> list[_Part]:
+        for chunk, parts in self._arrived.items():
+            closed = chunk < self._open_chunk or self._is_scanned
+            if closed and self._count[chunk] == self._sent[chunk]:
+                return parts
+        return []
+
+    async def _commit(self, parts: Sequence[_Part]) -> None:
+        if not parts:
+            return
+        parts = list(parts)
+        for part in parts:
+            self._arrived[part.chunk].remove(part)
+            if not self._arrived[part.chunk]:
+                del self._arrived[part.chunk]
+        job = self._job
+        data = pa.table(
+            {
+                job.key: pa.chunked_array([part.rows.column(job.key) for part in parts]),
+                job.column: pa.chunked_array([part.values for part in parts], type=self._type),
+                job.witness: pa.array([d for part in parts for d in part.digests], pa.int64()),
+                job.errors: pa.array([e for part in parts for e in part.errors], pa.string()),
+            }
+        )
+        changed = await self._table.merge_columns(job.key, data)
+        rows = len(data)
+        if changed > rows:
+            raise OperationError(
+                f"{job.words} on table {self._table.name!r}: {changed} rows have the "
+                f"{job.key!r} of {rows}.",
+                "Name a key that is unique.",
+            )
+        self._outstanding -= rows
+        self.committed += changed
+        self._room.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        took = anyio.current_time() - self._begun
+        rate = self.committed / took if took > 0 else 0.0
+        notes = [f"{rate:,.0f} rows/s"]
+        left = max(0, self._total - self.committed)
+        if rate and left:
+            notes.append(f"{_spell_s(left / rate)} left")
+        if self._poison:
+            notes.append(f"{self._poison} failed")
+        self._table.progress(self.committed, max(self._total, self.committed), ", ".join(notes))
+
+
+def as_array(result: Any, kind: pa.DataType) -> Any:
+    """Returns what a function gave as an Arrow array.
+
+    Args:
+        result: An Arrow array, a numpy array (two-dimensional for fixed-size lists), or values.
+        kind: The type it is to have.
+
+    Raises:
+        pyarrow.ArrowException, TypeError, ValueError: It cannot be that.
+    """
+    if isinstance(result, pa.ChunkedArray):
+        result = result.combine_chunks()
+    if isinstance(result, pa.Array):
+        return result if result.type == kind else result.cast(kind)
+    if pa.types.is_fixed_size_list(kind):
+        wanted: Any = kind
+        shape = getattr(result, "shape", None)
+        if shape is not None and len(shape) == 2:
+            if shape[1] != wanted.list_size:
+                raise ValueError(f"{shape[1]} dimensions, not {wanted.list_size}")
+            flat = pa.array(result.reshape(-1)).cast(wanted.value_type)
+            lists: Any = pa.FixedSizeListArray
+            return lists.from_arrays(flat, type=kind)
+    return pa.array(list(result), kind)
+
+
+def _has_nan(values: Any) -> bool:
+    kind = values.type
+    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
+        return False
+    return bool(pc.any(pc.is_nan(values.flatten())).as_py())
+
+
+def _gather(waiting: list[tuple[pa.RecordBatch, list[int]]], most: int, chunk: int) -> _Part:
+    """Takes at most so many rows off what waits."""
+    batches: list[pa.RecordBatch] = []
+    told: list[int] = []
+    while waiting and len(told) < most:
+        batch, own = waiting.pop(0)
+        room = most - len(told)
+        if len(batch) > room:
+            waiting.insert(0, (batch.slice(room), own[room:]))
+            batch, own = batch.slice(0, room), own[:room]
+        batches.append(batch)
+        told += own
+    whole = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    return _Part(chunk, whole[0], told)
+
+
+def _run_length(rows: pa.RecordBatch, fragment: int) -> int:
+    """Returns how many of the first rows are of one fragment."""
+    ids: list[Any] = rows.column("_rowid").to_pylist()
+    if ids[-1] >> 32 == fragment:
+        return len(ids)
+    return next(n for n, row in enumerate(ids) if row >> 32 != fragment)
+
+
+def _width(kind: Any) -> int:
+    """Returns about how many bytes a value of a type takes."""
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size) * _width(kind.value_type)
+    try:
+        return max(1, int(kind.bit_width) // 8)
+    except ValueError:
+        return 256
+
+
+def _spell_s(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _quoted(column: str) -> str:
+    return "`" + column.replace("`", "``") + "`"
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    found: list[BaseException] = list(failures.exceptions)
+    while isinstance(found[0], BaseExceptionGroup):
+        found[:1] = found[0].exceptions
+    ours = [exc for exc in found if isinstance(exc, AiomigrateError)]
+    return (ours or found)[0]
