@@ -8,7 +8,6 @@ nor for what a commit is (`touched`).
 from __future__ import annotations
 
 import contextlib
-import inspect
 import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
+from aiomigrate.calling import FIRST_PAUSE_S, Caller, Once, survey
 from aiomigrate.errors import (
     AiomigrateError,
     BackfillBehindError,
@@ -35,7 +35,6 @@ _CHUNK_BYTES = 128_000_000
 _PASSES = 100
 _BEHIND = 3
 _ERROR_LENGTH = 500
-_FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 30.0
 
 
@@ -82,10 +81,12 @@ async def fill(table: Fillable, job: Filling) -> int:
     """
     await _check_keys(table, job)
     filled = before = behind = 0
+    call = Caller(job.function, table.schema.field(job.column).type, job.pace, job.words)
+    once = Once(call)
     few = job.pace.batch_rows * job.pace.concurrency
     for number in range(_PASSES):
         known = len(table.foreign)
-        one = _Pass(table, job, is_first=number == 0)
+        one = _Pass(table, job, call, once, is_first=number == 0)
         await one.run()
         filled += one.committed
         await table.reopen()
@@ -174,14 +175,16 @@ class Chunks:
 class _Pass:
     """One pass over the rows that are to do."""
 
-    def __init__(self, table: Fillable, job: Filling, *, is_first: bool) -> None:
+    def __init__(
+        self, table: Fillable, job: Filling, call: Caller, once: Once, *, is_first: bool
+    ) -> None:
         self.found = 0
         self.committed = 0
         self.is_whole = True
         self._table = table
         self._job = job
         self._is_first = is_first
-        self._type = table.schema.field(job.column).type
+        self._type: Any = call.kind
         self._limit = job.pace.chunk_rows or max(1, _CHUNK_BYTES // (_width(self._type) + 16))
         self._sent: dict[int, int] = {}
         self._arrived: dict[int, list[_Part]] = {}
@@ -196,17 +199,10 @@ class _Pass:
         self._calls: set[anyio.CancelScope] = set()
         self._wake = anyio.Event()
         self._room = anyio.Event()
-        self._threads = anyio.CapacityLimiter(job.pace.concurrency)
         self._total = 0
         self._begun = 0.0
-        called = getattr(job.function, "__call__", None)  # noqa: B004 - of an object, say
-        self._is_async = any(inspect.iscoroutinefunction(f) for f in (job.function, called))
-        self._limiter: Any = None
-        if job.pace.calls_per_s is not None:
-            from aiolimiter import AsyncLimiter
-
-            burst = max(1.0, job.pace.calls_per_s)
-            self._limiter = AsyncLimiter(burst, burst / job.pace.calls_per_s)
+        self._call = call
+        self._once = once
 
     async def run(self) -> None:
         """Does what is to do, as seen in one version of the table."""
@@ -218,6 +214,8 @@ class _Pass:
                 send, receive = anyio.create_memory_object_stream[_Part](self._job.pace.concurrency)
                 ended = anyio.Event()
                 group.start_soon(self._watch, ended)
+                if self._job.by_value and self._is_first:
+                    group.start_soon(self._learn)
                 group.start_soon(self._scan, send)
                 for _ in range(self._job.pace.concurrency):
                     group.start_soon(self._work, receive.clone())
@@ -245,6 +243,11 @@ class _Pass:
             self._draining = anyio.current_time() + self._job.pace.drain_s
             for call in self._calls:
                 call.deadline = self._draining
+
+    async def _learn(self) -> None:
+        source = self._job.sources[0]
+        rows = self._table.scan(f"{_quoted(source)} IS NOT NULL", [source])
+        self._once.learn((await survey(rows, None)).repeated)
 
     # ---- what is to do --------------------------------------------------------------------------
 
@@ -356,8 +359,8 @@ class _Pass:
                 raise
         from tenacity import AsyncRetrying, retry_if_not_exception_type, wait_random_exponential
 
-        pauses = wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
-        await anyio.sleep(random.uniform(0, _FIRST_PAUSE_S))  # noqa: S311 - no secret
+        pauses = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
+        await anyio.sleep(random.uniform(0, FIRST_PAUSE_S))  # noqa: S311 - no secret
         retrying = AsyncRetrying(
             stop=self._is_enough,
             wait=pauses,
@@ -372,36 +375,10 @@ class _Pass:
         return tried >= self._job.pace.attempts or self._draining is not None
 
     async def _ask(self, rows: pa.RecordBatch) -> Any:
-        if self._limiter is not None:
-            await self._limiter.acquire()
-        function: Any = self._job.function
         given = rows.select(list(self._job.sources))
-        if self._is_async:
-            result = await function(given)
-        else:
-            result = await anyio.to_thread.run_sync(
-                function, given, limiter=self._threads, abandon_on_cancel=True
-            )
-            if inspect.isawaitable(result):
-                result = await result
-        return self._values(result, len(rows))
-
-    def _values(self, result: Any, rows: int) -> Any:
-        try:
-            values = as_array(result, self._type)
-        except (pa.ArrowException, TypeError, ValueError) as exc:
-            raise OperationError(
-                f"{self._job.words}: what the function returned is no {self._type}: {exc}.",
-                "Return one value of the column's type for each row.",
-            ) from exc
-        if _has_nan(values):
-            raise ValueError("a vector with NaN")  # of one row, perhaps: the others are good
-        if len(values) != rows:
-            raise OperationError(
-                f"{self._job.words}: the function returned {len(values)} values for {rows} rows.",
-                "Return one value for each row, in their order; None where there is none.",
-            )
-        return values
+        if self._job.by_value:
+            return await self._once(given.column(0), digests(given))
+        return await self._call(given)
 
     def _arrive(self, part: _Part) -> None:
         bad = sum(error is not None for error in part.errors)
@@ -484,15 +461,19 @@ class _Pass:
             if not self._arrived[part.chunk]:
                 del self._arrived[part.chunk]
         job = self._job
-        data = pa.table(
-            {
-                job.key: pa.chunked_array([part.rows.column(job.key) for part in parts]),
-                job.column: pa.chunked_array([part.values for part in parts], type=self._type),
-                job.witness: pa.array([d for part in parts for d in part.digests], pa.int64()),
-                job.errors: pa.array([e for part in parts for e in part.errors], pa.string()),
-            }
-        )
-        changed = await self._table.merge_columns(job.key, data)
+        columns: dict[str, Any] = {
+            job.key: pa.chunked_array([part.rows.column(job.key) for part in parts]),
+            job.column: pa.chunked_array([part.values for part in parts], type=self._type),
+            job.witness: pa.array([d for part in parts for d in part.digests], pa.int64()),
+            job.errors: pa.array([e for part in parts for e in part.errors], pa.string()),
+        }
+        data = pa.table(columns)
+        try:
+            changed = await self._table.merge_columns(job.key, data)
+        except BaseException:  # whether it was committed or not: once more does no harm
+            for part in parts:
+                self._arrived.setdefault(part.chunk, []).append(part)
+            raise
         rows = len(data)
         if changed > rows:
             raise OperationError(
@@ -515,39 +496,6 @@ class _Pass:
         if self._poison:
             notes.append(f"{self._poison} failed")
         self._table.progress(self.committed, max(self._total, self.committed), ", ".join(notes))
-
-
-def as_array(result: Any, kind: pa.DataType) -> Any:
-    """Returns what a function gave as an Arrow array.
-
-    Args:
-        result: An Arrow array, a numpy array (two-dimensional for fixed-size lists), or values.
-        kind: The type it is to have.
-
-    Raises:
-        pyarrow.ArrowException, TypeError, ValueError: It cannot be that.
-    """
-    if isinstance(result, pa.ChunkedArray):
-        result = result.combine_chunks()
-    if isinstance(result, pa.Array):
-        return result if result.type == kind else result.cast(kind)
-    if pa.types.is_fixed_size_list(kind):
-        wanted: Any = kind
-        shape = getattr(result, "shape", None)
-        if shape is not None and len(shape) == 2:
-            if shape[1] != wanted.list_size:
-                raise ValueError(f"{shape[1]} dimensions, not {wanted.list_size}")
-            flat = pa.array(result.reshape(-1)).cast(wanted.value_type)
-            lists: Any = pa.FixedSizeListArray
-            return lists.from_arrays(flat, type=kind)
-    return pa.array(list(result), kind)
-
-
-def _has_nan(values: Any) -> bool:
-    kind = values.type
-    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
-        return False
-    return bool(pc.any(pc.is_nan(values.flatten())).as_py())
 
 
 def _gather(waiting: list[tuple[pa.RecordBatch, list[int]]], most: int, chunk: int) -> _Part:

@@ -12,6 +12,7 @@ import contextlib
 import datetime as dt
 import math
 import re
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -143,6 +144,7 @@ class Store:
         uri: str,
         secrets: Sequence[str] = (),
         grace_s: float = 10.0,
+        storage_options: Mapping[str, str] | None = None,
     ) -> None:
         """Wraps an open connection.
 
@@ -152,7 +154,9 @@ class Store:
             uri: Shown in logs, already redacted.
             secrets: Texts to remove from every error.
             grace_s: Seconds a cancelled mutation is given to finish.
+            storage_options: As the connection was given them.
         """
+        self.storage_options = dict(storage_options) if storage_options else None
         self.connection = connection
         self.uri = uri
         self.abandoned: set[str] = set()
@@ -179,13 +183,27 @@ class Store:
             connection = await lancedb.connect_async(uri, storage_options=options)
         except (ValueError, RuntimeError, OSError) as exc:
             raise _mapped(exc, f"connect to {redact(uri)}", secrets) from None
-        return cls(connection, uri=redact(uri), secrets=secrets, grace_s=grace_s)
+        return cls(
+            connection,
+            uri=redact(uri),
+            secrets=secrets,
+            grace_s=grace_s,
+            storage_options=storage_options,
+        )
 
     def scrub(self, text: str) -> str:
         """Returns a text without the secrets of the URI and the storage options."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
+
+    def location_of(self, table: str) -> str:
+        """Returns where a table is."""
+        return f"{self._location.rstrip('/')}/{table}.lance"
+
+    def free_bytes(self) -> int | None:
+        """Returns how much a local database's disk still takes, `None` for others."""
+        return shutil.disk_usage(self._location).free if is_local(self._location) else None
 
     def close(self) -> None:
         """Closes the connection."""
@@ -571,13 +589,48 @@ class Table:
         """Sets some columns of the rows of equal key; returns (rows, table_version).
 
         Without a condition on them: with one, and an index on the key, LanceDB 0.40 panics
-        ("Incorrect number of arrays for StructArray fields", measured).
+        ("Incorrect number of arrays for StructArray fields", measured). And past lancedb's Python
+        half, which takes NULL for a bad vector, and for a table with embedding functions computes
+        their column from data that is not there (measured).
         """
-        merge = self.handle.merge_insert(key).when_matched_update_all()
-        # By default NULL counts as a bad vector; so do those with NaN, which become NULL here.
-        run = merge.execute
-        result = await self._commit("merge", lambda: run(data, on_bad_vectors="null"))
+        merge: Any = self.handle.merge_insert(key).when_matched_update_all()
+        inner: Any = self.handle._inner  # noqa: SLF001 - there is no other way in 0.40
+        told = {name: getattr(merge, f"_{name}", None) for name in _MERGE}
+
+        async def run() -> Any:
+            reader = pa.RecordBatchReader.from_batches(data.schema, data.to_batches())
+            return await inner.execute_merge_insert(reader, told)
+
+        result = await self._commit("merge", run)
         return int(result.num_updated_rows), int(result.version)
+
+    async def nearest(
+        self, column: str, vector: Sequence[float], rows: int, key: str, where: str
+    ) -> list[Any]:
+        """Returns the keys of the rows nearest to a vector, nearest first."""
+        query = self.handle.query().nearest_to(list(vector)).column(column).where(where)
+        found = await self._read("search", query.select([key, "_distance"]).limit(rows).to_arrow)
+        return list(found[key].to_pylist())
+
+    async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> int:
+        """Sets entries of the schema's metadata, `None` removes one; lancedb alone cannot.
+
+        Raises:
+            StoreError: pylance failed, or is not installed.
+        """
+
+        def act() -> None:
+            import lance
+
+            place = self.store.location_of(self.name)
+            options = self.store.storage_options
+            lance.dataset(place, storage_options=options).update_schema_metadata(dict(metadata))
+
+        async def run() -> None:
+            await anyio.to_thread.run_sync(act)
+            await self.handle.checkout_latest()  # type: ignore[no-untyped-call]
+
+        return await self._commit_unnumbered("set_schema_metadata", run)
 
     async def update(
         self,
@@ -696,6 +749,15 @@ class Table:
             )
 
 
+_MERGE = (
+    "on", "when_matched_update_all", "when_matched_update_all_condition",
+    "when_not_matched_insert_all", "when_not_matched_by_source_delete",
+    "when_not_matched_by_source_condition", "when_not_matched_by_source_condition_expr",
+    "timeout", "use_index", "use_lsm", "validate_single_shard",
+)  # fmt: skip
+"""What lancedb's Python half hands on to its other half."""
+
+
 def _unquoted(path: str) -> str:
     """Returns a column's name from the path LanceDB reports, which quotes unusual names."""
     return path[1:-1].replace("``", "`") if re.fullmatch(r"`(?:[^`]|``)*`", path) else path
@@ -734,6 +796,8 @@ def sql_literal(value: object) -> str:
 def _mapped(exc: Exception, doing: str, secrets: Sequence[str]) -> StoreError:
     # Rust's source positions and repeated prefixes say nothing to the reader.
     text = re.sub(r",? /\S+\.rs:\d+:\d+", "", str(exc)).removeprefix("lance error: ")
+    text = re.sub(r"\s*Detail: Python exception: Traceback.*", "", text, flags=re.DOTALL)
+    text = text.rstrip(" .\n")
     for secret in secrets:
         text = text.replace(secret, "***")
     for pattern, kind, remedy in _CONFLICTS:

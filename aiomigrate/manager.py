@@ -23,6 +23,7 @@ import structlog
 
 from aiomigrate import discovery
 from aiomigrate import events as ev
+from aiomigrate.calling import survey
 from aiomigrate.clock import Clock
 from aiomigrate.diff import differences
 from aiomigrate.errors import (
@@ -40,7 +41,7 @@ from aiomigrate.lance import Store, is_local, locate, redact, secrets_of
 from aiomigrate.lease import LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
 from aiomigrate.model import Event, HeadRow, Script, Scripts, Target
-from aiomigrate.operations.base import TableState
+from aiomigrate.operations.base import TableState, quote
 from aiomigrate.plan import OnDestructive, Plan, build_plan, build_rollback, check_operations
 from aiomigrate.reconcile import (
     LineState,
@@ -601,7 +602,8 @@ class MigrationManager:
         scripts = await self.scripts()
         store = await self._open()
         seen = await self._look(store, scripts, self._log, tables=tables, to=to)
-        return await self._checked(store, seen.plan)
+        plan = await self._checked(store, seen.plan)
+        return plan if store is None else await self._estimated(store, plan)
 
     async def get_status(self) -> Status:
         """Returns where every line is, and who holds the lease. One small read; writes nothing.
@@ -839,6 +841,22 @@ class MigrationManager:
             head.rows, journal, scripts, on_ahead=self._on_ahead, mismatched=mismatched
         )
 
+    async def _estimated(self, store: Store, plan: Plan) -> Plan:
+        """Returns the plan with what its costly operations will cost, which takes reading rows."""
+        told: list[str] = []
+        for step in plan.steps:
+            for operation in step.script.operations:
+                column, table = operation.surveyed, operation.table
+                if column is None or table is None or step.undo is not None:
+                    continue
+                state = (await store.state_of(table))[1]
+                if state is None or not state.has(column):
+                    continue  # an earlier step makes it: nobody knows yet
+                opened = await store.open(table)
+                rows = opened.scan(f"{quote(column)} IS NOT NULL", [column], _SURVEY_ROWS)
+                told += operation.estimate(await survey(rows, store.free_bytes()))
+        return replace(plan, warnings=(*plan.warnings, *told))
+
     async def _checked(self, store: Store | None, plan: Plan) -> Plan:
         states: dict[str, TableState | None] = dict.fromkeys(plan.touched())
         if store is not None:
@@ -850,6 +868,7 @@ class MigrationManager:
 
 
 _LOOKS = 3
+_SURVEY_ROWS = 1024
 
 _MAY_BE_0 = ("lease_wait", "keep_savepoints")
 

@@ -7,12 +7,14 @@ which are foreign; what to do about foreign ones is for `executor`.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
 import pyarrow as pa
 
+from aiomigrate import calling
 from aiomigrate import filling as filling_of
 from aiomigrate.errors import (
     MigrationTimeoutError,
@@ -26,7 +28,7 @@ from aiomigrate.errors import (
 from aiomigrate.lance import Store, Table, sql_literal
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, Transform, remember
-from aiomigrate.operations.fill import Filling
+from aiomigrate.operations.fill import Filling, Pace
 from aiomigrate.operations.indexes import with_index
 from aiomigrate.savepoint import (
     Guard,
@@ -496,6 +498,44 @@ class Touched:
         """
         self.keeps_progress = True
         return await filling_of.fill(self, filling)
+
+    async def ask(
+        self, function: Callable[..., Any], values: Sequence[Any], kind: pa.DataType, pace: Pace
+    ) -> list[Any]:
+        """Calls a function with values as `fill` would; returns what it gave, as Python values.
+
+        Raises:
+            KeepsProgressError: It failed every time.
+        """
+        return await calling.ask(function, values, kind, pace)
+
+    async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
+        """Returns some of the matching rows, the same for the same seed and rows."""
+        ids = await self.table.row_ids(where)
+        chosen = sorted(random.Random(seed).sample(ids, min(rows, len(ids))))  # noqa: S311
+        if not chosen:
+            return (await self.table.read("false", columns)).slice(0, 0)
+        listed = ", ".join(map(str, chosen))
+        return await self.table.read(f"_rowid IN ({listed})", columns)
+
+    async def nearest(
+        self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
+    ) -> list[list[Any]]:
+        """Returns, for each vector, the keys of the rows nearest to it."""
+        found: list[list[Any]] = []
+        for done, vector in enumerate(vectors):
+            self.progress(done, len(vectors), "comparing neighbours")
+            found.append(await self.table.nearest(column, vector, rows, key, where))
+        return found
+
+    async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> None:
+        """Sets entries of the schema's metadata."""
+        effect = shape_effect(self._known())
+        await self._commit(effect, lambda table: table.set_schema_metadata(metadata))
+
+    def free_bytes(self) -> int | None:
+        """Returns how much the disk still takes, `None` where that is not known."""
+        return self._store.free_bytes()
 
     @property
     def schema(self) -> pa.Schema:

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiomigrate import Migration, MigrationFailedError, Report, op
-from aiomigrate.filling import Chunks, as_array
+from aiomigrate.calling import as_array
+from aiomigrate.filling import Chunks
 from aiomigrate.operations.digests import digest, digests
 from tests.tools import SEED, TABLE, found, make, manager, rows_of
 

@@ -85,6 +85,11 @@ async def lengths(batch: pa.RecordBatch) -> pa.Array:
     return pc.utf8_length(batch["text"]).cast(pa.int64())
 
 
+def embedded(texts: list[str]) -> list[list[float]]:
+    """Returns a vector for each text, different ones for different texts."""
+    return [[float(len(t)), float(sum(map(ord, t))), 1.0] for t in texts]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Operations, the table they are applied to, and what it must be afterwards."""
@@ -520,6 +525,28 @@ CASES = [
         indexes=[("id", "BTree")],
         expected=having(n=lambda r: r["n"] or len(r["text"])),
         indexed=["BTree id"],
+    ),
+    Case(
+        name="re-embed",
+        operations=[
+            op.Reembed(
+                source="text", function=embedded, dimension=3, model="m@1", key="id",
+                gate=op.Gate(neighbours=1, min_overlap=0),
+                pace=op.Pace(batch_rows=1, chunk_rows=1),
+            ),
+        ],
+        schema=pa.schema([THINGS.field("id"), THINGS.field("text"),
+                          pa.field("vector", pa.list_(pa.float32(), 2))]),
+        rows=[{"id": r["id"], "text": r["text"], "vector": [1.0, n]} for n, r in enumerate(ROWS)],
+        fields={
+            "id": "string!", "text": "string",
+            "vector": "fixed_size_list<item: float>[3]",
+            "vector_old": "fixed_size_list<item: float>[2]",
+        },
+        expected=[
+            {"id": r["id"], "text": r["text"], "vector_old": [1.0, n],
+             "vector": r["text"] and embedded([r["text"]])[0]} for n, r in enumerate(ROWS)
+        ],
     ),
     Case(
         name="fields of a struct by path",

@@ -12,7 +12,9 @@ from aiomigrate.operations.columns import (
 )
 from aiomigrate.operations.data import Delete, Run, Update
 from aiomigrate.operations.fill import Backfill, OnPoison, Pace
+from aiomigrate.operations.gate import Gate, GateReport
 from aiomigrate.operations.indexes import CreateIndex, DropIndex
+from aiomigrate.operations.reembed import Reembed
 from aiomigrate.operations.rewrite import CopyInto, Rebuild
 from aiomigrate.operations.tables import CreateTable, DropTable, Optimize, RenameTable
 
@@ -27,6 +29,8 @@ __all__ = [
     "DropColumns",
     "DropIndex",
     "DropTable",
+    "Gate",
+    "GateReport",
     "Index",
     "Missing",
     "OnPoison",
@@ -34,6 +38,7 @@ __all__ = [
     "Optimize",
     "Pace",
     "Rebuild",
+    "Reembed",
     "RenameColumns",
     "RenameTable",
     "Run",

@@ -239,7 +239,25 @@ class Target(Protocol):
     async def fill(self, filling: Any) -> int:
         """Fills a column by a function (see `operations.fill.Filling`); returns the rows filled."""
 
+    async def ask(
+        self, function: Callable[..., Any], values: Sequence[Any], kind: pa.DataType, pace: Any
+    ) -> list[Any]:
+        """Calls a function with values as `fill` would; returns what it gave, as Python values."""
+
     async def uncovered(self, index: Index) -> int: ...
+
+    async def sample(
+        self, where: str, columns: Sequence[str], rows: int, *, seed: str
+    ) -> pa.Table: ...
+
+    async def nearest(
+        self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
+    ) -> list[list[Any]]: ...
+
+    async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> None: ...
+
+    def free_bytes(self) -> int | None:
+        """Returns how much the disk still takes, `None` where that is not known."""
 
     async def is_live(self) -> bool:
         """Returns whether others commit to it, so that long commits would hold them up."""
@@ -282,6 +300,19 @@ class Operation:
     def identity(self) -> str | None:
         """What makes it the same work when its script is corrected; by default all it is."""
         return None
+
+    @property
+    def surveyed(self) -> str | None:
+        """The column that a plan reads to tell what the operation will cost, if one."""
+        return None
+
+    def estimate(self, survey: Any) -> tuple[str, ...]:
+        """Returns what it will cost, one sentence each. Pure.
+
+        Args:
+            survey: What was found in the column `surveyed` (see `operations.fill.Survey`).
+        """
+        return ()
 
     @property
     def overwrites(self) -> bool:
@@ -445,7 +476,8 @@ def quote(column: str) -> str:
     return ".".join("`" + name.replace("`", "``") + "`" for name in column.split("."))
 
 
-_EMBEDDING = b"embedding_functions"
+EMBEDDING = b"embedding_functions"
+"""Key of the schema metadata in which lancedb keeps a table's embedding functions."""
 
 
 def embedding_columns(schema: pa.Schema) -> dict[str, str]:
@@ -456,15 +488,16 @@ def embedding_columns(schema: pa.Schema) -> dict[str, str]:
     """
     return {
         str(told[key]): str(told.get("name", "?"))
-        for told in _embeddings(schema.metadata)
+        for told in embeddings(schema.metadata)
         for key in ("source_column", "vector_column")
         if isinstance(told.get(key), str)
     }
 
 
-def _embeddings(metadata: Mapping[bytes, bytes] | None) -> list[Mapping[str, Any]]:
+def embeddings(metadata: Mapping[bytes, bytes] | None) -> list[Mapping[str, Any]]:
+    """Returns what a schema's metadata says of its embedding functions, an entry for each."""
     try:
-        found = json.loads((metadata or {}).get(_EMBEDDING, b"[]"))
+        found = json.loads((metadata or {}).get(EMBEDDING, b"[]"))
     except ValueError:
         return []
     return [told for told in found if isinstance(told, Mapping)] if isinstance(found, list) else []
@@ -481,15 +514,15 @@ def kept_metadata(before: pa.Schema, names: Iterable[str]) -> dict[bytes | str, 
     have = set(names)
     whole = [
         told
-        for told in _embeddings(before.metadata)
+        for told in embeddings(before.metadata)
         if have.issuperset(
             str(told[key]) for key in ("source_column", "vector_column") if told.get(key)
         )
     ]
-    if _EMBEDDING in metadata:
-        del metadata[_EMBEDDING]
+    if EMBEDDING in metadata:
+        del metadata[EMBEDDING]
         if whole:
-            metadata[_EMBEDDING] = json.dumps(whole)
+            metadata[EMBEDDING] = json.dumps(whole)
     return metadata or None
 
 

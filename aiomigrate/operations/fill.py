@@ -99,6 +99,8 @@ class Filling:
         max_poison: Poison rows after which it stops.
         retries_poison: Whether rows that it failed for in an earlier run are tried again.
         words: What is being done, for errors.
+        by_value: Whether the function is given a list of the values of the one source, equal ones
+            once and without NULLs, instead of a batch.
     """
 
     column: str
@@ -112,6 +114,7 @@ class Filling:
     max_poison: int
     retries_poison: bool
     words: str
+    by_value: bool = False
 
     @property
     def todo(self) -> str:
@@ -119,6 +122,25 @@ class Filling:
         column, witness = quote(self.column), quote(self.witness)
         begun = f"({column} IS NULL OR {witness} IS NOT NULL)"
         return begun if self.where is None else f"({self.where}) AND {begun}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a function will be called for.
+
+    Attributes:
+        rows: Rows with a value.
+        distinct: How many different values there are.
+        characters: The length of these, where they are text.
+        repeated: Digests of the values that more than one row has.
+        free_bytes: What the disk still takes, `None` where that is not known.
+    """
+
+    rows: int
+    distinct: int
+    characters: int
+    repeated: frozenset[int]
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +245,7 @@ class Backfill(Operation):
         return without_temporary(self.evolve(state), witness, self.key)
 
     async def apply(self, target: Target) -> int:
-        await begin(target, target.witness, self.key)
+        await begin(target, target.witness, self.key, ())
         names = [f.name for f in self.existing(target.state).fields()]
         filled = await target.fill(
             Filling(
@@ -241,7 +263,7 @@ class Backfill(Operation):
             )
         )
         await end(target, target.witness, self.key)
-        await judge_poison(target, self, self.key, self.on_poison)
+        await judge_poison(target, target.witness, self, self.key, self.on_poison)
         return filled
 
 
@@ -276,15 +298,22 @@ def check_key(operation: Operation, state: TableState, key: str) -> None:
         )
 
 
-async def begin(target: Target, witness: str, key: str) -> None:
-    """Adds the columns of ours that a filling needs, and an index on the key; or finds them."""
+async def begin(target: Target, witness: str, key: str, more: Sequence[pa.Field[Any]]) -> None:
+    """Adds the columns of ours that a filling needs, and an index on the key; or finds them.
+
+    Args:
+        target: The table.
+        witness: The column that will hold digests.
+        key: The column that identifies rows.
+        more: Columns to add with them.
+    """
     state = target.state
     assert state is not None  # noqa: S101 - `evolve` was asked
     if remembered(state, witness) is None:
         temporary = not any(i == Index("BTree", (key,)) for i in state.indexes)
         memory = {"temporary": temporary}
         fields = [remember(witness, memory, pa.int64()), pa.field(f"{witness}_error", pa.string())]
-        await target.add_columns(fields)
+        await target.add_columns([*fields, *more])
     if not any(i == Index("BTree", (key,)) for i in (target.state or state).indexes):
         await target.create_index(Index("BTree", (key,)), {})
 
@@ -313,13 +342,15 @@ def without_temporary(state: TableState, witness: str, key: str) -> TableState:
     return TableState(state.schema, kept)
 
 
-async def judge_poison(target: Target, operation: Operation, key: str, policy: OnPoison) -> None:
+async def judge_poison(
+    target: Target, witness: str, operation: Operation, key: str, policy: OnPoison
+) -> None:
     """Tells of the rows that could not be filled, and ends as the policy says.
 
     Raises:
         PoisonRowsError: There are some, and the policy is to fail.
     """
-    errors = f"{target.witness}_error"
+    errors = f"{witness}_error"
     condition = f"{quote(errors)} IS NOT NULL"
     count = await target.count_rows(condition)
     if not count:

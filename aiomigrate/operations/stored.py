@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from aiomigrate.operations.base import TableState
+from aiomigrate.operations.base import EMBEDDING, TableState
 from aiomigrate.operations.indexes import index_from, index_to
 
 
@@ -17,7 +17,9 @@ def encode(state: TableState | None) -> str | None:
     """Returns a state as text of some hundred characters, `None` for a table that is not there."""
     if state is None:
         return None
-    schema = pa.schema(state.fields()).serialize().to_pybytes()
+    told = (state.schema.metadata or {}).get(EMBEDDING)
+    kept = pa.schema(state.fields(), metadata={EMBEDDING: told} if told else None)
+    schema = kept.serialize().to_pybytes()
     indexes = json.dumps([{**index_to(i), "name": i.name} for i in state.indexes])
     whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
     return base64.b64encode(zlib.compress(whole)).decode()

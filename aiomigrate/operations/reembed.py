@@ -1,0 +1,591 @@
+"""`Reembed`: another embedding model for a table that is in use.
+
+A shadow column is filled, indexed and judged while the old one answers; one commit swaps them.
+How the model is called and its results are committed is for `filling`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from aiomigrate.errors import InvalidMigrationError, ModelChangedError, QualityGateError
+from aiomigrate.operations.base import (
+    EMBEDDING,
+    TUNING,
+    Index,
+    Operation,
+    TableState,
+    Target,
+    Traits,
+    checked_names,
+    checked_new,
+    embedding_columns,
+    embeddings,
+    quote,
+    remember,
+    remembered,
+)
+from aiomigrate.operations.fill import (
+    Filling,
+    OnPoison,
+    Pace,
+    Survey,
+    begin,
+    check_extra,
+    check_key,
+    end,
+    judge_poison,
+)
+from aiomigrate.operations.gate import Gate, Sample, judge
+from aiomigrate.operations.indexes import CreateIndex
+
+MODEL = "aiomigrate:model"
+"""Key of the field metadata that says which model a vector column is of."""
+
+PROBES = (
+    "aiomigrate",
+    "The quick brown fox jumps over the lazy dog.",
+    "7 + 5 = 12; 東京, Zürich, naïve",
+)
+"""Texts by which a model is known again."""
+
+_SAME = 0.999
+"""Cosine similarity of two vectors of one text by one model: services round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reembed(Operation):
+    """Change the embedding model of a vector column, while the table is in use.
+
+    A shadow column is filled by the new model (as by `Backfill`: resumable, nothing paid twice,
+    equal sources paid once), indexed like the old one, and judged by a quality gate; then one
+    commit puts it in the place of the old column, which is kept under another name until a later
+    migration drops it (`op.DropColumns(keep)` with `contracts=`). Undoing swaps them back, in
+    milliseconds; rows that were added since then have no old vector.
+
+    Rows that others add or change meanwhile are done (again), up to the swap and once after it.
+    A few known texts are embedded at the start and whenever it goes on: a model that answers
+    otherwise than it did is another one, and stops it before two models mix in one column.
+
+    Attributes:
+        column: The vector column.
+        source: The column that vectors are computed from. Rows where it is NULL get no vector.
+        function: From a list of values to a vector for each, async or plain (then in a thread),
+            or one of lancedb's `EmbeddingFunction` objects. It is no part of the checksum:
+            `model` says what it is.
+        dimension: Of the new vectors.
+        model: The model's name and revision, recorded in the column's field metadata.
+        key: As in `Backfill`.
+        keep: What the old column is called afterwards; by default the column's name with `_old`.
+        index: The index of the new column: by default of the kind and with the options of the old
+            one's, as far as LanceDB tells them; `False` for none, or an `op.CreateIndex` of the
+            column.
+        gate: Thresholds for the new vectors.
+        readers_name_column: Searches that do not name their vector column fail while there are
+            two of one dimension, so a new model of the same dimension is refused unless this says
+            that all of them name it.
+        probes: Values of `source` by which the model is known again, where it is no text.
+        on_poison: What becomes of it when rows cannot be embedded. To leave some without a vector
+            takes a gate that allows it.
+        max_poison: As in `Backfill`.
+        pace: As in `Backfill`.
+    """
+
+    column: str = "vector"
+    source: str
+    function: Any = field(metadata={TUNING: True})
+    dimension: int
+    model: str
+    key: str
+    keep: str = ""
+    index: CreateIndex | bool = True
+    gate: Gate = field(default_factory=Gate, metadata={TUNING: True})
+    readers_name_column: bool = field(default=False, metadata={TUNING: True})
+    probes: Sequence[Any] = ()
+    on_poison: OnPoison = field(default=OnPoison.FAIL, metadata={TUNING: True})
+    max_poison: int = field(default=1000, metadata={TUNING: True})
+    pace: Pace = field(default_factory=Pace, metadata={TUNING: True})
+
+    def __post_init__(self) -> None:
+        checked_names("Reembed", [self.column, self.source])
+        checked_names("Reembed", [self.key])
+        if not self.keep:
+            object.__setattr__(self, "keep", f"{self.column}_old")
+        checked_new("Reembed", checked_names("Reembed", [self.keep]))
+        checked_names("Reembed", [self.column, self.keep])
+        if not callable(_embed_of(self.function)):
+            raise InvalidMigrationError(
+                f"Reembed: {self.function!r} is neither a function nor an embedding function.",
+                "Pass a function from a list of values to a list of vectors.",
+            )
+        is_number = isinstance(self.dimension, int) and not isinstance(self.dimension, bool)
+        if not is_number or self.dimension < 1:
+            raise InvalidMigrationError(
+                f"Reembed: dimension={self.dimension!r}.", "Give the length of a new vector."
+            )
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise InvalidMigrationError(
+                f"Reembed: model={self.model!r}.", 'Name it with its revision: "name@revision".'
+            )
+        if isinstance(self.index, CreateIndex) and self.index.column != self.column:
+            raise InvalidMigrationError(
+                f"Reembed: the index is on {self.index.column!r}.",
+                f"Give an op.CreateIndex({self.column!r}, ...).",
+            )
+        object.__setattr__(self, "probes", tuple(self.probes))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            rewriting=True,
+            reversible="swapping the columns back",
+            commits="1 for each chunk, and about 6",
+        )
+
+    @property
+    def shows(self) -> bool:
+        return False
+
+    @property
+    def needs_savepoint(self) -> bool:
+        return True
+
+    @property
+    def identity(self) -> str | None:
+        """What makes it the same work for a corrected script: its columns and the model."""
+        told = (self.column, self.source, self.key, self.dimension, self.model)
+        return f"reembed {told}"
+
+    @property
+    def surveyed(self) -> str | None:
+        return self.source
+
+    def estimate(self, survey: Survey) -> tuple[str, ...]:
+        payload = survey.rows * self.dimension * 4
+        told = [
+            (
+                f"{self.describe()}: {survey.rows} rows, {survey.distinct} different sources with "
+                f"{survey.characters} characters to pay for; {_spell_bytes(payload)} of vectors "
+                f"to write{'' if self.index is False else ', and an index to build on them'}; "
+                f"up to {_spell_bytes(self._needs(survey.rows))} of disk meanwhile."
+            )
+        ]
+        if survey.free_bytes is not None and survey.free_bytes < self._needs(survey.rows):
+            told.append(f"{self.describe()}: the disk has {_spell_bytes(survey.free_bytes)} only.")
+        return tuple(told)
+
+    def _needs(self, rows: int) -> int:
+        """Returns about how many bytes the disk holds more at the peak: vectors and index."""
+        return int(rows * (self.dimension * 4 + 64) * (1.3 if self.index is False else 2.4))
+
+    def describe(self) -> str:
+        return f"re-embed {self.source} into {self.column} ({self.dimension}) by {self.model}"
+
+    def hazards(self, before: TableState | None) -> tuple[str, ...]:
+        if before is None or not before.has(self.column) or self._is_swapped(before):
+            return ()
+        told = [
+            (
+                f"{self.column}: code that searches with vectors of the old model, or writes them, "
+                f"must be replaced by code for {self.model} at the swap; the old ones stay in "
+                f"{self.keep!r}."
+            )
+        ]
+        named = embedding_columns(before.schema)
+        if self.column in named and not hasattr(self.function, "safe_model_dump"):
+            told.append(
+                f"{self.column}: the table's embedding function {named[self.column]!r} no longer "
+                "fills it on add(): writers must give vectors."
+            )
+        return tuple(told)
+
+    def _is_swapped(self, state: TableState) -> bool:
+        return state.has(self.keep) and self._is_new(state.column(self.column))
+
+    def _is_new(self, column: pa.Field[Any]) -> bool:
+        return (column.metadata or {}).get(MODEL.encode()) == self.model.encode()
+
+    def _field(self, name: str) -> pa.Field[Any]:
+        kind = pa.list_(pa.float32(), self.dimension)
+        return pa.field(name, kind, metadata={MODEL: self.model})
+
+    def evolve(self, state: TableState | None) -> TableState:
+        before = self.existing(state)
+        check_key(self, before, self.key)
+        for column in (self.column, self.source):
+            if column not in before.schema.names:
+                raise self.refuse(
+                    f"there is no column {column!r}.",
+                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
+                )
+        if self._is_swapped(before):
+            return before
+        check_extra(self)
+        self._check_columns(before)
+        fields = [f for f in before.schema if f.name != self.column]
+        old = before.column(self.column).with_name(self.keep).with_nullable(nullable=True)
+        schema = pa.schema([*fields, old, self._field(self.column)])
+        renamed = TableState(
+            schema, tuple(index.renamed({self.column: self.keep}) for index in before.indexes)
+        )
+        made = self._index(before)
+        if made is None:
+            return renamed
+        return TableState(schema, (*renamed.indexes, made))
+
+    def _check_columns(self, before: TableState) -> None:
+        old = before.column(self.column)
+        if not pa.types.is_fixed_size_list(old.type):
+            raise self.refuse(
+                f"column {self.column!r} is {old.type}, no vector.", "Name the vector column."
+            )
+        if before.has(self.keep):
+            raise self.refuse(
+                f"there is a column {self.keep!r} already, where the old vectors would be kept.",
+                "Drop it, or choose another name with keep=.",
+            )
+        if self._is_new(old):
+            raise self.refuse(
+                f"column {self.column!r} is of that model already.",
+                "Give another model, or another revision of it.",
+            )
+        same = [f.name for f in before.fields() if _dimension(f.type) == self.dimension]
+        if same and not self.readers_name_column:
+            raise self.refuse(
+                f"column {same[0]!r} has {self.dimension} dimensions too: while both are there, "
+                "every search that does not name its column fails.",
+                'First release code that names it (.column("vector")), then pass '
+                "readers_name_column=True; or re-embed to another dimension.",
+            )
+        if self.column in embedding_columns(before.schema):
+            self._check_pylance(before)
+
+    def _check_pylance(self, before: TableState) -> None:
+        from importlib.util import find_spec
+
+        if find_spec("lance") is None:
+            name = embedding_columns(before.schema)[self.column]
+            raise self.refuse(
+                f"the table's embedding function {name!r} fills column {self.column!r} on add(), "
+                "by the old model, and lancedb alone cannot change that.",
+                "pip install 'aiomigrate[lance]', or first op.Rebuild() the table without it.",
+            )
+
+    def _index(self, before: TableState) -> Index | None:
+        """Returns the index of the new column, called as if it were in place already."""
+        if self.index is False:
+            return None
+        if isinstance(self.index, CreateIndex):
+            return self.index.index
+        for index in before.indexes:
+            if index.columns == (self.column,):
+                # What it was made of is of the old dimension.
+                options = {k: v for k, v in index.options.items() if k != "num_sub_vectors"}
+                return Index(index.kind, (self.column,), options=options)
+        return None
+
+    def predict(self, state: TableState | None, witness: str) -> TableState:
+        have = self.existing(state)
+        memory = remembered(have, f"{witness}_fill")
+        temporary = memory is not None and bool(memory.get("temporary"))
+        ours = (f"{witness}_new", *([self.key] if temporary else []))
+        kept = tuple(i for i in have.indexes if i.columns[0] not in ours)
+        after = self.evolve(TableState(have.schema, kept))
+        fields = [f for f in after.schema if f.name != f"{witness}_new"]
+        return TableState(pa.schema(fields), after.indexes)
+
+    def undo(self, before: TableState | None) -> tuple[Operation, ...]:
+        was = self.existing(before)
+        named = (was.schema.metadata or {}).get(EMBEDDING)
+        text = named.decode() if named and self.column in embedding_columns(was.schema) else None
+        return (
+            SwapBack(
+                self.column,
+                self.keep,
+                not_null=not was.column(self.column).nullable,
+                embedding=text,
+                table=self.table,
+            ),
+        )
+
+    async def apply(self, target: Target) -> int:
+        shadow, fill = f"{target.witness}_new", f"{target.witness}_fill"
+        await self._know(target)
+        rows = 0
+        if not self._is_swapped(self.existing(target.state)):
+            rows += await target.fill(self._filling(shadow, fill))
+            await judge_poison(target, fill, self, self.key, self.on_poison)
+            await self._build(target, shadow)
+            await self._judge(target, shadow)
+            # What was written while the index was built; then there is little left to come.
+            rows += await target.fill(self._filling(shadow, fill))
+            await self._swap(target, shadow)
+        rows += await target.fill(self._filling(self.column, fill))
+        await self._embed_from_now_on(target)
+        await end(target, fill, self.key)
+        return rows
+
+    def _filling(self, column: str, fill: str) -> Filling:
+        return Filling(
+            column=column,
+            witness=fill,
+            errors=f"{fill}_error",
+            key=self.key,
+            sources=(self.source,),
+            function=_embed_of(self.function),
+            where=None,
+            pace=self.pace,
+            max_poison=self.max_poison,
+            retries_poison=self.on_poison is OnPoison.FAIL,
+            words=self.describe(),
+            by_value=True,
+        )
+
+    # ---- the model ------------------------------------------------------------------------------
+
+    async def _know(self, target: Target) -> None:
+        """Begins: the shadow with what the model answers to known texts; or knows it again.
+
+        Raises:
+            ModelChangedError: It answers otherwise.
+            OperationError: The disk is too small.
+        """
+        state = self.existing(target.state)
+        memory = remembered(state, f"{target.witness}_model")
+        answers = await self._answers(target)
+        if memory is None:
+            await self._check_disk(target)
+            new = self._field(f"{target.witness}_new")
+            embedded = self.column in embedding_columns(state.schema)
+            told = {"answers": answers, "embedded": embedded}
+            model = remember(f"{target.witness}_model", told)
+            await begin(target, f"{target.witness}_fill", self.key, [new, model])
+            return
+        await begin(target, f"{target.witness}_fill", self.key, [])
+        for was, now in zip(memory["answers"], answers, strict=True):
+            if _similarity(was, now) < _SAME:
+                raise ModelChangedError(
+                    f"{self.describe()} on table {target.name!r}: the model does not answer as it "
+                    f"did when this began (similarity {_similarity(was, now):.3f} for one text): "
+                    "another one goes by its name.",
+                    "Bring the first one back and run again, it goes on; or give the new one its "
+                    "own name in model=, then all rows are embedded by that.",
+                )
+
+    async def _answers(self, target: Target) -> list[list[float]]:
+        source = self.existing(target.state).column(self.source).type
+        is_text = pa.types.is_string(source) or pa.types.is_large_string(source)
+        probes = self.probes or (PROBES if is_text else ())
+        if not probes:
+            return []
+        kind = pa.list_(pa.float32(), self.dimension)
+        given = await target.ask(_embed_of(self.function), list(probes), kind, self.pace)
+        return [[float(f"{x:.5g}") for x in vector or ()] for vector in given]
+
+    async def _check_disk(self, target: Target) -> None:
+        free = target.free_bytes()
+        needs = self._needs(await target.count_rows())
+        if free is not None and free < needs:
+            raise self.refuse(
+                f"it needs up to {_spell_bytes(needs)} of disk, which has {_spell_bytes(free)}.",
+                "Make room, then run again.",
+            )
+
+    # ---- before the swap ------------------------------------------------------------------------
+
+    async def _build(self, target: Target, shadow: str) -> None:
+        state = self.existing(target.state)
+        wanted = self._index(state)
+        if wanted is None:
+            return
+        index = Index(wanted.kind, (shadow,), options=wanted.options)
+        if index not in state.indexes:
+            if not await target.count_rows(f"{quote(shadow)} IS NOT NULL"):
+                return  # LanceDB trains none on nothing
+            await target.create_index(index, wanted.options)
+        await target.cover(index, _COVER_S)
+
+    async def _judge(self, target: Target, shadow: str) -> None:
+        """Measures the new vectors.
+
+        Raises:
+            QualityGateError: They are beyond the thresholds.
+        """
+        source, new, old = quote(self.source), quote(shadow), quote(self.column)
+        rows = await target.count_rows(f"{source} IS NOT NULL")
+        missing = await target.count_rows(f"{source} IS NOT NULL AND {new} IS NULL")
+        columns = [self.key, self.source, self.column, shadow]
+        wanted = f"{new} IS NOT NULL"
+        drawn = await target.sample(wanted, columns, self.gate.sample, seed=self.model)
+        have = drawn.to_pylist()
+        both = [row for row in have if row[self.column] is not None]
+        share = f"{new} IS NOT NULL AND {old} IS NOT NULL"
+        k = self.gate.neighbours
+        near = {
+            column: await target.nearest(column, [r[column] for r in both], k + 1, self.key, share)
+            for column in (self.column, shadow)
+        }
+        others = {
+            column: [
+                [key for key in keys if key != row[self.key]][:k]
+                for row, keys in zip(both, found, strict=True)
+            ]
+            for column, found in near.items()
+        }
+        compared = {row[self.key]: n for n, row in enumerate(both)}
+        samples = []
+        for row in have:
+            n = compared.get(row[self.key])
+            samples.append(
+                Sample(
+                    key=row[self.key],
+                    source=json.dumps(row[self.source], default=repr),
+                    vector=row[shadow],
+                    old=None if n is None else others[self.column][n],
+                    new=() if n is None else others[shadow][n],
+                )
+            )
+        report = judge(self.gate, rows=rows, missing=missing, samples=samples)
+        target.tell("gate", report.to_dict())
+        if not report.passed:
+            raise QualityGateError(
+                f"{self.describe()} on table {target.name!r}: the new vectors are not good enough: "
+                f"{'; '.join(report.failures)}. Measured: {report} The old ones stay in use.",
+                "Look at the model. If it is as good as it can be, lower the threshold in gate= "
+                "and run again: nothing is embedded twice.",
+            )
+
+    async def _swap(self, target: Target, shadow: str) -> None:
+        if self.column in embedding_columns(self.existing(target.state).schema):
+            # Not the old model for new rows: without it they have no vector, and are swept.
+            await target.set_schema_metadata({EMBEDDING.decode(): self._without(target)})
+        renames: list[dict[str, Any]] = [
+            {"path": self.column, "rename": self.keep, "nullable": True},  # new code leaves it out
+            {"path": shadow, "rename": self.column},
+        ]
+        await target.alter_columns(renames)
+
+    def _without(self, target: Target) -> str | None:
+        told = embeddings(self.existing(target.state).schema.metadata)
+        others = [dict(one) for one in told if one.get("vector_column") != self.column]
+        return json.dumps(others) if others else None
+
+    async def _embed_from_now_on(self, target: Target) -> None:
+        """Makes lancedb's own embedding function, if it is one, that of the column."""
+        memory = remembered(self.existing(target.state), f"{target.witness}_model")
+        told = embedding_columns(self.existing(target.state).schema)
+        if memory is None or not memory.get("embedded") or self.column in told:
+            return
+        dump = getattr(self.function, "safe_model_dump", None)
+        if dump is None:
+            return
+        kind = type(self.function)
+        name = getattr(kind, "__embedding_function_registry_alias__", kind.__name__)
+        mine = {
+            "name": name,
+            "model": dump(),
+            "source_column": self.source,
+            "vector_column": self.column,
+        }
+        others = embeddings(self.existing(target.state).schema.metadata)
+        text = json.dumps([*map(dict, others), mine])
+        await target.set_schema_metadata({EMBEDDING.decode(): text})
+
+
+def _embed_of(function: Any) -> Callable[..., Any]:
+    """Returns what is called with a list of values."""
+    found: Callable[..., Any] = getattr(function, "compute_source_embeddings", function)
+    return found
+
+
+def _dimension(kind: Any) -> int | None:
+    is_vector = pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)
+    return int(kind.list_size) if is_vector else None
+
+
+def _similarity(one: Sequence[float], other: Sequence[float]) -> float:
+    if len(one) != len(other):
+        return 0.0
+    lengths = math.sqrt(sum(x * x for x in one)) * math.sqrt(sum(x * x for x in other))
+    if not lengths:
+        return 1.0 if list(one) == list(other) else 0.0
+    return sum(x * y for x, y in zip(one, other, strict=True)) / lengths
+
+
+def _spell_bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+_COVER_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SwapBack(Operation):
+    """Put the old vector column back in its place; the new one goes. What undoes a `Reembed`.
+
+    Attributes:
+        column: The vector column.
+        keep: What the old one is called.
+        not_null: Whether the old one forbade NULL; it does again if no row lacks it.
+        embedding: The table's embedding functions as they were, JSON, where one named the column.
+    """
+
+    column: str
+    keep: str
+    not_null: bool = False
+    embedding: str | None = None
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(commits="2, and 1 for each index")
+
+    @property
+    def shows(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"put {self.keep} back as {self.column}"
+
+    def evolve(self, state: TableState | None) -> TableState:
+        before = self.existing(state)
+        for column in (self.column, self.keep):
+            if column not in before.schema.names:
+                raise self.refuse(
+                    f"there is no column {column!r}.",
+                    "The old vectors are gone: re-embed with the old model instead.",
+                )
+        fields = [f for f in before.schema if f.name not in (self.column, self.keep)]
+        schema = pa.schema([*fields, before.column(self.keep).with_name(self.column)])
+        kept = [i.renamed({self.keep: self.column}) for i in before.indexes if not self._goes(i)]
+        return TableState(schema, tuple(kept))
+
+    def _goes(self, index: Index) -> bool:
+        return index.columns == (self.column,)
+
+    def done(self, state: TableState | None, witness: str) -> bool:
+        return self.existing(state).has(f"{witness}_gone")
+
+    def predict(self, state: TableState | None, witness: str) -> TableState | None:
+        return None  # whether it forbids NULL depends on the rows
+
+    async def apply(self, target: Target) -> int:
+        for index in self.existing(target.state).indexes:
+            if self._goes(index):
+                await target.drop_index(index.name)
+        if self.embedding is not None:
+            await target.set_schema_metadata({EMBEDDING.decode(): self.embedding})
+        back: dict[str, Any] = {"path": self.keep, "rename": self.column}
+        if self.not_null and not await target.count_rows(f"{quote(self.keep)} IS NULL"):
+            back["nullable"] = False
+        away = {"path": self.column, "rename": f"{target.witness}_gone"}
+        await target.alter_columns([away, back])
+        return 0
