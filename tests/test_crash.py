@@ -372,7 +372,8 @@ class Application:
         written: Numbers of the rows whose append succeeded.
     """
 
-    def __init__(self, database: Path, table: str) -> None:
+    def __init__(self, database: Path, table: str, pause_s: float = 0.001) -> None:
+        self._pause_s = pause_s
         self.database = database
         self.table = table
         self.written: list[int] = []
@@ -398,7 +399,7 @@ class Application:
             # Refused while the schema changes, or there is no table yet: it may be there or not.
             with contextlib.suppress(ValueError, RuntimeError):
                 await self.append()
-            await anyio.sleep(0.001)
+            await anyio.sleep(self._pause_s)
 
     @contextlib.asynccontextmanager
     async def appending(self) -> AsyncIterator[None]:
@@ -417,7 +418,13 @@ async def with_a_writer(journey: Journey, folder: Path) -> str:
     crashes = Crashes(journey, folder)
     await crashes.prepare()
     database = crashes.copy()
-    application = Application(database, journey.written)
+    # LanceDB's merges starve where someone commits faster than one of them takes (measured).
+    is_merging = any(
+        isinstance(o, op.Backfill | op.Reembed)
+        for migration in journey.migrations
+        for o in migration.resolve({})
+    )
+    application = Application(database, journey.written, 0.05 if is_merging else 0.001)
     try:
         with anyio.fail_after(120):
             async with application.appending():
