@@ -39,6 +39,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.operations.base import Index, TableState
 from aiomigrate.operations.indexes import config_name, told_options
+from aiomigrate.scale import Transform, add_by_ray
 
 T = TypeVar("T")
 
@@ -631,6 +632,24 @@ class Table:
             await self.handle.checkout_latest()  # type: ignore[no-untyped-call]
 
         return await self._commit_unnumbered("set_schema_metadata", run)
+
+    async def compute(
+        self, transform: Transform, *, source: str, batch_rows: int, workers: int
+    ) -> int:
+        """Adds columns that a Ray cluster computes; see `scale`."""
+
+        async def run() -> None:
+            await add_by_ray(
+                self.store.location_of(self.name),
+                self.store.storage_options,
+                transform,
+                source=source,
+                batch_rows=batch_rows,
+                workers=workers,
+            )
+            await self.handle.checkout_latest()  # type: ignore[no-untyped-call]
+
+        return await self._commit_unnumbered("compute", run)
 
     async def update(
         self,

@@ -17,6 +17,8 @@ import pyarrow as pa
 from aiomigrate import calling
 from aiomigrate import filling as filling_of
 from aiomigrate.errors import (
+    CommitConflictError,
+    KeepsProgressError,
     MigrationTimeoutError,
     OperationError,
     OverwriteLostError,
@@ -39,6 +41,7 @@ from aiomigrate.savepoint import (
     same_content,
     shape_effect,
 )
+from aiomigrate.scale import Transform as ClusterTransform
 
 Announce = Callable[[str, int, Mapping[str, Any], Sequence[tuple[int, int]]], Awaitable[None]]
 """Makes durable what is about to be committed: table, table_version it is based on, effect, and
@@ -509,6 +512,42 @@ class Touched:
         """
         return await calling.ask(function, values, kind, pace)
 
+    async def compute(
+        self,
+        function: Any,
+        source: str,
+        fields: Sequence[pa.Field[Any]],
+        *,
+        batch_rows: int,
+        workers: int,
+    ) -> None:
+        """Adds columns that a Ray cluster computes, in one commit.
+
+        Raises:
+            KeepsProgressError: Others committed during every attempt.
+        """
+        self.keeps_progress = True
+        transform = ClusterTransform(function, source, fields)
+        after = self._known().with_schema(paths.merged(self._known().schema, fields))
+        for attempt in range(1, _COMPUTATIONS + 1):
+            self.progress(0, None, f"on the cluster, attempt {attempt}")
+            try:
+                return await self._commit(
+                    shape_effect(after),
+                    lambda table: table.compute(
+                        transform, source=source, batch_rows=batch_rows, workers=workers
+                    ),
+                )
+            except _COMMITTED_FIRST:
+                self.retries += 1
+                await self.reopen()
+        raise KeepsProgressError(
+            f"Table {self.name!r} was committed to by others during each of {_COMPUTATIONS} "
+            "attempts to compute its columns on the cluster; nothing of it was committed.",
+            "Run it again when nobody writes, or with engine=op.Engine.LOCAL, which works beside "
+            "writers.",
+        )
+
     async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
         """Returns some of the matching rows, the same for the same seed and rows."""
         ids = await self.table.row_ids(where)
@@ -650,6 +689,8 @@ class Touched:
 
 
 _OVERWRITES = 3
+_COMPUTATIONS = 3
+_COMMITTED_FIRST = (CommitConflictError, StaleHandleError)
 _MERGES = 8
 _COPY_ROWS = 4096
 _SCAN_ROWS = 1024

@@ -46,6 +46,7 @@ class Size:
         lines: Tables of `first-run`.
         rows: Rows of `rebuild`, and three times as many.
         rebuilds: Runs of it kept of each contender.
+        filled: Rows of `backfill`; its memory is told at 3 and 10 times as many.
         is_quick: Whether it is too little to judge times by.
     """
 
@@ -55,11 +56,21 @@ class Size:
     lines: int = 64
     rows: int = 1_000_000
     rebuilds: int = 3
+    filled: int = 300_000
     is_quick: bool = False
 
 
 FULL = Size()
-QUICK = Size(rounds=3, tables=128, events=500, lines=16, rows=20_000, rebuilds=1, is_quick=True)
+QUICK = Size(
+    rounds=3,
+    tables=128,
+    events=500,
+    lines=16,
+    rows=20_000,
+    rebuilds=1,
+    filled=20_000,
+    is_quick=True,
+)
 
 
 @contextmanager
@@ -357,6 +368,64 @@ async def _rebuilt(how: str, path: Path, rows: int) -> dict[str, float]:
     return json.loads(lines[-1]) if lines else {}
 
 
+async def backfill(size: Size) -> Result:
+    """Measures filling a vector column by a model with the latency of a service."""
+    names = ("function", "floor", "ours")
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    told: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    with _folder() as folder:
+        await _backfilled("make", folder / "made", size.filled, 0)
+        for round_ in range(size.rebuilds):
+            for name in names[round_ % 3 :] + names[: round_ % 3]:
+                path = folder / name
+                await anyio.to_thread.run_sync(shutil.copytree, folder / "made", path)
+                one = await _backfilled(name, path, size.filled, 20)
+                samples[name].append(one["took_s"])
+                told[name].append(one)
+                await anyio.to_thread.run_sync(shutil.rmtree, path)
+        peaks = {}
+        for rows in () if size.is_quick else (10 * size.filled // 3, 10 * size.filled):
+            await _backfilled("make", folder / "large", rows, 0)
+            peaks[rows] = (await _backfilled("ours", folder / "large", rows, 0))["peak_mb"]
+            await anyio.to_thread.run_sync(shutil.rmtree, folder / "large")
+    mine = told["ours"]
+    samples["written"] = [one["written"] for one in mine]
+    samples["1.3 x payload"] = [1.3 for _ in mine]
+    samples["loop delay"] = [one["lag_ms"] / 1000 for one in mine]
+    samples["50 ms"] = [0.05 for _ in mine]
+    samples["peak"] = [peak / 1000 for peak in peaks.values()] or [
+        one["peak_mb"] / 1000 for one in mine
+    ]
+    samples["1.5 GB"] = [1.5 for _ in samples["peak"]]
+    return Result(
+        name="backfill",
+        what=(
+            f"{size.filled:,} vectors of 256 floats, 8 calls of 32 texts and 20 ms in flight; "
+            "function: the calls alone, floor: calls and commits by hand"
+        ),
+        samples=samples,
+        targets=(
+            Target(of="ours", against="function", at_most=1 / 0.9),
+            Target(of="written", against="1.3 x payload", at_most=1),
+            Target(of="loop delay", against="50 ms", at_most=1),
+            Target(of="peak", against="1.5 GB", at_most=1),
+        ),
+        facts={
+            "peak_mb": {str(rows): round(peak) for rows, peak in peaks.items()},
+            "floor_written": [one["written"] for one in told["floor"]],
+        },
+    )
+
+
+async def _backfilled(how: str, path: Path, rows: int, latency_ms: float) -> dict[str, float]:
+    command = [
+        sys.executable, "-m", "benchmarks.backfill", how, str(path), str(rows), str(latency_ms),
+    ]  # fmt: skip
+    done = await anyio.run_process(command, stderr=None)
+    lines = done.stdout.decode().splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
 Case = Callable[[Size], Awaitable[Result]]
 
 CASES: dict[str, Case] = {
@@ -366,6 +435,7 @@ CASES: dict[str, Case] = {
     "flat-events": flat_events,
     "operation": operation,
     "rebuild": rebuild,
+    "backfill": backfill,
 }
 """Every benchmark by name, in the order they run."""
 

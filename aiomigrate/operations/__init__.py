@@ -11,7 +11,7 @@ from aiomigrate.operations.columns import (
     SetNullable,
 )
 from aiomigrate.operations.data import Delete, Run, Update
-from aiomigrate.operations.fill import Backfill, OnPoison, Pace
+from aiomigrate.operations.fill import Backfill, Engine, OnPoison, Pace
 from aiomigrate.operations.gate import Gate, GateReport
 from aiomigrate.operations.indexes import CreateIndex, DropIndex
 from aiomigrate.operations.reembed import Reembed
@@ -29,6 +29,7 @@ __all__ = [
     "DropColumns",
     "DropIndex",
     "DropTable",
+    "Engine",
     "Gate",
     "GateReport",
     "Index",

@@ -239,6 +239,16 @@ class Target(Protocol):
     async def fill(self, filling: Any) -> int:
         """Fills a column by a function (see `operations.fill.Filling`); returns the rows filled."""
 
+    async def compute(
+        self,
+        function: Any,
+        source: str,
+        fields: Sequence[pa.Field[Any]],
+        *,
+        batch_rows: int,
+        workers: int,
+    ) -> None: ...
+
     async def ask(
         self, function: Callable[..., Any], values: Sequence[Any], kind: pa.DataType, pace: Any
     ) -> list[Any]:

@@ -43,6 +43,13 @@ class OnPoison(enum.Enum):
     LIST = "list"  # they stay NULL, and are listed in report and history
 
 
+class Engine(enum.Enum):
+    """Where a function is called."""
+
+    LOCAL = "local"  # in this process: resumable to the call, beside any writer
+    RAY = "ray"  # on a Ray cluster, the rows that are there first in one commit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """How a function is called, and how often its results are committed.
@@ -310,12 +317,15 @@ async def begin(target: Target, witness: str, key: str, more: Sequence[pa.Field[
     state = target.state
     assert state is not None  # noqa: S101 - `evolve` was asked
     if remembered(state, witness) is None:
-        temporary = not any(i == Index("BTree", (key,)) for i in state.indexes)
-        memory = {"temporary": temporary}
-        fields = [remember(witness, memory, pa.int64()), pa.field(f"{witness}_error", pa.string())]
-        await target.add_columns([*fields, *more])
+        await target.add_columns([*columns_of(state, witness, key), *more])
     if not any(i == Index("BTree", (key,)) for i in (target.state or state).indexes):
         await target.create_index(Index("BTree", (key,)), {})
+
+
+def columns_of(state: TableState, witness: str, key: str) -> list[pa.Field[Any]]:
+    """Returns the columns of ours that a filling needs: digests, and errors."""
+    memory = {"temporary": not any(i == Index("BTree", (key,)) for i in state.indexes)}
+    return [remember(witness, memory, pa.int64()), pa.field(f"{witness}_error", pa.string())]
 
 
 async def end(target: Target, witness: str, key: str) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ from aiomigrate.operations.base import (
     remembered,
 )
 from aiomigrate.operations.fill import (
+    Engine,
     Filling,
     OnPoison,
     Pace,
@@ -39,6 +41,7 @@ from aiomigrate.operations.fill import (
     begin,
     check_extra,
     check_key,
+    columns_of,
     end,
     judge_poison,
 )
@@ -95,6 +98,11 @@ class Reembed(Operation):
             takes a gate that allows it.
         max_poison: As in `Backfill`.
         pace: As in `Backfill`.
+        engine: `op.Engine.RAY` embeds the rows that are there at first on a Ray cluster (extra
+            `ray`; the function is sent to its workers, of which it uses `pace.concurrency`).
+            That is one commit without a checkpoint: a kill pays for it again, and a commit of
+            others meanwhile fails it, after which it is tried again, twice. What changes later
+            is embedded here.
     """
 
     column: str = "vector"
@@ -111,6 +119,7 @@ class Reembed(Operation):
     on_poison: OnPoison = field(default=OnPoison.FAIL, metadata={TUNING: True})
     max_poison: int = field(default=1000, metadata={TUNING: True})
     pace: Pace = field(default_factory=Pace, metadata={TUNING: True})
+    engine: Engine = field(default=Engine.LOCAL, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
         checked_names("Reembed", [self.column, self.source])
@@ -227,6 +236,10 @@ class Reembed(Operation):
         if self._is_swapped(before):
             return before
         check_extra(self)
+        if self.engine is Engine.RAY and find_spec("lance_ray") is None:
+            raise self.refuse(
+                "lance-ray is not installed.", "pip install 'aiomigrate[ray]', here and there."
+            )
         self._check_columns(before)
         fields = [f for f in before.schema if f.name != self.column]
         old = before.column(self.column).with_name(self.keep).with_nullable(nullable=True)
@@ -267,8 +280,6 @@ class Reembed(Operation):
             self._check_pylance(before)
 
     def _check_pylance(self, before: TableState) -> None:
-        from importlib.util import find_spec
-
         if find_spec("lance") is None:
             name = embedding_columns(before.schema)[self.column]
             raise self.refuse(
@@ -359,16 +370,26 @@ class Reembed(Operation):
         state = self.existing(target.state)
         memory = remembered(state, f"{target.witness}_model")
         answers = await self._answers(target)
+        fill = f"{target.witness}_fill"
+        new = self._field(f"{target.witness}_new")
         if memory is None:
             await self._check_disk(target)
-            new = self._field(f"{target.witness}_new")
             embedded = self.column in embedding_columns(state.schema)
-            told = {"answers": answers, "embedded": embedded}
-            model = remember(f"{target.witness}_model", told)
-            await begin(target, f"{target.witness}_fill", self.key, [new, model])
-            return
-        await begin(target, f"{target.witness}_fill", self.key, [])
-        for was, now in zip(memory["answers"], answers, strict=True):
+            model = remember(f"{target.witness}_model", {"answers": answers, "embedded": embedded})
+            if self.engine is Engine.LOCAL:
+                await begin(target, fill, self.key, [new, model])
+                return
+            await target.add_columns([model])
+        if self.engine is Engine.RAY and remembered(target.state, fill) is None:
+            await target.compute(
+                _embed_of(self.function),
+                self.source,
+                [new, *columns_of(self.existing(target.state), fill, self.key)],
+                batch_rows=self.pace.batch_rows,
+                workers=self.pace.concurrency,
+            )
+        await begin(target, fill, self.key, [new])
+        for was, now in zip((memory or {"answers": answers})["answers"], answers, strict=True):
             if _similarity(was, now) < _SAME:
                 raise ModelChangedError(
                     f"{self.describe()} on table {target.name!r}: the model does not answer as it "
