@@ -37,6 +37,7 @@ _BEHIND = 3
 _ERROR_LENGTH = 500
 _LONGEST_PAUSE_S = 30.0
 _LONGEST_REST_S = 5.0
+_CROWDED_ROWS = 10_000
 
 
 class Fillable(Protocol):
@@ -61,7 +62,10 @@ class Fillable(Protocol):
     def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
         """Yields the matching rows of the latest table_version, with `_rowid`, in its order."""
 
-    async def merge_columns(self, key: str, data: pa.Table) -> int:
+    async def is_live(self) -> bool:
+        """Returns whether others commit to it."""
+
+    async def merge_columns(self, key: str, data: pa.Table, *, crowded: bool) -> int:
         """Sets some columns of the rows of equal key, in one commit; returns how many rows."""
 
 
@@ -202,12 +206,16 @@ class _Pass:
         self._room = anyio.Event()
         self._total = 0
         self._begun = 0.0
+        self._known = 0
+        self._crowded = False
         self._call = call
         self._once = once
 
     async def run(self) -> None:
         """Does what is to do, as seen in one version of the table."""
         self._total = await self._table.count_rows(self._job.todo)
+        self._known = len(self._table.foreign)
+        self._crowded = not self._is_first or await self._table.is_live()
         self._begun = anyio.current_time()
         failure: BaseException | None = None
         try:
@@ -469,14 +477,17 @@ class _Pass:
             job.errors: pa.array([e for part in parts for e in part.errors], pa.string()),
         }
         data = pa.table(columns)
-        begun, known = anyio.current_time(), len(self._table.foreign)
+        begun = anyio.current_time()
+        rows = changed = 0
         try:
-            changed = await self._table.merge_columns(job.key, data)
+            for start in range(0, len(data), _CROWDED_ROWS if self._crowded else len(data)):
+                some = data.slice(start, _CROWDED_ROWS) if self._crowded else data
+                changed += await self._table.merge_columns(job.key, some, crowded=self._crowded)
+                rows += len(some)
         except BaseException:  # whether it was committed or not: once more does no harm
             for part in parts:
                 self._arrived.setdefault(part.chunk, []).append(part)
             raise
-        rows = len(data)
         if changed > rows:
             raise OperationError(
                 f"{job.words} on table {self._table.name!r}: {changed} rows have the "
@@ -487,7 +498,9 @@ class _Pass:
         self.committed += changed
         self._room.set()
         self._tell()
-        if len(self._table.foreign) > known and self._draining is None:
+        self._crowded = len(self._table.foreign) > self._known
+        self._known = len(self._table.foreign)
+        if self._crowded and self._draining is None:
             # Others write: they get as long for it as we took (measured: else their own retries
             # run out).
             await anyio.sleep(min(anyio.current_time() - begun, _LONGEST_REST_S))

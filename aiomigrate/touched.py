@@ -499,7 +499,6 @@ class Touched:
         Raises:
             KeepsProgressError: It stopped, and goes on when it is run again.
         """
-        self.keeps_progress = True
         return await filling_of.fill(self, filling)
 
     async def ask(
@@ -526,21 +525,25 @@ class Touched:
         Raises:
             KeepsProgressError: Others committed during every attempt.
         """
-        self.keeps_progress = True
         transform = ClusterTransform(function, source, fields)
         after = self._known().with_schema(paths.merged(self._known().schema, fields))
+
+        async def run(table: Table) -> int:
+            version = await table.compute(
+                transform, source=source, batch_rows=batch_rows, workers=workers
+            )
+            self.keeps_progress = True
+            return version
+
         for attempt in range(1, _COMPUTATIONS + 1):
             self.progress(0, None, f"on the cluster, attempt {attempt}")
             try:
-                return await self._commit(
-                    shape_effect(after),
-                    lambda table: table.compute(
-                        transform, source=source, batch_rows=batch_rows, workers=workers
-                    ),
-                )
+                await self._commit(shape_effect(after), run)
             except _COMMITTED_FIRST:
                 self.retries += 1
                 await self.reopen()
+            else:
+                return
         raise KeepsProgressError(
             f"Table {self.name!r} was committed to by others during each of {_COMPUTATIONS} "
             "attempts to compute its columns on the cluster; nothing of it was committed.",
@@ -587,16 +590,22 @@ class Touched:
         async for batch in other.scan(where, columns, _SCAN_ROWS):
             yield batch
 
-    async def merge_columns(self, key: str, data: pa.Table) -> int:
+    async def merge_columns(self, key: str, data: pa.Table, *, crowded: bool) -> int:
         """Sets some columns of the rows of equal key; returns how many rows.
 
         Doing it twice is doing it once: it is tried again whatever the store says.
+
+        Args:
+            key: The key.
+            data: The key and the columns.
+            crowded: Whether others write, so that it should not be in their way.
         """
         changed = 0
 
         async def run(table: Table) -> int:
             nonlocal changed
-            changed, version = await table.merge_columns(key, data)
+            changed, version = await table.merge_columns(key, data, by_index=not crowded)
+            self.keeps_progress = True
             return version
 
         effect = {"do": "fill", "key": key, "columns": [n for n in data.schema.names if n != key]}
@@ -608,6 +617,7 @@ class Touched:
                 if attempt == _MERGES - 1:
                     raise
                 self.retries += 1
+                crowded = True
                 await anyio.sleep(min(0.05 * 2**attempt, 2.0))
                 await self.reopen()
         self.rows += changed

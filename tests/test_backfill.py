@@ -334,6 +334,9 @@ async def test_a_key_that_is_none_is_refused(
     with pytest.raises(MigrationFailedError, match=message):
         await upgrade(database, filling(model.embed))
     assert model.calls == 0
+    state, _ = await found(database)
+    assert state is not None
+    assert state.schema.names == TEXTS.names  # nothing was paid for, so it was undone
 
 
 async def test_beside_a_writer(database: Path) -> None:
