@@ -24,7 +24,7 @@ from aiomigrate.model import Script, Scripts, Target
 from aiomigrate.operations.base import TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.reconcile import LineState, Reconciled, nearest, pending
-from aiomigrate.undo import Undo, Way, destroys, spell_spans
+from aiomigrate.undo import Undo, Way, destroying, keeps_savepoint, spell_spans
 
 Key = tuple[str, int]
 """Line and version."""
@@ -421,11 +421,8 @@ def _check_destructive(
 ) -> None:
     if policy is OnDestructive.ALLOW:
         return
-    tables = destroys(script, states)
-    for operation in script.operations:
-        if operation.table not in tables or not operation.traits.destructive:
-            continue
-        if policy is OnDestructive.KEEP and operation.needs_savepoint:
+    for operation in destroying(script, states):
+        if policy is OnDestructive.KEEP and keeps_savepoint(script, operation, states):
             continue
         why = (
             "no savepoint of it can be kept"

@@ -12,13 +12,21 @@ import enum
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiomigrate.errors import DependencyError, RollbackRefusedError, TargetError
+import pyarrow as pa
+
+from aiomigrate.errors import (
+    DependencyError,
+    OperationError,
+    RollbackRefusedError,
+    TargetError,
+)
 from aiomigrate.fold import Journal, uncleaned
 from aiomigrate.model import Event, Kind, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation, TableState
 from aiomigrate.operations.data import Run, Update
 from aiomigrate.operations.fill import Backfill
 from aiomigrate.operations.stored import decode
+from aiomigrate.operations.tables import DropTable, RenameTable
 from aiomigrate.reconcile import LineState, Reconciled, nearest
 
 Key = tuple[str, int]
@@ -292,7 +300,7 @@ def decide(
         if table in unsettled:
             restores[table] = (heads.get(table, 0), before)
             continue
-        known, foreign = _position(applied, table, journal)
+        known, foreign = _position(script, applied, table, journal)
         foreign = [*((int(a), int(b)) for a, b in facts.get("foreign", ())), *foreign]
         head = heads.get(table, 0)
         if head < known:
@@ -371,11 +379,16 @@ def _applied(key: Key, journal: Journal) -> Event | None:
     return found if found is not None and found.kind == Kind.APPLIED else None
 
 
-def _position(applied: Event, table: str, journal: Journal) -> tuple[int, list[tuple[int, int]]]:
+def _position(
+    script: Script, applied: Event, table: str, journal: Journal
+) -> tuple[int, list[tuple[int, int]]]:
     """Follows our own commits on a table from a migration on.
 
     Returns:
         The table_version that they lead to, and what others committed between them.
+
+    Raises:
+        RollbackRefusedError: One of ours dropped or renamed it: a table of its name is another.
     """
     position = int(applied.tables[table].get("after", 0))
     foreign: list[tuple[int, int]] = []
@@ -388,6 +401,10 @@ def _position(applied: Event, table: str, journal: Journal) -> tuple[int, list[t
         if not passed or not isinstance(facts, Mapping) or event.kind not in _COMMITTING:
             continue
         before, after = int(facts.get("before", 0)), int(facts.get("after", 0))
+        if before and not after:
+            raise _refused(
+                script, f"table {table} was dropped or renamed since, and its history with it", []
+            )
         if after <= position or before == after:
             continue
         if before > position:
@@ -414,21 +431,17 @@ def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, 
         return None
     states: Mapping[str, TableState | None]
     try:
-        states = {table: decode(text) for table, text in was.items()}
+        states = {table: _marked(decode(text)) for table, text in was.items()}
     except ValueError:
         return None
     if any(table not in states for o in script.operations for table in o.tables):
         return None
-    before_all = states
     result: list[Operation] = []
     for operation in script.operations:
         before = states.get(operation.table or "")
         is_passed_over = before is None and operation.when_missing is Missing.SKIP
         undo: Iterable[Operation] | None
-        if is_passed_over or _is_subsumed(operation, before_all.get(operation.table or "")):
-            undo = ()
-        else:
-            undo = operation.undo(before)
+        undo = () if is_passed_over or _is_subsumed(operation, before) else operation.undo(before)
         if undo is None:
             return None
         result[:0] = undo
@@ -436,15 +449,38 @@ def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, 
     return tuple(result)
 
 
-def _is_subsumed(operation: Operation, was: TableState | None) -> bool:
-    """Returns whether an operation fills only columns that the migration itself added."""
-    if was is None:
-        return False
+_WAS_THERE = b"aiomigrate:was_there"
+
+
+def _marked(state: TableState | None) -> TableState | None:
+    """Returns a table with its columns marked, so that they are known under any later name."""
+    if state is None:
+        return None
+    fields = [f.with_metadata(dict([*(f.metadata or {}).items(), (_WAS_THERE, b"1")]))
+              for f in state.schema]  # fmt: skip
+    return state.with_schema(pa.schema(fields).with_metadata(state.schema.metadata))
+
+
+def _was_there(state: TableState, column: str) -> bool:
+    name = column.split(".", maxsplit=1)[0]
+    return state.has(name) and _WAS_THERE in (state.column(name).metadata or {})
+
+
+def _is_subsumed(operation: Operation, before: TableState | None) -> bool:
+    """Returns whether an operation fills only columns that the migration itself added.
+
+    Args:
+        operation: The operation.
+        before: The table before it, with the columns marked that the migration found.
+    """
+    filled: Iterable[str]
     if isinstance(operation, Backfill):
-        return not was.has(operation.column)
-    return isinstance(operation, Update) and not any(
-        was.has(column) for column in (*operation.values, *operation.sql)
-    )
+        filled = (operation.column,)
+    elif isinstance(operation, Update):
+        filled = (*operation.values, *operation.sql)
+    else:
+        return False
+    return before is not None and not any(_was_there(before, column) for column in filled)
 
 
 def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str, ...]:
@@ -456,15 +492,47 @@ def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str,
         script: The migration.
         was: The state of each table before it.
     """
-    return tuple(
-        sorted(
-            {
-                operation.table
-                for operation in script.operations
-                if operation.traits.destructive
-                and operation.table is not None
-                and was.get(operation.table) is not None
-                and not _is_subsumed(operation, was[operation.table])
-            }
-        )
-    )
+    return tuple(sorted({o.table or "" for o in destroying(script, was)}))
+
+
+def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Operation, ...]:
+    """Returns the operations of a migration that discard something that was there, in order.
+
+    Args:
+        script: The migration.
+        was: The state of each table before it.
+    """
+    states: Mapping[str, TableState | None] = {t: _marked(state) for t, state in was.items()}
+    found: list[Operation] = []
+    for operation in script.operations:
+        before = states.get(operation.table or "")
+        discards = before is not None and operation.discards(before) and _has_any(before)
+        if discards and not _is_subsumed(operation, before):
+            found.append(operation)
+        if any(table not in states for table in operation.tables):
+            continue
+        try:
+            states = operation.fold(states)
+        except OperationError:
+            continue  # after a function or a crash, what is there is not what was predicted
+    return tuple(found)
+
+
+def keeps_savepoint(
+    script: Script, operation: Operation, was: Mapping[str, TableState | None]
+) -> bool:
+    """Returns whether what an operation discards can be kept by a savepoint of its table.
+
+    Args:
+        script: Its migration.
+        operation: The operation.
+        was: The state of each table before the migration.
+    """
+    table = operation.table or ""
+    goes = any(isinstance(o, DropTable | RenameTable) and o.table == table
+               for o in script.operations)  # fmt: skip
+    return operation.needs_savepoint and was.get(table) is not None and not goes
+
+
+def _has_any(state: TableState) -> bool:
+    return any(_was_there(state, name) for name in state.schema.names)

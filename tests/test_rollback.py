@@ -336,6 +336,60 @@ async def test_a_contract_gives_up_the_savepoints_it_names(
     assert [k.key for k in pruned] == [(TABLE, 2)]
 
 
+async def test_an_update_of_a_column_that_was_renamed_before_is_undone_too(database: Path) -> None:
+    """A column is not one that the migration added because it has another name by then."""
+    await make(database, T, START)
+    change = [op.RenameColumns({"n": "m"}), op.Update({"m": 0})]
+    steps = [Migration(table=TABLE, version=1, operations=change)]
+    async with manager(database, steps, on_destructive=OnDestructive.REFUSE) as migrations:
+        with pytest.raises(DestructiveError, match="set m = 0"):
+            await migrations.plan()
+    async with manager(database, steps) as migrations:
+        await migrations.upgrade()
+        await migrations.rollback(TABLE)
+
+    assert await rows_of(database) == START
+
+
+async def test_a_table_renamed_back_is_not_taken_for_the_one_before(database: Path) -> None:
+    """Its table_versions are those of a copy: what was done before the renaming stays."""
+    await make(database, T, START)
+    steps = [
+        Migration(table=TABLE, version=1, operations=[op.Update({"n": 0})]),
+        Migration(table=TABLE, version=2, operations=[op.RenameTable("others")]),
+    ]
+    async with manager(database, steps) as migrations:
+        for _ in range(2):
+            await migrations.upgrade()
+            await migrations.rollback(TABLE, to=1)
+            before = await seen(database)
+            with pytest.raises(RollbackRefusedError, match="dropped or renamed since"):
+                await migrations.rollback(TABLE, to=0)
+            assert await seen(database) == before
+            assert {row["n"] for row in before[1]} == {0}
+        assert (await migrations.get_status()).lines[TABLE].current == 1
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [op.RenameTable("others"), op.Delete("id = 1", table="others")],
+        [op.Delete("id = 1"), op.RenameTable("others")],
+    ],
+)
+async def test_a_renamed_table_keeps_no_savepoint(
+    database: Path, operations: list[op.Operation]
+) -> None:
+    """The savepoint is dropped with the old name: what a migration discards beside it must ask."""
+    await make(database, T, START)
+    steps = [Migration(table=TABLE, version=1, operations=operations)]
+    async with manager(database, steps) as migrations:
+        with pytest.raises(DestructiveError, match="no savepoint of it can be kept"):
+            await migrations.upgrade()
+
+    assert await rows_of(database) == START
+
+
 @pytest.mark.parametrize(
     ("operation", "policy", "refused"),
     [

@@ -324,6 +324,10 @@ class Operation:
         """
         return ()
 
+    def discards(self, before: TableState) -> bool:
+        """Returns whether it discards something of such a table that `undo` cannot bring back."""
+        return self.traits.destructive
+
     @property
     def overwrites(self) -> bool:
         """Whether a commit of it discards what others commit meanwhile, and must be announced."""
