@@ -390,6 +390,53 @@ async def test_a_renamed_table_keeps_no_savepoint(
     assert await rows_of(database) == START
 
 
+MOMENT = dt.datetime(2020, 2, 3, 4, 5, 6, 7)  # noqa: DTZ001 - as Arrow gives it back
+
+
+@pytest.mark.parametrize(
+    ("old", "values", "new", "way"),
+    [
+        (pa.float64(), [0.1, 1e300, None], pa.float32(), "restore"),
+        (pa.float64(), [1.5, -2.5], pa.int64(), "restore"),
+        (pa.int64(), [2**60 + 1, None], pa.float64(), "restore"),
+        (pa.int64(), [0, 7], pa.bool_(), "restore"),
+        (pa.string(), ["007", "1"], pa.int64(), "restore"),
+        (pa.timestamp("us"), [MOMENT], pa.timestamp("s"), "restore"),
+        (pa.timestamp("us"), [MOMENT], pa.date32(), "restore"),
+        (pa.list_(pa.float64(), 2), [[0.1, 2.0], None], pa.list_(pa.float32(), 2), "restore"),
+        (pa.int64(), [-5, 100, None], pa.int8(), "inverse"),
+        (pa.int32(), [-(2**31), 2**31 - 1], pa.float64(), "inverse"),
+        (pa.int64(), [-(2**63), 2**63 - 1], pa.string(), "inverse"),
+        (pa.float32(), [0.1, None], pa.float64(), "inverse"),
+        (pa.string(), ["ä", ""], pa.large_string(), "inverse"),
+        (pa.bool_(), [True, False, None], pa.int8(), "inverse"),
+        (pa.list_(pa.int32()), [[1, -1], [], None], pa.list_(pa.int64()), "inverse"),
+        (pa.timestamp("s"), [dt.datetime(2020, 1, 1)], pa.timestamp("us"), "inverse"),  # noqa: DTZ001
+    ],
+    ids=str,
+)
+async def test_a_cast_is_undone_without_losing_a_digit(
+    database: Path, old: pa.DataType, values: list[Any], new: pa.DataType, way: str
+) -> None:
+    """By casting back where that gives every value again, else from the savepoint it kept."""
+    schema = pa.schema([pa.field("id", pa.int64()), pa.field("x", old)])
+    await make(database, schema, [{"id": n, "x": value} for n, value in enumerate(values)])
+    before = await rows_of(database)
+    steps = [Migration(table=TABLE, version=1, operations=[op.AlterType({"x": new})])]
+    async with manager(database, steps) as migrations:
+        plan = await migrations.plan()
+        await migrations.upgrade()
+        back = await migrations.plan_rollback(TABLE)
+        await migrations.rollback(TABLE)
+        pruned = await migrations.prune()
+
+    assert await rows_of(database) == before
+    assert back.steps[0].undo is not None
+    assert back.steps[0].undo.way == way
+    assert any("not kept exactly" in told for told in plan.warnings) == (way == "restore")
+    assert pruned == ()
+
+
 @pytest.mark.parametrize(
     ("operation", "policy", "refused"),
     [

@@ -447,13 +447,15 @@ def _with_nullable(
 
 @dataclass(frozen=True, slots=True)
 class AlterType(Operation):
-    """Change the type of columns, every value kept.
+    """Change the type of columns.
 
     Where LanceDB can cast (wider or narrower numbers, string to large_string, inside lists) it
     does; else a column of the new type is added, filled, and takes the old one's place in one
     commit, and rows that were written meanwhile are swept. Indexes on the columns are dropped
-    first and made again; field metadata is kept. Values that do not fit fail the migration, which
-    is then undone. For what SQL cannot cast, use `Rebuild`.
+    first and made again; field metadata is kept. Values that do not fit (300 as int8, "x" as a
+    number) fail the migration, which is then undone. A type that is coarser cuts values off (1.7
+    becomes 1 as an integer, 0.1 the nearest float32): the plan warns of it, and like any step that
+    discards something it keeps a savepoint. For what SQL cannot cast, use `Rebuild`.
 
     Old handles that append to a retyped column store NULL in it: restart writers, or use a new
     column and release twice.
@@ -478,7 +480,7 @@ class AlterType(Operation):
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
-            reversible="changing the type back",
+            reversible="changing the type back, or the savepoint where values were cut off",
             commits="1 to 5 for each column, and 2 for each index",
         )
 
@@ -497,12 +499,26 @@ class AlterType(Operation):
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
         if before is None or not self._todo(before):
             return ()
-        return (
-            (
-                f"{', '.join(self._todo(before))}: handles opened before store NULL in it if they "
-                "append; restart writers, or add a new column and release twice."
-            ),
+        stale = (
+            f"{', '.join(self._todo(before))}: handles opened before store NULL in it if they "
+            "append; restart writers, or add a new column and release twice."
         )
+        cut = [
+            f"{path}: values are not kept exactly from {before.column(path).type} to "
+            f"{self.columns[path]}; what is cut off stays in the savepoint, until it is pruned."
+            for path in self._inexact(before)
+        ]
+        return (stale, *cut)
+
+    def discards(self, before: TableState) -> bool:
+        return bool(self._inexact(before))
+
+    def _inexact(self, state: TableState) -> list[str]:
+        return [
+            path
+            for path in self._todo(state)
+            if not casts_back(state.column(path).type, self.columns[path])
+        ]
 
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
@@ -520,8 +536,10 @@ class AlterType(Operation):
         changes = {path: _retyping(kind) for path, kind in self.columns.items()}
         return TableState(paths.changed(before.schema, changes), before.indexes)
 
-    def undo(self, before: TableState | None) -> tuple[Operation, ...]:
+    def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
         was = self.existing(before)
+        if self._inexact(was):
+            return None
         back = {path: was.column(path).type for path in self._todo(was)}
         return (AlterType(back, table=self.table),) if back else ()
 
@@ -616,6 +634,48 @@ class AlterType(Operation):
 
 
 _SWEEPS = 5
+
+_DIGITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
+"""Binary digits that a type keeps of an integer."""
+
+_UNITS = ("s", "ms", "us", "ns")
+
+
+def casts_back(old: Any, new: Any) -> bool:
+    """Returns whether every value that fits the new type is the same after a cast back. Pure."""
+    if old == new:
+        return True
+    if pa.types.is_boolean(old):
+        return bool(pa.types.is_integer(new))
+    if pa.types.is_integer(old):
+        if pa.types.is_floating(new):
+            return int(old.bit_width) <= _DIGITS[new]
+        return bool(pa.types.is_integer(new) or _is_text(new))  # what does not fit is refused
+    if pa.types.is_floating(old):
+        return pa.types.is_floating(new) and old.bit_width <= new.bit_width
+    if pa.types.is_timestamp(old):
+        same_zone = pa.types.is_timestamp(new) and old.tz == new.tz
+        return same_zone and _UNITS.index(old.unit) <= _UNITS.index(new.unit)
+    if _is_text(old):
+        return _is_text(new)
+    if _is_bytes(old):
+        return _is_bytes(new)
+    if pa.types.is_fixed_size_list(old):
+        same_size = pa.types.is_fixed_size_list(new) and old.list_size == new.list_size
+        return same_size and casts_back(old.value_type, new.value_type)
+    return _is_list(old) and _is_list(new) and casts_back(old.value_type, new.value_type)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _retyping(kind: pa.DataType) -> paths.Change:
