@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -407,6 +408,28 @@ class Store:
         )
 
 
+_FILES = (
+    "total_data_files", "total_files_size", "total_data_file_rows", "total_deletion_file_rows",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one table_version is, as far as its manifest tells.
+
+    Attributes:
+        version: The table_version.
+        rows: How many rows there are.
+        files: Numbers of its data files that are equal where these are the same files.
+        state: Schema and indexes.
+    """
+
+    version: int
+    rows: int
+    files: tuple[str, ...]
+    state: TableState
+
+
 class Table:
     """One open handle, pinned to the version it was opened at or last committed.
 
@@ -728,15 +751,36 @@ class Table:
         )
         return int(result.version)
 
-    async def optimize(self, cleanup_older_than_s: float | None) -> int:
+    async def optimize(self, cleanup_older_than_s: float | None) -> tuple[int, bool]:
         """Compacts, brings indexes up to date, and removes old versions if told to.
 
-        Several commits, or none; returns the table_version afterwards.
+        Several commits, or none; returns the table_version afterwards, and whether files were
+        rewritten.
         """
         age = None if cleanup_older_than_s is None else dt.timedelta(seconds=cleanup_older_than_s)
-        return await self._commit_unnumbered(
-            "optimize", lambda: self.handle.optimize(cleanup_older_than=age)
-        )
+        compacted = False
+
+        async def run() -> None:
+            nonlocal compacted
+            done = await self.handle.optimize(cleanup_older_than=age)
+            compacted = done.compaction.files_removed > 0
+
+        version = await self._commit_unnumbered("optimize", run)
+        return version, compacted
+
+    async def commits(self, first: int, last: int) -> list[Commit]:
+        """Returns what can be told cheaply of a range of table_versions that are still there.
+
+        One request for each version of the table on an object store: not for anything done often.
+        """
+        listed = await self._read("list_versions", self.handle.list_versions)
+        found = []
+        for version, told in sorted((int(v["version"]), v["metadata"]) for v in listed):
+            if first <= version <= last:
+                state = await (await self.at(version)).state()
+                files = tuple(str(told[name]) for name in _FILES)
+                found.append(Commit(version, int(told["total_rows"]), files, state))
+        return found
 
     async def set_primary_key(self, column: str) -> None:
         """Declares the (unenforced) primary key; it cannot be changed later."""

@@ -27,7 +27,7 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     UnresolvedError,
 )
-from aiomigrate.lance import Store, Table, sql_literal
+from aiomigrate.lance import Commit, Store, Table, sql_literal
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, Transform, remember
 from aiomigrate.operations.fill import Filling, Pace
@@ -194,8 +194,8 @@ class Touched:
     def _note(self, version: int) -> None:
         if version > self.version + 1:
             self.foreign.append((self.version + 1, version - 1))
+        self.commits += version != self.version  # there may have been nothing to optimize
         self.version = version
-        self.commits += 1
 
     def _known(self) -> TableState:
         assert self._state is not None  # noqa: S101 - every caller holds an open table
@@ -654,10 +654,20 @@ class Touched:
 
     async def optimize(self, cleanup_older_than_s: float | None) -> None:
         """Compacts and brings indexes up to date: commits that change no row."""
-        before = self.version
-        await self._commit({"do": "optimize"}, lambda table: table.optimize(cleanup_older_than_s))
-        # How many of the commits since were its own cannot be told.
-        self.foreign = [span for span in self.foreign if span[0] <= before]
+        before, known = self.version, list(self.foreign)
+        compacted = False
+
+        async def run(table: Table) -> int:
+            nonlocal compacted
+            version, compacted = await table.optimize(cleanup_older_than_s)
+            return version
+
+        await self._commit({"do": "optimize"}, run)
+        # It makes up to three commits, and the last is ours: only those between are in question.
+        if self.version > before + 1:
+            made = await self.table.commits(before, self.version)
+            others = foreign_among(made, before=before, after=self.version, compacted=compacted)
+            self.foreign = [*known, *((version, version) for version in others)]
 
     async def batches(
         self, where: str | None, columns: Sequence[str] | None, rows: int
@@ -710,6 +720,36 @@ _PASSES = 20
 _LIVE_ROWS = 20_000
 _LIVE_S = 60.0
 _LIVE_COMMITS = 3
+
+
+def foreign_among(made: Sequence[Commit], *, before: int, after: int, compacted: bool) -> list[int]:
+    """Returns which commits beside an optimization are not known to be its own. Pure.
+
+    Its own change neither rows nor schema nor the list of indexes. One of them rewrites files, if
+    it compacted; where several did, an update of all rows may be among them.
+
+    Args:
+        made: The commits that are still there, that before it included.
+        before: The table_version before it.
+        after: The table_version it ended with, which is its own.
+        compacted: Whether it rewrote files.
+    """
+    by_version = {commit.version: commit for commit in made}
+    foreign, rewrites = [], []
+    for version in range(before + 1, after + 1):
+        old, new = by_version.get(version - 1), by_version.get(version)
+        if old is None or new is None or old.rows != new.rows or _differ(old.state, new.state):
+            foreign.append(version)
+        elif old.files != new.files:
+            rewrites.append(version)
+    if not (compacted and len(rewrites) == 1):
+        foreign += rewrites
+    return sorted(version for version in foreign if version != after)
+
+
+def _differ(one: TableState, other: TableState) -> bool:
+    names = [sorted(index.name for index in state.indexes) for state in (one, other)]
+    return names[0] != names[1] or not one.schema.equals(other.schema, check_metadata=True)
 
 
 def _altering(alteration: Mapping[str, Any]) -> paths.Change:

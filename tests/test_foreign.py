@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, op
-from tests.faults import Fault
+from aiomigrate.errors import RollbackRefusedError
+from tests.faults import Fault, watched_manager
 from tests.processes import initialize, quiet_logger, start
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])
@@ -207,3 +208,56 @@ async def test_a_writer_beside_a_migration_loses_nothing(tmp_path: Path) -> None
 
     assert len(report.applied) == 1
     assert await ids(path) == [1, 2, 3, *written]
+
+
+@pytest.mark.parametrize("fragments", [1, 4])
+@pytest.mark.parametrize(
+    "what", ["append", "update", "update all", "delete", "add a column", "nothing"]
+)
+async def test_what_lands_during_an_optimization_is_not_taken_for_a_part_of_it(
+    tmp_path: Path, what: str, fragments: int
+) -> None:
+    """A rollback does not discard it; what the optimization itself committed it may."""
+    path = tmp_path / "db"
+    await made(path)
+    table = await (await lancedb.connect_async(path)).open_table("t")
+    for number in range(fragments - 1):
+        await append(path, 10 + number)
+    await table.create_index("id")
+    await append(path, 20)
+
+    landed: list[str] = []
+
+    async def land(verb: str, name: str) -> None:
+        if verb != "optimize" or name != "t" or landed:
+            return
+        landed.append(what)
+        other = await (await lancedb.connect_async(path)).open_table("t")
+        match what:
+            case "append":
+                await other.add([{"id": 99, "n": 0}])
+            case "update":
+                await other.update({"n": 7}, where="id = 1")
+            case "update all":
+                await other.update({"n": 7})
+            case "delete":
+                await other.delete("id = 2")
+            case "add a column":
+                await other.add_columns(pa.field("theirs", pa.string()))
+
+    change = Migration(
+        table="t", version=2, operations=[op.Update({"n": 0}, where="id = 3"), op.Optimize()]
+    )
+    kind = watched_manager(before=land)
+    async with kind(path, migrations=[*first(), change], logger=quiet_logger()) as manager:
+        await manager.upgrade()
+        before = (await table.checkout_latest(), await table.to_arrow())[1]
+        if what == "nothing":
+            await manager.rollback("t", to=1)
+        else:
+            with pytest.raises(RollbackRefusedError, match="others committed since"):
+                await manager.rollback("t", to=1)
+    after = (await table.checkout_latest(), await table.to_arrow())[1]
+
+    assert landed == [what]
+    assert (after == before) == (what != "nothing")
