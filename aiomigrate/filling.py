@@ -96,19 +96,19 @@ async def fill(table: Fillable, job: Filling) -> int:
         filled += one.committed
         await table.reopen()
         if one.is_whole and (not one.found or len(table.foreign) == known):
-            break
+            return filled
         if number and one.is_whole and one.found <= few:
-            break  # what is left came while the last rows were done
+            return filled  # what is left came while the last rows were done
         behind = behind + 1 if number > 1 and one.found >= before else 0
         if behind >= _BEHIND:
-            raise BackfillBehindError(
-                f"{job.words} on table {table.name!r}: during each of the last passes others "
-                f"added or changed as many rows ({one.found}) as were filled.",
-                "Raise concurrency or batch_rows, or let fewer writers write; then run again: it "
-                "goes on where it was.",
-            )
+            break
         before = one.found
-    return filled
+    raise BackfillBehindError(
+        f"{job.words} on table {table.name!r}: during each of the last passes others added or "
+        f"changed as many rows ({before}) as were filled.",
+        "Raise concurrency or batch_rows, or let fewer writers write; then run again: it goes on "
+        "where it was.",
+    )
 
 
 async def _check_keys(table: Fillable, job: Filling) -> None:

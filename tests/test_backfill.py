@@ -376,6 +376,37 @@ async def test_beside_a_writer(database: Path) -> None:
     assert model.paid <= 2000 + touched
 
 
+async def test_an_empty_table_is_filled_at_once(database: Path) -> None:
+    """A fresh database goes through the same migrations; nothing is called for nothing."""
+    await make(database, TEXTS)
+    model = Model()
+    await upgrade(database, filling(model.embed))
+    state, _ = await found(database)
+    assert state is not None
+    assert state.schema.names == ["id", "text", "vector"]
+    assert model.calls == 0
+
+
+async def test_rows_that_come_faster_than_they_are_filled_are_told(database: Path) -> None:
+    """It says so instead of going on for ever, with what is filled kept."""
+    await make(database, TEXTS, texts(40))
+    model = Model()
+    table = await (await lancedb.connect_async(database)).open_table(TABLE)
+    number = 1000
+
+    async def embed(batch: pa.RecordBatch) -> Any:
+        nonlocal number
+        rows = [{"id": number + n, "text": f"more {number + n}"} for n in range(len(batch))]
+        number += len(rows)
+        await table.add(rows)
+        return await model.embed(batch)
+
+    with pytest.raises(MigrationFailedError, match="others added or changed as many rows"):
+        await upgrade(database, filling(embed))
+    rows = await rows_of(database)
+    assert sum(row["vector"] is not None for row in rows) >= 40
+
+
 async def test_values_that_are_there_stay(database: Path) -> None:
     """Only what is NULL is filled, and only where `where` says."""
     schema = pa.schema([*TEXTS, pa.field("n", pa.int64())])

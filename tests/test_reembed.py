@@ -165,6 +165,18 @@ async def test_a_table_gets_another_model(database: Path) -> None:
     assert indexes == [("IvfFlat", ["vector"])]
 
 
+async def test_an_empty_table_changes_its_model_at_once(database: Path) -> None:
+    """A fresh database goes through the same migrations; only known texts are embedded."""
+    connection = await lancedb.connect_async(database)
+    await connection.create_table(TABLE, schema=SCHEMA)
+    model = Model()
+    await upgrade(database, change(model))
+    state, _ = await found(database)
+    assert state is not None
+    assert state.column("vector").type == pa.list_(pa.float32(), NEW)
+    assert len(model.paid) == 3
+
+
 async def test_equal_texts_are_paid_once(database: Path) -> None:
     """Each different text is embedded once, with a handful of known ones; NULL not at all."""
     await library(database, 50, extra=[*texts()[:50], None, *texts()[:50]])

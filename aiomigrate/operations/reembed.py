@@ -440,7 +440,10 @@ class Reembed(Operation):
         """
         source, new, old = quote(self.source), quote(shadow), quote(self.column)
         rows = await target.count_rows(f"{source} IS NOT NULL")
-        missing = await target.count_rows(f"{source} IS NOT NULL AND {new} IS NULL")
+        done = quote(f"{target.witness}_fill")  # not what others have added since
+        missing = await target.count_rows(
+            f"{source} IS NOT NULL AND {new} IS NULL AND {done} IS NOT NULL"
+        )
         columns = [self.key, self.source, self.column, shadow]
         wanted = f"{new} IS NOT NULL"
         drawn = await target.sample(wanted, columns, self.gate.sample, seed=self.model)
