@@ -167,6 +167,7 @@ class Executor:
                 await self._start(work)
         operations = script.operations[work.begin_at :]
         for position, operation in enumerate(operations, work.begin_at + 1):
+            work.doing = in_hand(operation)
             self._progress(script, operation.describe(), position - 1, len(script.operations))
             if isinstance(operation, Run):
                 await self.run_function(work, operation, log)
@@ -445,7 +446,7 @@ class Executor:
                 restored = await self.recovery.undo(work)
             except UnresolvedError as unresolvable:
                 error = unresolvable
-        why = "cancelled" if exc is None else failure_text(exc, self._store)
+        why = "cancelled" if exc is None else failure_text(exc, self._store, work.doing)
         trace = "" if exc is None else failure_trace(exc, self._store)
         unresolved_now = isinstance(error, UnresolvedError)
         if unresolved_now:
@@ -523,14 +524,29 @@ def _remedy(work: Work, exc: Exception | None, error: AiomigrateError | None) ->
     return remedy
 
 
-def failure_text(exc: BaseException, store: Store) -> str:
-    """Returns a failure in one sentence, without secrets."""
-    if isinstance(exc, AiomigrateError):
-        return store.scrub(exc.what)
+def in_hand(operation: Operation) -> str:
+    """Returns what an operation does, short enough to begin an error."""
+    words = operation.describe()
+    return words if len(words) <= _WORDS else f"{words[:_WORDS]}..."
+
+
+_WORDS = 80
+
+
+def failure_text(exc: BaseException, store: Store, doing: str = "") -> str:
+    """Returns a failure in one sentence, without secrets.
+
+    Args:
+        exc: What was raised.
+        store: Knows the secrets.
+        doing: The operation in hand, in words.
+    """
     leaf = exc
     while isinstance(leaf, BaseExceptionGroup):
         leaf = leaf.exceptions[0]
-    return store.scrub(f"{type(leaf).__name__}: {leaf}")
+    told = exc.what if isinstance(exc, AiomigrateError) else f"{type(leaf).__name__}: {leaf}"
+    is_told = not doing or doing.removesuffix("...") in told
+    return store.scrub(told if is_told else f"{doing!r}: {told}")
 
 
 def failure_trace(exc: BaseException, store: Store) -> str:

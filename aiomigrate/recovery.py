@@ -44,6 +44,7 @@ class Work:
         tables: The tables it touches, opened, by name.
         journaled: Whether `started` is written before the first commit.
         begin_at: Position of the operation to go on with.
+        doing: The operation in hand, in words; empty before the first.
         resumed: Whether it goes on where a dead process was.
         savepoints: table_version of each table when it was first begun, where it is resumed.
         branches: Savepoint branch by table.
@@ -56,6 +57,7 @@ class Work:
     journaled: bool
     tables: dict[str, Touched] = field(default_factory=dict)
     begin_at: int = 0
+    doing: str = ""
     resumed: bool = False
     savepoints: Mapping[str, int] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     UnresolvedError,
 )
-from aiomigrate.executor import Executor, failure_text, failure_trace
+from aiomigrate.executor import Executor, failure_text, failure_trace, in_hand
 from aiomigrate.fold import Unfinished
 from aiomigrate.lance import Store
 from aiomigrate.model import Kind, Script
@@ -152,6 +152,7 @@ class Reverser:
         for position, operation in enumerate(undo.operations):
             if position < work.begin_at:
                 continue
+            work.doing = in_hand(operation)
             if isinstance(operation, Run):
                 await self._executor.run_function(work, operation, log)
                 continue
@@ -214,7 +215,7 @@ class Reverser:
         """Puts the migration back as it was applied, where nothing of others is in the way."""
         script = work.script
         outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
-        why = "cancelled" if exc is None else failure_text(exc, self._store)
+        why = "cancelled" if exc is None else failure_text(exc, self._store, work.doing)
         remedy = exc.remedy if isinstance(exc, AiomigrateError) else "Correct it and run again."
         if isinstance(exc, RollbackRefusedError) and not work.ledger_s:
             return self._executor.report(work, outcome, waited_s, 0.0, error=why, remedy=remedy)
