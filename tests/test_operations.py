@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,11 @@ def having(**columns: Any) -> list[dict[str, Any]]:
 def without(*columns: str) -> list[dict[str, Any]]:
     """Returns the rows without some columns."""
     return [{c: v for c, v in row.items() if c not in columns} for row in ROWS]
+
+
+def upper_id(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Capitals in `id`."""
+    return batch.set_column(0, "id", pc.utf8_upper(batch["id"]))
 
 
 def upper(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -723,7 +729,14 @@ REFUSALS: dict[str, tuple[op.Operation, pa.Schema | None, str]] = {
     "backfill: no such key": (op.Backfill("b", lengths, key="x"), NULLED, r"no column 'x'"),
     "backfill: a NOT NULL column": (op.Backfill("a", lengths, key="b"), NULLED, r"forbids NULL"),
     "copy: no such table": (op.CopyInto("gone", key="a"), NULLED, r"no table 'gone'"),
-    "copy: no such key": (op.CopyInto(TABLE, key="x"), NULLED, r"no column 'x'"),
+    "copy: no such key": (op.CopyInto("other", key="x"), NULLED, r"no column 'x'"),
+    "copy: no such key there": (
+        op.CopyInto("other", key="a"),
+        NULLED,
+        r"'other' has no column 'a' to know its rows by",
+    ),
+    "copy: itself": (op.CopyInto(TABLE, key="a"), NULLED, r"the table itself"),
+    "rename a table: to its name": (op.RenameTable(TABLE), NULLED, r"that is its name"),
     "rename table: no table": (op.RenameTable("z"), None, r"does not exist"),
     "index: no such column": (op.CreateIndex("x"), NULLED, r"no column 'x'.*a, b"),
     "index: no such kind on the type": (
@@ -782,6 +795,93 @@ async def test_a_later_operation_is_checked_against_what_earlier_ones_predict(
             await migrations.upgrade()
 
     assert before == tree(database)
+
+
+def with_another(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Adds a column without saying so in the schema."""
+    return batch.append_column("other", pa.nulls(len(batch), pa.string()))
+
+
+def only_ids(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Forgets the other columns."""
+    return batch.select(["id"])
+
+
+def a_column_twice(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Names two columns alike."""
+    return pa.RecordBatch.from_arrays([batch["id"], batch["n"], batch["n"]], ["id", "n", "n"])
+
+
+def as_table(batch: pa.RecordBatch) -> pa.Table:
+    """Returns something else."""
+    return pa.Table.from_batches([batch])
+
+
+def in_lists(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Puts values of a wrong type."""
+    return batch.set_column(0, "id", pa.array([[text] for text in batch["id"].to_pylist()]))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (with_another, "with_another returned a column 'other' that the table is not to have"),
+        (only_ids, "only_ids left out column 'n', which would lose its values"),
+        (a_column_twice, "a_column_twice returned two columns 'n'"),
+        (as_table, "as_table returned Table, not a RecordBatch"),
+        (in_lists, "column 'id', list<item: string>, does not fit string"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("how", ["rebuild", "copy"])
+async def test_a_function_that_would_lose_values_by_mistake_fails(
+    database: Path, function: Any, message: str, how: str
+) -> None:
+    """What it returned wrongly is named, with its operation, and the tables are as before."""
+    schema = pa.schema([pa.field("id", pa.string()), pa.field("n", pa.int64())])
+    rows = [{"id": "a", "n": 1}, {"id": "b", "n": 2}]
+    await make(database, schema, rows)
+    await make(database, schema, table="other")
+    change = {
+        "rebuild": op.Rebuild(function),
+        "copy": op.CopyInto(TABLE, key="id", function=function, table="other"),
+    }[how]
+    step = Migration(table=TABLE, version=1, operations=[change], touches=(TABLE, "other"))
+    async with manager(database, [step]) as migrations:
+        with pytest.raises(MigrationFailedError, match=re.escape(message)) as caught:
+            await migrations.upgrade()
+
+    assert change.describe() in str(caught.value)
+    assert await rows_of(database) == rows
+    assert await rows_of(database, "other") == []
+
+
+@pytest.mark.parametrize("function", [None, upper_id], ids=["plain", "function"])
+@pytest.mark.parametrize("batch_rows", [1, 100])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", "b", "a"], "0 rows have no 'id', 1 have that of another row"),
+        (["a", None, None], "2 rows have no 'id', 0 have that of another row"),
+    ],
+    ids=["double", "missing"],
+)
+async def test_rows_that_a_key_does_not_tell_apart_are_not_copied(
+    database: Path, ids: list[str | None], message: str, batch_rows: int, function: Any
+) -> None:
+    """Some would be passed over, and a `Delete` after it would lose them: it is refused."""
+    schema = pa.schema([pa.field("id", pa.string()), pa.field("n", pa.int64())])
+    await make(database, schema, [{"id": key, "n": n} for n, key in enumerate(ids)], table="other")
+    await make(database, schema, [{"id": "z", "n": 9}])
+    copy = op.CopyInto("other", key="id", batch_rows=batch_rows, function=function)
+    steps = [Migration(table=TABLE, version=1, operations=[copy], touches=(TABLE, "other"))]
+    async with manager(database, steps) as migrations:
+        with pytest.raises(MigrationFailedError, match="identifies a row") as caught:
+            await migrations.upgrade()
+
+    if function is None or batch_rows > 1:
+        assert message in str(caught.value)
+    assert await rows_of(database) == [{"id": "z", "n": 9}]
 
 
 async def test_forbidding_null_where_there_is_one_fails_and_leaves_the_table(

@@ -41,12 +41,40 @@ def _checked_function(what: str, function: object) -> None:
         )
 
 
-async def _call(what: str, function: BatchFunction, batch: pa.RecordBatch) -> pa.RecordBatch:
+async def _call(
+    operation: Operation, function: BatchFunction | None, batch: pa.RecordBatch, wanted: pa.Schema
+) -> pa.RecordBatch:
+    """Returns what a function makes of a batch.
+
+    Raises:
+        OperationError: It is no batch, or has columns by which values would be lost silently.
+    """
+    if function is None:
+        return batch
     result: Any = function(batch)
     if inspect.isawaitable(result):
         result = await result
+    name = _name(function)
     if not isinstance(result, pa.RecordBatch):
-        raise TypeError(f"{what}: the function returned {type(result).__name__}, no RecordBatch")
+        raise operation.refuse(
+            f"{name} returned {type(result).__name__}, not a RecordBatch.",
+            "Return a pyarrow.RecordBatch: `pa.RecordBatch.from_pylist(rows)` makes one of rows.",
+        )
+    made, given, kept = result.schema.names, set(batch.schema.names), set(wanted.names)
+    if len(set(made)) != len(made):
+        twice = min(n for n in made if made.count(n) > 1)
+        raise operation.refuse(f"{name} returned two columns {twice!r}.", "Return each once.")
+    if unknown := set(made) - kept - given:
+        raise operation.refuse(
+            f"{name} returned a column {min(unknown)!r} that the table is not to have.",
+            "Name it in the schema (Rebuild(schema=...)), or do not return it.",
+        )
+    if left_out := (kept & given) - set(made):
+        raise operation.refuse(
+            f"{name} left out column {min(left_out)!r}, which would lose its values.",
+            "Return it as well; if they are to go, as `pa.nulls(len(batch))`, or leave it out of "
+            "the schema.",
+        )
     return result
 
 
@@ -63,8 +91,14 @@ def fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         position = batch.schema.get_field_index(wanted.name)
         if position < 0:
             columns.append(pa.nulls(len(batch), wanted.type))
-        else:
-            columns.append(_cast(batch.column(position), wanted.type))
+            continue
+        have = batch.column(position)
+        try:
+            columns.append(_cast(have, wanted.type))
+        except pa.ArrowException as exc:
+            raise type(exc)(
+                f"column {wanted.name!r}, {have.type}, does not fit {wanted.type}: {exc}"
+            ) from exc
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -95,9 +129,9 @@ class Rebuild(Operation):
 
     Attributes:
         function: From a `pyarrow.RecordBatch` to one, async or plain; by default rows stay as
-            they are. Columns are taken by name and cast; those that are missing are NULL. It may
-            be called again for rows it has seen.
-        schema: The new fields; by default the present ones.
+            they are. Columns are taken by name and cast; new ones that it does not return are
+            NULL. It may be called again for rows it has seen.
+        schema: The new fields; by default the present ones. A field left out of it is dropped.
         batch_rows: Rows given to the function at once.
     """
 
@@ -204,11 +238,7 @@ class Rebuild(Operation):
                 given = batch.select(
                     [n for n in batch.schema.names if not n.startswith(WITNESS_PREFIX)]
                 )
-                made = (
-                    given
-                    if self.function is None
-                    else await _call(self.describe(), self.function, given)
-                )
+                made = await _call(self, self.function, given, schema)
                 rows += len(batch)
                 target.progress(min(rows, total), total)
                 return fitted(made, whole)
@@ -234,7 +264,8 @@ class CopyInto(Operation):
 
     Attributes:
         source: The table to copy from.
-        key: The column that identifies a row in both.
+        key: The column that identifies a row in both: no two rows that are copied may have the
+            same, and none may have NULL. All keys are held in memory at once.
         where: SQL condition on the source's rows; by default all.
         function: From a `pyarrow.RecordBatch` of the source to one of this table, async or plain;
             by default columns are taken by name.
@@ -249,7 +280,7 @@ class CopyInto(Operation):
 
     def __post_init__(self) -> None:
         checked_names("CopyInto", [self.source])
-        checked_names("CopyInto", [self.key])
+        checked_new("CopyInto", checked_names("CopyInto", [self.key]))  # it has no path
         if self.function is not None:
             _checked_function("CopyInto", self.function)
         if not 1 <= self.batch_rows <= _MOST_ROWS:
@@ -298,6 +329,13 @@ class CopyInto(Operation):
                 f"there is no table {self.source!r}.", "Name a table that exists by then."
             )
         after = Operation.fold(self, states)
+        if self.source == self.table:
+            raise self.refuse("that is the table itself.", "Copy from another one.")
+        if self.function is None and not source.has(self.key):
+            raise self.refuse(
+                f"{self.source!r} has no column {self.key!r} to know its rows by.",
+                f"Its columns are {', '.join(f.name for f in source.fields())}.",
+            )
         into = after[self.table or ""]
         if self.function is None and into is not None:
             for new in into.fields():
@@ -315,18 +353,35 @@ class CopyInto(Operation):
             return 0
         total = await source.count_rows(self.where)
         read = copied = 0
+        keys: list[pa.Array[Any]] = []
+        if self.function is None:
+            found = source.batches(self.where, [self.key], self.batch_rows)
+            keys = [batch.column(0) async for batch in found]
+            self._check_keys(keys)
         async for batch in source.batches(self.where, None, self.batch_rows):
             given = batch.select([f.name for f in self.existing(source.state).fields()])
-            made = (
-                given
-                if self.function is None
-                else await _call(self.describe(), self.function, given)
-            )
+            made = await _call(self, self.function, given, schema)
             rows = pa.Table.from_batches([fitted(made, schema)])
+            if self.function is not None:
+                keys += rows[self.key].chunks
+                self._check_keys(rows[self.key].chunks)
             copied += await target.insert_missing(self.key, rows)
             read += len(batch)
             target.progress(read, total)
+        self._check_keys(keys)
         return copied
+
+    def _check_keys(self, keys: list[pa.Array[Any]]) -> None:
+        """Refuses rows that could not be told apart: all but the first would be passed over."""
+        missing = sum(part.null_count for part in keys)
+        found = sum(len(part) for part in keys) - missing
+        double = found - pc.count_distinct(pa.chunked_array(keys)).as_py() if found else 0
+        if missing or double:
+            raise self.refuse(
+                f"{missing} rows have no {self.key!r}, {double} have that of another row.",
+                "Give a key that identifies a row, or correct the rows of "
+                f"{self.source!r} first (op.Update, op.Delete).",
+            )
 
 
 _MOST_ROWS = 100_000

@@ -206,6 +206,8 @@ class RenameTable(Operation):
 
     def fold(self, states: Mapping[str, TableState | None]) -> dict[str, TableState | None]:
         old, new = states[self.table or ""], states.get(self.to)
+        if self.to == self.table:
+            raise self.refuse("that is its name.", "Choose another name.")
         if old is None and new is None and self.when_missing is Missing.FAIL:
             raise self.refuse("the table does not exist.", "Create it in an earlier migration.")
         if old is not None and new is not None and not new.witnesses() and not new.same(old):
