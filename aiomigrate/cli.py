@@ -538,6 +538,18 @@ def upgrade(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan only.", show_default=False)
     ] = False,
+    skip_background: Annotated[
+        bool,
+        typer.Option(
+            "--skip-background",
+            help="Leave out what is marked to run in the background, and what comes after it.",
+            show_default=False,
+        ),
+    ] = False,
+    background_only: Annotated[
+        bool,
+        typer.Option("--background-only", help="Do only that.", show_default=False),
+    ] = False,
 ) -> Exit:
     """Bring the database to its target: run what is pending, each migration once.
 
@@ -546,23 +558,35 @@ def upgrade(
     target = config.parse_target(to or ())
     if dry_run:
         return _run(call, lambda manager: _show_plan(call, manager, table, target))
-    return _run(call, lambda manager: _upgrade(call, manager, table, target))
+    if skip_background and background_only:
+        raise ConfigurationError(
+            "--skip-background and --background-only leave nothing to do.", "Pass one of them."
+        )
+    part = "fast" if skip_background else "background" if background_only else "all"
+    return _run(call, lambda manager: _upgrade(call, manager, table, target, part))
 
 
 async def _upgrade(
-    call: Call, manager: MigrationManager, tables: Collection[str] | None, to: Target
+    call: Call, manager: MigrationManager, tables: Collection[str] | None, to: Target, chosen: str
 ) -> Exit:
-    output = call.output
+    from aiomigrate.plan import Part
+
+    output, part = call.output, Part(chosen)
     if not output.as_json:
-        planned = await manager.plan(tables=tables or None, to=to)
-        if not planned.needs_lease:
+        planned = (await manager.plan(tables=tables or None, to=to)).part(part)
+        if not (planned.needs_background if part is Part.BACKGROUND else planned.needs_lease):
             output.say(_at_target(manager, planned))
             return Exit.OK
         output.say(manager.database)
         output.say(f"{planned}\n")
     try:
         with call.tracker.showing():
-            report = await manager.upgrade(tables=tables or None, to=to)
+            if part is Part.BACKGROUND:
+                report = await manager.run_background(tables=tables or None, to=to)
+            else:
+                report = await manager.upgrade(
+                    tables=tables or None, to=to, background=part is Part.ALL
+                )
     except MigrationFailedError as exc:
         show_report(output, exc.report)
         await _show_traces(call, manager, exc)
@@ -746,7 +770,16 @@ def stamp(call: Call, *, table: _Tables = None, to: _To = None) -> Exit:
 
 
 @_verb(_database_options, _folder_options, _lease_options)
-def unlock(call: Call) -> Exit:
+def unlock(
+    call: Call,
+    *,
+    background: Annotated[
+        bool,
+        typer.Option(
+            "--background", help="The lease of work in the background.", show_default=False
+        ),
+    ] = False,
+) -> Exit:
     """Free the lease of a process that is dead. It is watched first: a live one is left alone.
 
     Rarely needed: the next run does the same by itself.
@@ -757,7 +790,7 @@ def unlock(call: Call) -> Exit:
     async def work(manager: MigrationManager) -> Exit:
         if not call.output.as_json:
             call.output.note("Looking; a lease that is held is watched for its time to live.")
-        holder = await manager.unlock()
+        holder = await manager.unlock(background=background)
         if holder is None:
             call.output.say("The lease is free.")
         else:

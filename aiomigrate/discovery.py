@@ -220,6 +220,7 @@ def _script(migration: Migration, source: str, params: Params) -> Script:
         source=source,
         table=migration.table,
         contracts=dict(migration.contracts),
+        background=migration.background,
     )
 
 

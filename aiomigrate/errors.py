@@ -146,6 +146,10 @@ class LeaseLostError(LeaseError):
     """This process held the lease and another one has taken it. Nothing more is written."""
 
 
+class BackgroundBusyError(LeaseError):
+    """Work in the background has a line or table in hand that was asked to be changed."""
+
+
 class LeaseHeldError(LeaseError):
     """`unlock` was asked to break a lease whose holder is alive."""
 

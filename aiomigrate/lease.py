@@ -4,14 +4,19 @@ Taken by one compare-and-set on the lease's row (lancedb `update … WHERE`, jud
 `rows_updated`: facts, single-winner primitives), stolen only after this process has itself seen
 the row unchanged for the whole TTL on its own monotonic clock. Renewal is for `writer`, which owns
 every write of a holder.
+
+There are two: the run lease, and the background lease, which is only ever taken by who holds the
+run lease. So whoever holds that knows that nobody begins to work in the background, and epochs,
+each above all others in the head, order what the two leases write of one line.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +26,9 @@ from aiomigrate import events as ev
 from aiomigrate.clock import Clock
 from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
 from aiomigrate.lance import sql_literal
-from aiomigrate.ledger import RUN_LEASE, Head, Ledger
-from aiomigrate.model import HeadRow
-from aiomigrate.report import Holder
+from aiomigrate.ledger import Head, Ledger
+from aiomigrate.model import RUN_LEASE, HeadRow
+from aiomigrate.report import Going, Holder
 
 HOST = platform.node()
 
@@ -62,12 +67,15 @@ class Lease:
     waited: bool
 
 
-def phase_text(run_id: str, since: str, ttl_s: float, phase: str) -> str:
+def phase_text(
+    run_id: str, since: str, ttl_s: float, phase: str, going: Iterable[Going] = ()
+) -> str:
     """Returns what a holder says of itself in the lease row."""
-    return json.dumps(
-        {"host": HOST, "pid": os.getpid(), "run": run_id, "since": since, "ttl": ttl_s,
-         "phase": phase}
-    )  # fmt: skip
+    said: dict[str, Any] = {"host": HOST, "pid": os.getpid(), "run": run_id, "since": since,
+                            "ttl": ttl_s, "phase": phase}  # fmt: skip
+    if told := [dataclasses.asdict(one) for one in going]:
+        said["going"] = told
+    return json.dumps(said, ensure_ascii=False)
 
 
 def holder_of(head: Head, key: str = RUN_LEASE) -> Holder | None:
@@ -83,7 +91,46 @@ def holder_of(head: Head, key: str = RUN_LEASE) -> Holder | None:
         phase=str(said.get("phase", "")),
         since=str(said.get("since", "")),
         epoch=row.epoch or 0,
+        going=tuple(_going(one) for one in said.get("going") or () if isinstance(one, dict)),
     )
+
+
+def _going(said: Mapping[str, Any]) -> Going:
+    return Going(
+        line=str(said.get("line", "")),
+        version=_number(said.get("version"), int, 0),
+        doing=str(said.get("doing", "")),
+        done=_number(said.get("done"), int, 0),
+        total=_number(said.get("total"), int, None),
+    )
+
+
+def top_epoch(head: Head) -> int:
+    """Returns the highest epoch in the head: that of a new holder of any lease is above it."""
+    rows = (*head.rows, *head.leases.values())
+    return max((row.epoch or 0 for row in rows), default=0)
+
+
+class Watch:
+    """What this process has itself seen of a lease row, on its own monotonic clock."""
+
+    def __init__(self, ttl_s: float, clock: Clock) -> None:
+        """Has seen nothing yet."""
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._seen: tuple[int | None, str | None, int | None] | None = None
+        self._since = 0.0
+
+    def ttl_s(self, row: HeadRow) -> float:
+        """Returns the seconds for which a holder may be silent: its own word, or ours if more."""
+        return float(max(self._ttl_s, _number(_said(row).get("ttl"), float, 0.0)))
+
+    def may_take(self, row: HeadRow) -> bool:
+        """Takes one look; returns whether the lease is free, or its holder was silent too long."""
+        state = (row.epoch, row.owner, row.beat)
+        if state != self._seen:
+            self._seen, self._since = state, self._clock.monotonic()
+        return not row.owner or self._clock.monotonic() - self._since >= self.ttl_s(row)
 
 
 def _said(row: HeadRow) -> dict[str, Any]:
@@ -113,7 +160,7 @@ async def acquire(
     log: Any,
     is_done: Callable[[Head], Awaitable[bool]],
 ) -> Lease | None:
-    """Takes the lease, waiting for another holder if there is one.
+    """Takes the run lease, waiting for another holder if there is one.
 
     Args:
         ledger: Its tables exist.
@@ -134,33 +181,27 @@ async def acquire(
         LedgerError: The head cannot be read.
     """
     begun = clock.monotonic()
-    seen: tuple[int | None, str | None, int | None] | None = None
-    seen_at = begun
+    watch = Watch(options.ttl_s, clock)
     waited = False
     refused: StoreError | None = None
     while True:
         row = head.leases.get(RUN_LEASE)
-        now = clock.monotonic()
-        if row is not None:
-            state = (row.epoch, row.owner, row.beat)
-            if state != seen:
-                seen, seen_at = state, now
-            ttl = max(options.ttl_s, _number(_said(row).get("ttl"), float, 0.0))
-            if not row.owner or now - seen_at >= ttl:
-                if row.owner:
-                    log.warning(ev.LEASE_STOLEN, holder=str(holder_of(head)), silent_s=ttl)
-                # Shielded whole: a lease taken under cancellation must come into hands that
-                # give it back.
-                with anyio.CancelScope(shield=True):
-                    lease = await _take(ledger, row, owner, phase, clock, waited=waited)
-                if isinstance(lease, Lease):
-                    return lease
-                refused = lease
-            elif not waited:
-                waited = True
-                log.info(ev.LEASE_WAITING, holder=str(holder_of(head)), wait_s=options.wait_s)
-        else:
+        if row is None:
             await ledger.ensure()
+        elif watch.may_take(row):
+            if row.owner:
+                told = str(holder_of(head))
+                log.warning(ev.LEASE_STOLEN, holder=told, silent_s=watch.ttl_s(row))
+            # Shielded whole: a lease taken under cancellation must come into hands that
+            # give it back.
+            with anyio.CancelScope(shield=True):
+                lease = await take(ledger, head, RUN_LEASE, owner, phase, clock, waited=waited)
+            if isinstance(lease, Lease):
+                return lease
+            refused = lease
+        elif not waited:
+            waited = True
+            log.info(ev.LEASE_WAITING, holder=str(holder_of(head)), wait_s=options.wait_s)
         if refused is not None and clock.monotonic() - begun > min(options.wait_s, _REFUSED_S):
             raise refused
         if clock.monotonic() - begun > options.wait_s:
@@ -176,35 +217,81 @@ async def acquire(
             return None
 
 
-async def _take(
-    ledger: Ledger, row: HeadRow, owner: str, phase: str, clock: Clock, *, waited: bool
+async def take(
+    ledger: Ledger,
+    head: Head,
+    key: str,
+    owner: str,
+    phase: str,
+    clock: Clock,
+    *,
+    waited: bool = False,
 ) -> Lease | StoreError | None:
-    """Tries once; returns why not if the store refused it and nobody else has it."""
-    epoch = (row.epoch or 0) + 1
+    """Tries once to take a lease that is as the head says.
+
+    Args:
+        ledger: Its tables exist.
+        head: As just read; the lease's row is there, and may be taken.
+        key: Which lease.
+        owner: This holder's nonce.
+        phase: What to write about ourselves.
+        clock: Clocks.
+        waited: Whether another process held it first.
+
+    Returns:
+        The lease; else why the store refused it while nobody else has it, or `None`.
+    """
+    row = head.leases[key]
+    epoch = top_epoch(head) + 1
     taken_at = clock.monotonic()
     refused: StoreError | None = None
     try:
         won = await ledger.update_lease(
-            {"epoch": epoch, "owner": owner, "beat": 0, "phase": phase},
-            f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
-            f"AND beat = {row.beat or 0}",
-            RUN_LEASE,
+            {"epoch": epoch, "owner": owner, "beat": 0, "phase": phase}, _as_seen(row), key
         )
     except StoreError as exc:
         won, refused = None, exc  # unknown: look
     if won == 0:
         return None
-    now = (await ledger.read_head()).leases.get(RUN_LEASE)
+    now = (await ledger.read_head()).leases.get(key)
     if now is None or (now.epoch, now.owner) != (epoch, owner):
         unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
         return refused if unchanged else None
-    return Lease(key=RUN_LEASE, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited)
+    return Lease(key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited)
 
 
-async def unlock(ledger: Ledger, *, options: LeaseOptions, clock: Clock) -> Holder | None:
+def _as_seen(row: HeadRow) -> str:
+    return (
+        f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
+        f"AND beat = {row.beat or 0}"
+    )
+
+
+async def give_back(ledger: Ledger, lease: Lease) -> None:
+    """Frees a lease under which nothing was done yet; harmless when it was lost."""
+    await ledger.update_lease(
+        {"owner": "", "beat": 1, "phase": ""},
+        f"epoch = {lease.epoch} AND owner = {sql_literal(lease.owner)}",
+        lease.key,
+    )
+
+
+UNLOCKED = "unlocked"
+"""Phase of a lease that was taken from its holder rather than given back."""
+
+
+async def unlock(
+    ledger: Ledger, *, options: LeaseOptions, clock: Clock, key: str = RUN_LEASE
+) -> Holder | None:
     """Frees a lease whose holder is dead.
 
     Watches the lease row for its TTL first: a holder that renews is alive.
+
+    Args:
+        ledger: Its tables exist, or nothing holds a lease.
+        options: TTL.
+        clock: Clocks.
+        key: Which lease.
 
     Returns:
         The holder that was removed, `None` if the lease was free.
@@ -213,15 +300,15 @@ async def unlock(ledger: Ledger, *, options: LeaseOptions, clock: Clock) -> Hold
         LeaseHeldError: The holder renewed the lease while being watched.
     """
     head = await ledger.read_head()
-    row = head.leases.get(RUN_LEASE)
-    holder = holder_of(head)
+    row = head.leases.get(key)
+    holder = holder_of(head, key)
     if row is None or holder is None:
         return None
-    ttl = max(options.ttl_s, _number(_said(row).get("ttl"), float, 0.0))
+    ttl = Watch(options.ttl_s, clock).ttl_s(row)
     deadline = clock.monotonic() + ttl
     while clock.monotonic() < deadline:
         await anyio.sleep(min(0.25, ttl / 10))
-        now = (await ledger.read_head()).leases.get(RUN_LEASE)
+        now = (await ledger.read_head()).leases.get(key)
         if now is None or not now.owner:
             return None
         if (now.epoch, now.owner, now.beat) != (row.epoch, row.owner, row.beat):
@@ -232,19 +319,18 @@ async def unlock(ledger: Ledger, *, options: LeaseOptions, clock: Clock) -> Hold
     freed = 0
     try:
         freed = await ledger.update_lease(
-            {"epoch": (row.epoch or 0) + 1, "owner": "", "beat": 0, "phase": ""},
-            f"epoch = {row.epoch or 0} AND owner = {sql_literal(row.owner or '')} "
-            f"AND beat = {row.beat or 0}",
-            RUN_LEASE,
+            {"epoch": (row.epoch or 0) + 1, "owner": "", "beat": 0, "phase": UNLOCKED},
+            _as_seen(row),
+            key,
         )
     finally:
-        now = (await ledger.read_head()).leases.get(RUN_LEASE)
+        now = (await ledger.read_head()).leases.get(key)
         is_freed = now is not None and (now.epoch, now.owner) == ((row.epoch or 0) + 1, "")
     if freed or is_freed:
         return holder
     if now is None or not now.owner:
         return None
     raise LeaseHeldError(
-        f"The lease is held by {holder_of(await ledger.read_head())}, which is alive.",
+        f"The lease is held by {holder_of(await ledger.read_head(), key)}, which is alive.",
         "Wait for it, or stop that process first.",
     )

@@ -31,13 +31,10 @@ from aiomigrate.errors import (
     WriterCongestionError,
 )
 from aiomigrate.lance import Store, Table, sql_literal
-from aiomigrate.model import MAX_VERSION, Event, HeadRow, Kind
+from aiomigrate.model import MAX_VERSION, RUN_LEASE, Event, HeadRow, Kind
 
 FORMAT = 1
 """Of the metadata tables; a higher one found on disk is refused."""
-
-RUN_LEASE = "run"
-"""Key of the lease under which migrations run."""
 
 LEASE_PREFIX = ":lease:"
 """Start of the names of lease rows: no table and no line can have such a name."""
@@ -313,6 +310,14 @@ class Ledger:
 
     # ---- writing --------------------------------------------------------------------------------
 
+    async def ensure_lease(self, key: str) -> None:
+        """Makes the row of a lease, free, unless it is there. The head exists."""
+        row = HeadRow(name=lease_row_name(key), version=0, migrated_at=self._clock.wall(),
+                      epoch=0, owner="", beat=0, phase="", lease=key)  # fmt: skip
+        table = await self.store.open(self.head_name)
+        self.commits += 1
+        await table.insert_missing("tableName", rows_to_arrow([row]))
+
     async def update_lease(self, values: Mapping[str, Any], condition: str, key: str) -> int:
         """Changes a lease row if it is as the condition says; returns 1 if it was, else 0."""
         table = await self.store.open(self.head_name)
@@ -345,7 +350,10 @@ class Ledger:
             return
         names = ", ".join(sql_literal(row.name) for row in rows)
         # Never a newer holder's row: this very call may be made late, by a paused process.
-        not_newer = f"(epoch IS NULL OR epoch <= {rows[0].epoch})"
+        mine = f"owner = {sql_literal(rows[0].owner or '')}"
+        not_newer = (
+            f"(epoch IS NULL OR epoch < {rows[0].epoch} OR (epoch = {rows[0].epoch} AND {mine}))"
+        )
         table = await self.store.open(self.head_name)
         self.commits += 1
         await table.update(

@@ -25,6 +25,7 @@ from aiomigrate import discovery
 from aiomigrate import events as ev
 from aiomigrate.calling import survey
 from aiomigrate.clock import Clock
+from aiomigrate.deferral import busy_with, deferred_by_head, known_tables, ready
 from aiomigrate.diff import differences
 from aiomigrate.errors import (
     AiomigrateError,
@@ -40,9 +41,24 @@ from aiomigrate.fold import Journal, fold
 from aiomigrate.lance import Store, is_local, locate, redact, secrets_of
 from aiomigrate.lease import LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
-from aiomigrate.model import Event, HeadRow, Script, Scripts, Target
+from aiomigrate.model import (
+    BACKGROUND_LEASE,
+    RUN_LEASE,
+    Event,
+    HeadRow,
+    Script,
+    Scripts,
+    Target,
+)
 from aiomigrate.operations.base import TableState, quote
-from aiomigrate.plan import OnDestructive, Plan, build_plan, build_rollback, check_operations
+from aiomigrate.plan import (
+    OnDestructive,
+    Part,
+    Plan,
+    build_plan,
+    build_rollback,
+    check_operations,
+)
 from aiomigrate.reconcile import (
     LineState,
     OnAhead,
@@ -53,7 +69,17 @@ from aiomigrate.reconcile import (
     pending,
     reconcile,
 )
-from aiomigrate.report import Holder, LineStatus, Outcome, Report, Status, StepReport, Validation
+from aiomigrate.report import (
+    Background,
+    BackgroundState,
+    Holder,
+    LineStatus,
+    Outcome,
+    Report,
+    Status,
+    StepReport,
+    Validation,
+)
 from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
 from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo, unsettled
 
@@ -232,18 +258,25 @@ class MigrationManager:
             LeaseError: The lease could not be had or kept.
             StoreError: LanceDB failed.
         """
-        report = await self.upgrade()
+        report = await self.upgrade(background=False)
         scripts = await self.scripts()
+        deferred = set(report.deferred)
         behind = tuple(
             f"{line}: current v{report.lines.get(line, 0)}, target v{scripts.latest(line)}"
             for line in scripts.line_names()
-            if report.lines.get(line, 0) < scripts.latest(line)
+            if any(s.key not in deferred for s in scripts.after(line, report.lines.get(line, 0)))
         )
         if behind:
             raise ValidationFailedError(behind, "Run `aiomigrate plan` to see why.")
         return report
 
-    async def upgrade(self, *, tables: Collection[str] | None = None, to: Target = None) -> Report:
+    async def upgrade(
+        self,
+        *,
+        tables: Collection[str] | None = None,
+        to: Target = None,
+        background: bool = True,
+    ) -> Report:
         """Runs what is pending; lines run concurrently, each strictly in order.
 
         Takes the lease only if there is something to do.
@@ -251,6 +284,8 @@ class MigrationManager:
         Args:
             tables: Lines to upgrade; all by default.
             to: To the newest scripts (`None`), to at most a version, or line by line.
+            background: Whether to do, after the rest, what is marked to run in the background and
+                what comes after that, as `run_background` does. Else `Report.deferred` names it.
 
         Returns:
             What this process did; without steps when there was nothing to do.
@@ -263,28 +298,36 @@ class MigrationManager:
             LeaseError: The lease could not be had or kept.
             StoreError: LanceDB failed.
         """
+        fast = await self._upgrade(tables=tables, to=to)
+        if not (background and fast.deferred):
+            return fast
+        try:
+            later = await self.run_background(tables=tables, to=to)
+        except MigrationFailedError as exc:
+            exc.report = fast.followed_by(exc.report)
+            raise
+        return fast.followed_by(later)
+
+    async def _upgrade(self, *, tables: Collection[str] | None, to: Target) -> Report:
+        """Runs what an application's start waits for."""
         run_id = secrets.token_hex(4)
         log = self._log.bind(run_id=run_id)
         begun, started_at = self._clock.monotonic(), self._clock.wall()
         scripts = await self.scripts()
         store = await self._open()
         report = Report(run_id=run_id, database=self.database, started_at=started_at)
-        head = Head()
-        if store is not None:
-            ledger = self._ledger(store, log)
-            content = await ledger.read_head_content()
-            if content is not None:
-                lines = versions_if_current(content, self._at_target)
-                if lines is not None and tables is None and to is None:
-                    log.debug(ev.RUN_AT_TARGET, lines=len(lines))
-                    return self._ended(report, begun, lines=lines)
-                head = parse_head(content, ledger.head_name)
+        head, current = await self._glimpse(store, scripts, log)
+        if current is not None and tables is None and to is None:
+            log.debug(ev.RUN_AT_TARGET, lines=len(current[0]), deferred=len(current[1]))
+            return self._ended(report, begun, lines=current[0], deferred=current[1])
         before = await self._look(store, scripts, log, tables=tables, to=to, head=head)
-        if not before.plan.needs_lease:
-            log.debug(ev.RUN_AT_TARGET, lines=len(before.plan.lines))
-            return self._ended(report, begun, lines=_currents(before.plan))
+        deferred = before.plan.deferred or _unsettled(before.plan)
+        plan = before.plan.part(Part.FAST)
+        if not plan.needs_lease:
+            log.debug(ev.RUN_AT_TARGET, lines=len(plan.lines), deferred=len(deferred))
+            return self._ended(report, begun, lines=_currents(plan), deferred=deferred)
         await self._checked(store, before.plan)
-        log.info(ev.RUN_PLANNED, migrations=len(before.plan.steps), database=self.database)
+        log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
         store = store or await self._connect()
         ledger = self._ledger(store, log)
         runner = Runner(
@@ -309,6 +352,7 @@ class MigrationManager:
                 lines=lines,
                 adopted=plan.adopts,
                 ledger_commits=ledger.commits,
+                deferred=runner.deferred,
             )
 
         try:
@@ -316,8 +360,16 @@ class MigrationManager:
         except FailedElsewhereError as exc:
             raise _failed(ended((exc.step,)), log, elsewhere=True) from None
         if not worked:  # another process did it while this one waited
-            lines = {row.name: row.version for row in (await ledger.read_head()).rows}
-            return self._ended(report, begun, lease_s=runner.lease_s, lines=lines)
+            head = await ledger.read_head()
+            lines = {row.name: row.version for row in head.rows}
+            left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE)) or frozenset()
+            return self._ended(
+                report,
+                begun,
+                lease_s=runner.lease_s,
+                lines=lines,
+                deferred=tuple(sorted(left)),
+            )
         result = ended()
         if any(step.outcome is not Outcome.APPLIED for step in result.steps):
             raise _failed(result, log)
@@ -328,6 +380,93 @@ class MigrationManager:
             lease_s=round(result.lease_s, 4),
             ledger_commits=result.ledger_commits,
         )
+        return result
+
+    async def _glimpse(
+        self, store: Store | None, scripts: Scripts, log: Any
+    ) -> tuple[Head, tuple[dict[str, int], tuple[tuple[str, int], ...]] | None]:
+        """Reads the head, once.
+
+        Returns:
+            The head (empty where it was not parsed), and, if it alone proves that a start has
+            nothing to do, the version of each line and what is left for the background.
+        """
+        if store is None:
+            return Head(), None
+        ledger = self._ledger(store, log)
+        content = await ledger.read_head_content()
+        if content is None:
+            return Head(), None
+        lines = versions_if_current(content, self._at_target)
+        if lines is not None:
+            return Head(), (dict(lines), ())
+        head = parse_head(content, ledger.head_name)
+        left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
+        if not left:
+            return head, None
+        return head, ({row.name: row.version for row in head.rows}, tuple(sorted(left)))
+
+    async def run_background(
+        self, *, tables: Collection[str] | None = None, to: Target = None
+    ) -> Report:
+        """Does what an application's start does not wait for; meant for a task of the caller's.
+
+        Migrations marked `background`, and what comes after them, run under a lease of their own,
+        so that later migrations of other tables are not held up. Where another process does them
+        it is waited for, as long as it takes, with one small read every few seconds: it may die,
+        and then this one goes on. Cancelling it is as safe as killing it, gives calls in flight
+        `drain_s` to end, and gives the lease back; the next one goes on.
+
+        Args:
+            tables: Lines; all by default.
+            to: As for `upgrade`.
+
+        Returns:
+            What this process did; without steps when there was nothing to do.
+
+        Raises:
+            MigrationFailedError: A migration failed; its report says what was done.
+            DependencyError: What comes first is pending and not in the background.
+            PlanError: Scripts and database do not fit together; nothing was written.
+            LedgerError: The metadata tables cannot be trusted.
+            LeaseError: The lease could not be had or kept.
+            StoreError: LanceDB failed.
+        """
+        run_id = secrets.token_hex(4)
+        log = self._log.bind(run_id=run_id, background=True)
+        begun, started_at = self._clock.monotonic(), self._clock.wall()
+        scripts = await self.scripts()
+        report = Report(run_id=run_id, database=self.database, started_at=started_at)
+        store = await self._open()
+        if store is None:
+            store = None if not scripts.has_background else await self._connect()
+        if store is None:
+            return self._ended(report, begun)
+        ledger = self._ledger(store, log)
+        before = await self._look(store, scripts, log, tables=tables, to=to)
+        if not before.plan.needs_background:
+            return self._ended(report, begun, lines=_currents(before.plan))
+        await self._checked(store, before.plan)
+        runner = Runner(
+            store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
+        )
+
+        async def look() -> Seen:
+            return await self._look(store, scripts, log, tables=tables, to=to, ledger=ledger)
+
+        await runner.background(look)
+        lines = {row.name: row.version for row in (await ledger.read_head()).rows}
+        result = self._ended(
+            report,
+            begun,
+            lease_s=runner.lease_s,
+            steps=tuple(runner.results.values()),
+            lines=lines,
+            ledger_commits=ledger.commits,
+        )
+        if any(step.outcome is not Outcome.APPLIED for step in result.steps):
+            raise _failed(result, log)
+        log.info(ev.RUN_FINISHED, applied=len(result.applied), total_s=round(result.total_s, 4))
         return result
 
     def _ended(self, report: Report, begun: float, **facts: Any) -> Report:
@@ -469,7 +608,7 @@ class MigrationManager:
             undos[key] = await self._decide_undo(
                 store, seen.journal, script, state, allow_destructive=allow_destructive
             )
-        return replace(seen, plan=build_rollback(undos, seen.decided, scripts))
+        return replace(seen, plan=build_rollback(undos, seen.decided, scripts, seen.busy))
 
     async def _decide_undo(
         self,
@@ -557,19 +696,28 @@ class MigrationManager:
         async def look() -> Seen:
             events = await ledger.read_journal()
             nothing = Reconciled(lines={}, problems=())
+            head = await ledger.read_head()
+            holder = holder_of(head, BACKGROUND_LEASE)
+            busy = busy_with(
+                head.rows, nothing, scripts, holder=None if holder is None else str(holder)
+            )
             return Seen(
-                head=await ledger.read_head(),
+                head=head,
                 events=events,
                 journal=fold(events),
                 decided=nothing,
                 plan=Plan(),
+                busy=busy,
             )
 
         await runner.stamp(versions, look)
         return versions
 
-    async def unlock(self) -> Holder | None:
+    async def unlock(self, *, background: bool = False) -> Holder | None:
         """Frees a lease whose holder is dead, after watching it for its TTL.
+
+        Args:
+            background: The lease of work in the background, instead of that of runs.
 
         Returns:
             The holder that was removed, `None` if the lease was free.
@@ -582,7 +730,8 @@ class MigrationManager:
         if store is None:
             return None
         ledger = self._ledger(store, self._log)
-        return await unlock(ledger, options=self._options.lease, clock=self._clock)
+        key = BACKGROUND_LEASE if background else RUN_LEASE
+        return await unlock(ledger, options=self._options.lease, clock=self._clock, key=key)
 
     # ---- looking --------------------------------------------------------------------------------
 
@@ -619,6 +768,8 @@ class MigrationManager:
         journal = Journal()
         if store is not None and not head.exists:  # lost, or never there: the journal knows
             journal = fold(await self._ledger(store, self._log).read_journal())
+        at_work = holder_of(head, BACKGROUND_LEASE)
+        deferred = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
         lines = {}
         for name in sorted({*rows, *journal.lines, *scripts.line_names()}):
             row = rows.get(name)
@@ -629,9 +780,14 @@ class MigrationManager:
                 target=scripts.latest(name) if known else None,
                 pending=tuple(s.version for s in scripts.after(name, current)),
                 migrated_at=row.migrated_at if row else None,
+                background=_background_of(name, row, deferred, at_work),
             )
         return Status(
-            database=self.database, exists=head.exists, lines=lines, holder=holder_of(head)
+            database=self.database,
+            exists=head.exists,
+            lines=lines,
+            holder=holder_of(head),
+            background=at_work,
         )
 
     async def validate(self) -> Validation:
@@ -658,12 +814,18 @@ class MigrationManager:
         except LedgerError as exc:
             return Validation(errors=(str(exc),))
         decided = await self._decide(store, head, journal, scripts)
-        behind = _behind(decided, scripts)
+        left = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
+        behind = _behind(decided, scripts, left)
         errors = [*behind, *(problem.what for problem in decided.problems)]
         errors += _head_errors(head, decided, scripts)
+        deferred = [f"{line}: version {version} is pending" for line, version in sorted(left)]
         for line, state in decided.lines.items():
-            if state.unfinished is not None:
-                version = state.unfinished.started.version
+            if state.unfinished is None:
+                continue
+            version = state.unfinished.started.version
+            if state.unfinished.started.lease == BACKGROUND_LEASE:
+                deferred.append(f"{line}: version {version} was begun and has not ended")
+            else:
                 errors.append(f"{line}: version {version} was interrupted and not recovered yet")
         errors += await self._drifted(store, journal, decided)
         unknown = [
@@ -676,7 +838,12 @@ class MigrationManager:
             for n, s in decided.lines.items()
             if s.is_ahead and self._on_ahead is OnAhead.WARN
         ]
-        return Validation(errors=tuple(errors), warnings=(*ahead, *unknown), not_at_target=behind)
+        return Validation(
+            errors=tuple(errors),
+            warnings=(*ahead, *unknown),
+            not_at_target=behind,
+            deferred=tuple(deferred),
+        )
 
     async def _drifted(self, store: Store, journal: Journal, decided: Reconciled) -> list[str]:
         busy = {
@@ -781,7 +948,14 @@ class MigrationManager:
             AiomigrateError: What forbids running.
         """
         seen = await self._read(store, scripts, log, head=head, ledger=ledger)
-        return replace(seen, plan=build_plan(seen.decided, scripts, tables=tables, to=to))
+        existing: set[str] = set()
+        if scripts.has_background and store is not None:
+            current = {line: state.current for line, state in seen.decided.lines.items()}
+            existing = known_tables(scripts, current) | set(await store.table_names())
+        plan = build_plan(
+            seen.decided, scripts, tables=tables, to=to, existing=existing, busy=seen.busy
+        )
+        return replace(seen, plan=plan)
 
     async def _read(
         self,
@@ -817,8 +991,13 @@ class MigrationManager:
                 log.debug(ev.LINE_UNKNOWN, table=name, version=state.current)
             if state.is_ahead:
                 log.warning(ev.LINE_AHEAD, table=name, version=state.current, target=state.latest)
+        head = head or Head()
+        holder = holder_of(head, BACKGROUND_LEASE)
+        busy = busy_with(
+            head.rows, decided, scripts, holder=None if holder is None else str(holder)
+        )
         return Seen(
-            head=head or Head(), events=events, journal=journal, decided=decided, plan=Plan()
+            head=head, events=events, journal=journal, decided=decided, plan=Plan(), busy=busy
         )
 
     async def _decide(
@@ -890,6 +1069,28 @@ def _check_numbers(**options: object) -> None:
             raise ConfigurationError(f"{name}={value!r} is too small or too large.", "Change it.")
 
 
+def _unsettled(plan: Plan) -> tuple[tuple[str, int], ...]:
+    """Returns what a dead holder of the background lease did and did not record in the head."""
+    states = ((line, plan.lines[line]) for line in sorted(plan.busy) if line in plan.lines)
+    return tuple((line, state.current) for line, state in states if state.needs_lease)
+
+
+def _background_of(
+    line: str,
+    row: HeadRow | None,
+    deferred: Collection[tuple[str, int]],
+    holder: Holder | None,
+) -> Background | None:
+    """Returns how it stands with a line's work in the background, `None` if none is pending."""
+    versions = [version for name, version in deferred if name == line]
+    if not versions:
+        return None
+    going = next((one for one in holder.going if one.line == line), None) if holder else None
+    is_lent = holder is not None and row is not None and row.lease == BACKGROUND_LEASE
+    state = BackgroundState.RUNNING if is_lent else BackgroundState.PENDING
+    return Background(state=state, version=min(versions), going=going)
+
+
 def _currents(plan: Plan) -> dict[str, int]:
     return {name: state.current for name, state in plan.lines.items()}
 
@@ -913,11 +1114,13 @@ def _head_errors(head: Head, decided: Reconciled, scripts: Scripts) -> list[str]
     return errors
 
 
-def _behind(decided: Reconciled, scripts: Scripts) -> tuple[str, ...]:
+def _behind(
+    decided: Reconciled, scripts: Scripts, deferred: Collection[tuple[str, int]] = ()
+) -> tuple[str, ...]:
     return tuple(
         f"{line}: current v{state.current}, target v{state.latest}"
         for line, state in decided.lines.items()
-        if pending(state, scripts, None)
+        if any(script.key not in deferred for script in pending(state, scripts, None))
     )
 
 

@@ -19,6 +19,12 @@ from aiomigrate.operations.data import Run, Up
 MAX_VERSION = 2**31 - 1
 """Versions are stored as int32."""
 
+RUN_LEASE = "run"
+"""Key of the lease under which migrations run."""
+
+BACKGROUND_LEASE = "background"
+"""Key of the lease under which migrations run that hold up no start."""
+
 Params = Mapping[str, Any]
 Target = int | Mapping[str, int] | None
 """Where to go: every line to its newest script (`None`), to at most a version, or line by line."""
@@ -41,6 +47,8 @@ class Migration:
         contracts: The compatible halves that this one completes: once it is applied, the
             savepoints kept for them are given up. Version by line; those of other lines are
             depended on.
+        background: Whether an application's start does not wait for it, nor for what comes after
+            it. It may be changed at any time: it is not part of the checksum.
 
     Raises:
         InvalidMigrationError: The values cannot be.
@@ -56,6 +64,7 @@ class Migration:
     touches: Sequence[str] | None = None
     depends_on: Mapping[str, int] = field(default_factory=dict)
     contracts: Mapping[str, int] = field(default_factory=dict)
+    background: bool = False
 
     def __post_init__(self) -> None:  # noqa: C901 - one check after another
         name = self.line or self.table
@@ -89,6 +98,8 @@ class Migration:
             raise wrong("it needs operations or up, not both.", "Pass one of them.")
         if self.down is not None and self.up is None:
             raise wrong("down has no up.", "Pass up=, or leave down= out.")
+        if not isinstance(self.background, bool):
+            raise wrong(f"background is {self.background!r}.", "Write background=True.")
         if isinstance(self.touches, str):
             raise wrong("touches is text, not names.", f"Write touches=({self.touches!r},).")
         for text in (*(self.touches or ()), *([] if self.table is None else [self.table])):
@@ -195,6 +206,7 @@ class Script:
         touches: Tables it may change, sorted.
         depends_on: Version that must be applied first, by line.
         contracts: Version whose savepoints are given up once it is applied, by line.
+        background: Whether an application's start does not wait for it.
         checksum: Digest of its content; formatting and comments do not count.
         source: The file's name, or empty.
         table: The table of the line, `None` for a pseudo-table.
@@ -210,6 +222,7 @@ class Script:
     source: str = ""
     table: str | None = None
     contracts: Mapping[str, int] = field(default_factory=dict)
+    background: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -241,9 +254,11 @@ class Scripts:
 
     Attributes:
         all: Every script, ordered by version, then line.
+        has_background: Whether any of them is marked to run in the background.
     """
 
     all: tuple[Script, ...]
+    has_background: bool = field(init=False, repr=False)
     _lines: Mapping[str, tuple[Script, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -251,6 +266,7 @@ class Scripts:
         for script in sorted(self.all, key=lambda s: (s.version, s.line)):
             lines.setdefault(script.line, []).append(script)
         object.__setattr__(self, "_lines", {k: tuple(v) for k, v in lines.items()})
+        object.__setattr__(self, "has_background", any(s.background for s in self.all))
 
     def line_names(self) -> tuple[str, ...]:
         """Returns the names of all lines (tables and pseudo-tables), sorted."""

@@ -1,19 +1,18 @@
 """What a run will do, decided before anything is written. Pure.
 
-Takes decided line states (`reconcile`) and orders the pending migrations of all lines: each line
-strictly by version, `depends_on` before its dependants, and never two migrations at once that
-touch one table. Running it is for `executor`.
+Takes decided line states (`reconcile`), orders the pending migrations of all lines (`order`), and
+tells which of them an application's start does not wait for (`deferral`). Running it is for
+`executor`.
 """
 
 from __future__ import annotations
 
 import enum
-import heapq
-import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from aiomigrate.deferral import IDLE, Busy, defer
 from aiomigrate.errors import (
     DependencyError,
     DestructiveError,
@@ -23,11 +22,9 @@ from aiomigrate.errors import (
 from aiomigrate.model import Script, Scripts, Target
 from aiomigrate.operations.base import TableState
 from aiomigrate.operations.data import Run
+from aiomigrate.order import Key, ordered
 from aiomigrate.reconcile import LineState, Reconciled, nearest, pending
 from aiomigrate.undo import Undo, Way, destroying, keeps_savepoint, spell_spans
-
-Key = tuple[str, int]
-"""Line and version."""
 
 
 class Direction(enum.Enum):
@@ -35,6 +32,14 @@ class Direction(enum.Enum):
 
     UPGRADE = "upgrade"
     ROLLBACK = "rollback"
+
+
+class Part(enum.Enum):
+    """Which part of an upgrade to run."""
+
+    ALL = "all"
+    FAST = "fast"  # what an application's start waits for
+    BACKGROUND = "background"  # the rest: migrations marked so, and what comes after them
 
 
 class OnDestructive(enum.Enum):
@@ -55,12 +60,14 @@ class Step:
             not, this one is skipped.
         resumes: Whether a crash interrupted it, so that it is recovered rather than begun.
         undo: How it is undone, in a plan that rolls back.
+        deferred: Whether an application's start does not wait for it.
     """
 
     script: Script
     after: tuple[Key, ...] = ()
     resumes: bool = False
     undo: Undo | None = None
+    deferred: bool = False
 
     @property
     def key(self) -> Key:
@@ -79,6 +86,7 @@ class Step:
             "touches": list(script.touches),
             "after": [{"line": line, "version": version} for line, version in self.after],
             "resumes": self.resumes,
+            "deferred": self.deferred,
             "undo": None
             if self.undo is None
             else {
@@ -112,6 +120,7 @@ class Plan:
         unknown: Recorded lines that no script knows; they are left alone.
         adopts: Lines another system wrote, to be adopted first.
         warnings: One sentence each.
+        busy: Lines that work in the background has in hand: nothing else writes their records.
     """
 
     direction: Direction = Direction.UPGRADE
@@ -120,6 +129,7 @@ class Plan:
     unknown: Mapping[str, int] = field(default_factory=dict)
     adopts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    busy: frozenset[str] = frozenset()
 
     @property
     def is_empty(self) -> bool:
@@ -127,9 +137,45 @@ class Plan:
         return not self.steps
 
     @property
+    def deferred(self) -> tuple[Key, ...]:
+        """What an application's start does not wait for, in order."""
+        return tuple(step.key for step in self.steps if step.deferred)
+
+    @property
     def needs_lease(self) -> bool:
         """Whether anything is to be written, be it only to the ledger."""
-        return bool(self.steps) or any(state.needs_lease for state in self.lines.values())
+        settled = (state for line, state in self.lines.items() if line not in self.busy)
+        return bool(self.steps) or any(state.needs_lease for state in settled)
+
+    @property
+    def needs_background(self) -> bool:
+        """Whether anything is to be done that is left to work in the background."""
+        return bool(self.deferred) or any(
+            state.needs_lease for line, state in self.lines.items() if line in self.busy
+        )
+
+    def part(self, part: Part) -> Plan:
+        """Returns the plan with the steps of one part only.
+
+        Raises:
+            DependencyError: The background part comes after steps that are still to be run.
+        """
+        if part is Part.ALL:
+            return self
+        wanted = part is Part.BACKGROUND
+        steps = tuple(step for step in self.steps if step.deferred is wanted)
+        kept = {step.key for step in steps}
+        for step in steps:
+            for key in step.after:
+                if key not in kept:
+                    raise DependencyError(
+                        f"{step.script} comes after {key[0]} {key[1]}, which is pending and does "
+                        "not run in the background.",
+                        "Run that first: `aiomigrate upgrade --skip-background`, or initialize().",
+                        line=step.script.line,
+                        version=step.script.version,
+                    )
+        return replace(self, steps=steps)
 
     def touched(self) -> tuple[str, ...]:
         """Returns every table some step may change, sorted."""
@@ -147,6 +193,7 @@ class Plan:
             },
             "unknown": dict(self.unknown),
             "adopts": list(self.adopts),
+            "deferred": [{"line": line, "version": version} for line, version in self.deferred],
             "warnings": list(self.warnings),
         }
 
@@ -162,6 +209,8 @@ def build_plan(
     *,
     tables: Collection[str] | None = None,
     to: Target = None,
+    existing: Collection[str] = (),
+    busy: Busy = IDLE,
 ) -> Plan:
     """Orders what is pending.
 
@@ -170,6 +219,8 @@ def build_plan(
         scripts: All scripts.
         tables: Lines to upgrade; all by default.
         to: Target; a mapping also selects its lines when `tables` is not given.
+        existing: Tables that exist, as far as migrations in the background touch them.
+        busy: What work in the background has in hand.
 
     Raises:
         TargetError: A selected line has no scripts, or a target is no version or below the
@@ -179,25 +230,27 @@ def build_plan(
     selected = _select(scripts, tables, to)
     states = {line: decided.lines[line] for line in selected}
     _check_targets(states, scripts, to)
-    chains = [pending(states[line], scripts, to) for line in selected]
-    pend = {script.key: script for chain in chains for script in chain}
-    before = {key: _dependencies(script, pend, decided, scripts) for key, script in pend.items()}
-    for chain in chains:
-        for earlier, later in itertools.pairwise(chain):
-            before[later.key].add(earlier.key)
-    order = _topological(pend, before)
-    _serialise_tables(order, pend, before)
+    pend = {s.key: s for line in selected for s in pending(states[line], scripts, to)}
+    current = {line: state.current for line, state in decided.lines.items()}
     resumed = {
-        (line, state.unfinished.started.version)
+        (line, state.unfinished.started.version or 0)
         for line, state in states.items()
         if state.unfinished is not None
     }
+    order = ordered(pend.values(), current, scripts, resumed)
+    deferred = defer(pend, order, existing, busy)
     return Plan(
         steps=tuple(
-            Step(script=pend[key], after=tuple(sorted(before[key])), resumes=key in resumed)
-            for key in order
+            Step(
+                script=pend[key],
+                after=tuple(sorted(order.before[key])),
+                resumes=key in resumed,
+                deferred=key in deferred,
+            )
+            for key in order.keys
         ),
         lines=states,
+        busy=busy.lines,
         unknown={n: s.current for n, s in decided.lines.items() if not scripts.of(n)},
         adopts=tuple(n for n, s in states.items() if s.act.value == "adopt"),
         warnings=tuple(
@@ -208,13 +261,19 @@ def build_plan(
     )
 
 
-def build_rollback(undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scripts) -> Plan:
+def build_rollback(
+    undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scripts, busy: Busy = IDLE
+) -> Plan:
     """Orders what is to be undone: what was applied later first, on each line and table.
 
     Args:
         undos: How each migration is undone, in the order in which they were applied, last first.
         decided: The state of every line.
         scripts: All scripts.
+        busy: What work in the background has in hand.
+
+    Raises:
+        BackgroundBusyError: It has one of the lines or tables concerned.
     """
     found = {key: scripts.get(*key) for key in undos}
     steps: list[Step] = []
@@ -228,6 +287,7 @@ def build_rollback(undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scri
             or not set(step.script.touches).isdisjoint(script.touches)
             or step.script.depends_on.get(script.line, 0) >= script.version
         )
+        busy.refuse(script)
         steps.append(Step(script=script, after=after, undo=undo, resumes=undo.way is Way.FINISH))
     warnings = [
         f"{step.script}: gives up what others committed to {table}: table_version "
@@ -241,6 +301,7 @@ def build_rollback(undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scri
         steps=tuple(steps),
         lines=decided.lines,
         warnings=tuple(warnings),
+        busy=busy.lines,
     )
 
 
@@ -291,83 +352,6 @@ def _check_targets(states: Mapping[str, LineState], scripts: Scripts, to: Target
                 line=line,
                 version=version,
             )
-
-
-def _dependencies(
-    script: Script, pend: Mapping[Key, Script], decided: Reconciled, scripts: Scripts
-) -> set[Key]:
-    result: set[Key] = set()
-    name = script.source or str(script)
-    for line, version in script.depends_on.items():
-        where = {"line": script.line, "version": script.version, "path": script.source or None}
-        state = decided.lines.get(line)
-        if state is not None and state.current >= version and scripts.of(line):
-            continue
-        if scripts.get(line, version) is None:
-            raise DependencyError(
-                f"{name} depends on {line!r} version {version}, which does not exist.",
-                f"Correct depends_on.{nearest(line, scripts.line_names())}",
-                **where,  # type: ignore[arg-type]
-            )
-        if (line, version) not in pend:
-            raise DependencyError(
-                f"{name} depends on {line!r} version {version}, which this run leaves out.",
-                f"Include it: --table {line}, or a higher --to.",
-                **where,  # type: ignore[arg-type]
-            )
-        result.add((line, version))
-    return result
-
-
-def _topological(pend: Mapping[Key, Script], before: Mapping[Key, set[Key]]) -> list[Key]:
-    """Returns the keys, prerequisites first; among free ones the lower version goes first."""
-    waiting = {key: len(needs) for key, needs in before.items()}
-    followers: dict[Key, list[Key]] = {key: [] for key in pend}
-    for key, needs in before.items():
-        for need in needs:
-            followers[need].append(key)
-    free = [(key[1], key[0]) for key, count in waiting.items() if count == 0]
-    heapq.heapify(free)
-    order: list[Key] = []
-    while free:
-        version, line = heapq.heappop(free)
-        order.append((line, version))
-        for follower in followers[(line, version)]:
-            waiting[follower] -= 1
-            if waiting[follower] == 0:
-                heapq.heappush(free, (follower[1], follower[0]))
-    if len(order) < len(pend):
-        stuck = sorted(key for key, count in waiting.items() if count > 0)
-        cycle = _one_cycle(stuck, before)
-        raise DependencyError(
-            "Dependencies form a cycle: " + " -> ".join(f"{line} {v}" for line, v in cycle) + ".",
-            "Remove one of the depends_on.",
-            line=cycle[0][0],
-            version=cycle[0][1],
-        )
-    return order
-
-
-def _one_cycle(stuck: list[Key], before: Mapping[Key, set[Key]]) -> list[Key]:
-    inside = set(stuck)
-    path = [stuck[0]]
-    while True:
-        following = min(need for need in before[path[-1]] if need in inside)
-        if following in path:
-            return [*path[path.index(following) :], following]
-        path.append(following)
-
-
-def _serialise_tables(
-    order: Iterable[Key], pend: Mapping[Key, Script], before: dict[Key, set[Key]]
-) -> None:
-    """Adds, for each table, an edge between consecutive steps that touch it."""
-    last: dict[str, Key] = {}
-    for key in order:
-        for table in pend[key].touches:
-            if table in last and last[table][0] != key[0]:
-                before[key].add(last[table])
-            last[table] = key
 
 
 def check_operations(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aiomigrate.plan import Direction, Plan
-from aiomigrate.report import Outcome, Report, Status
+from aiomigrate.report import LineStatus, Outcome, Report, Status
 
 
 def seconds(value: float) -> str:
@@ -48,6 +48,8 @@ def plan_text(plan: Plan) -> str:
             title += f"  {script.description}"
         if step.resumes:
             title += "  (interrupted; will be recovered)"
+        if step.deferred:
+            title += "  (in the background)"
         out.append(title)
         if step.undo is not None:
             out += [f"        - {line}" for line in step.undo.describe()]
@@ -113,7 +115,8 @@ def _versions(tables: object) -> str:
 def report_summary(report: Report) -> str:
     """Returns a run in one line."""
     if not report.steps:
-        return f"{report.database} is at target: nothing to do ({seconds(report.total_s)})."
+        left = f" but for {len(report.deferred)} in the background" if report.deferred else ""
+        return f"{report.database} is at target{left}: nothing to do ({seconds(report.total_s)})."
     undone = sum(step.outcome is Outcome.ROLLED_BACK for step in report.steps)
     parts = [f"{undone} rolled back"] if undone else [f"{len(report.applied)} applied"]
     parts += [f"{len(found)} {word}"
@@ -138,6 +141,14 @@ def report_text(report: Report) -> str:
     return "\n".join([*out, report_summary(report)])
 
 
+def _background(line: LineStatus) -> str:
+    if line.background is None:
+        return ""
+    told = f", {line.background.version} in the background: {line.background.state.value}"
+    going = line.background.going
+    return told if going is None or going.percent is None else f"{told}, {going.percent:.0f}%"
+
+
 def status_text(status: Status) -> str:
     """Returns a status as a table."""
     rows = []
@@ -148,7 +159,7 @@ def status_text(status: Status) -> str:
         elif line.current > line.target:
             note = "ahead of its scripts"
         elif line.pending:
-            note = f"{len(line.pending)} pending"
+            note = f"{len(line.pending)} pending{_background(line)}"
         else:
             note = "at target"
         rows.append((name, str(line.current), target, note))
@@ -157,4 +168,6 @@ def status_text(status: Status) -> str:
         out.append(table(("line", "current", "target", "state"), rows, (1, 2)))
     if status.holder:
         out.append(f"lease held by {status.holder}")
+    if status.background:
+        out.append(f"in the background: {status.background}")
     return "\n".join(out)

@@ -6,7 +6,7 @@ import datetime as dt
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -87,6 +87,7 @@ class Report:
         lines: The version each line is at now, by line.
         adopted: Lines that another system had written.
         ledger_commits: Commits made on the two metadata tables.
+        deferred: What is left for the background (line and version), in order.
     """
 
     run_id: str
@@ -98,6 +99,7 @@ class Report:
     lines: Mapping[str, int] = field(default_factory=dict)
     adopted: tuple[str, ...] = ()
     ledger_commits: int = 0
+    deferred: tuple[tuple[str, int], ...] = ()
 
     @property
     def applied(self) -> tuple[StepReport, ...]:
@@ -128,8 +130,22 @@ class Report:
             "ledger_commits": self.ledger_commits,
             "adopted": list(self.adopted),
             "lines": dict(self.lines),
+            "deferred": [{"line": line, "version": version} for line, version in self.deferred],
             "steps": [step.to_dict() for step in self.steps],
         }
+
+    def followed_by(self, later: Report) -> Report:
+        """Returns this run and another that came right after it as one."""
+        return replace(
+            later,
+            run_id=self.run_id,
+            started_at=self.started_at,
+            total_s=self.total_s + later.total_s,
+            lease_s=self.lease_s + later.lease_s,
+            steps=(*self.steps, *later.steps),
+            adopted=(*self.adopted, *later.adopted),
+            ledger_commits=self.ledger_commits + later.ledger_commits,
+        )
 
     def to_json(self) -> str:
         """Returns it as JSON text."""
@@ -142,6 +158,63 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Going:
+    """How far one migration is that a process is at work on.
+
+    Attributes:
+        line: Its line.
+        version: Its version.
+        doing: What it is doing.
+        done: How much is done, in what `total` counts.
+        total: How much there is, `None` if unknown.
+    """
+
+    line: str
+    version: int
+    doing: str = ""
+    done: int = 0
+    total: int | None = None
+
+    @property
+    def percent(self) -> float | None:
+        """How much is done, 0 to 100, `None` if unknown."""
+        return min(100.0, 100 * self.done / self.total) if self.total else None
+
+
+class BackgroundState(enum.StrEnum):
+    """How it stands with a line's work in the background."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Background:
+    """A line's work in the background.
+
+    Attributes:
+        state: How it stands with it.
+        version: The migration that is next, or at work.
+        going: How far it is, as of the holder's last renewal, of one that is at work.
+    """
+
+    state: BackgroundState
+    version: int
+    going: Going | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        return {
+            "state": self.state.value,
+            "version": self.version,
+            "doing": self.going.doing if self.going else "",
+            "done": self.going.done if self.going else 0,
+            "total": self.going.total if self.going else None,
+            "percent": self.going.percent if self.going else None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LineStatus:
     """Where one line is.
 
@@ -150,12 +223,14 @@ class LineStatus:
         target: Its newest script's version, `None` when no script knows the line.
         pending: Versions to run, in order.
         migrated_at: When the head row was last written.
+        background: Its work in the background, `None` if none is pending.
     """
 
     current: int
     target: int | None
     pending: tuple[int, ...] = ()
     migrated_at: dt.datetime | None = None
+    background: Background | None = None
 
     @property
     def is_unknown(self) -> bool:
@@ -169,6 +244,7 @@ class LineStatus:
             "target": self.target,
             "pending": list(self.pending),
             "migrated_at": self.migrated_at.isoformat() if self.migrated_at else None,
+            "background": self.background.to_dict() if self.background else None,
         }
 
 
@@ -183,6 +259,7 @@ class Holder:
         phase: What it is doing.
         since: When it took the lease.
         epoch: The lease's epoch.
+        going: How far the migrations are that it is at work on, as of its last renewal.
     """
 
     host: str = ""
@@ -191,6 +268,7 @@ class Holder:
     phase: str = ""
     since: str = ""
     epoch: int = 0
+    going: tuple[Going, ...] = ()
 
     def __str__(self) -> str:
         doing = f", {self.phase}" if self.phase else ""
@@ -206,12 +284,14 @@ class Status:
         exists: Whether its metadata table exists.
         lines: Every line recorded or scripted, by name.
         holder: Who holds the lease, if anyone does.
+        background: Who holds the lease for work in the background, if anyone does.
     """
 
     database: str
     exists: bool
     lines: Mapping[str, LineStatus] = field(default_factory=dict)
     holder: Holder | None = None
+    background: Holder | None = None
 
     @property
     def is_at_target(self) -> bool:
@@ -225,6 +305,7 @@ class Status:
             "exists": self.exists,
             "at_target": self.is_at_target,
             "holder": str(self.holder) if self.holder else None,
+            "background": str(self.background) if self.background else None,
             "lines": {name: status.to_dict() for name, status in self.lines.items()},
         }
 
@@ -242,11 +323,13 @@ class Validation:
         errors: One sentence for each difference; empty when valid.
         warnings: One sentence for each thing worth knowing.
         not_at_target: The errors that only say a line has pending migrations.
+        deferred: What is left for the background; no error, since starts do not wait for it.
     """
 
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     not_at_target: tuple[str, ...] = ()
+    deferred: tuple[str, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -259,8 +342,10 @@ class Validation:
             "valid": self.valid,
             "errors": list(self.errors),
             "warnings": list(self.warnings),
+            "deferred": list(self.deferred),
         }
 
     def __str__(self) -> str:
-        lines = [*(f"error: {e}" for e in self.errors), *(f"warning: {w}" for w in self.warnings)]
+        told = (("error", self.errors), ("warning", self.warnings), ("background", self.deferred))
+        lines = [f"{word}: {text}" for word, texts in told for text in texts]
         return "\n".join(lines) or "valid"

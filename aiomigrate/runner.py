@@ -8,8 +8,9 @@ from __future__ import annotations
 import datetime as dt
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -17,16 +18,27 @@ import anyio
 from aiomigrate import events as ev
 from aiomigrate.checksum import ALGORITHM
 from aiomigrate.clock import Clock
+from aiomigrate.deferral import IDLE, Busy, ready
 from aiomigrate.errors import AiomigrateError, MigrationFailedError
 from aiomigrate.executor import Executor
 from aiomigrate.fold import Journal, seen_epochs, uncleaned
 from aiomigrate.lance import Store
-from aiomigrate.lease import HOST, Lease, LeaseOptions, acquire, phase_text
+from aiomigrate.lease import (
+    HOST,
+    Lease,
+    LeaseOptions,
+    Watch,
+    acquire,
+    give_back,
+    phase_text,
+    take,
+)
 from aiomigrate.ledger import Head, Ledger
-from aiomigrate.model import Event, HeadRow, Kind, Params, Script, Scripts
-from aiomigrate.plan import Direction, Key, OnDestructive, Plan
-from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, is_at_target, newly_covered
-from aiomigrate.report import Outcome, StepReport
+from aiomigrate.model import BACKGROUND_LEASE, Event, HeadRow, Kind, Params, Script, Scripts
+from aiomigrate.order import Key
+from aiomigrate.plan import Direction, OnDestructive, Part, Plan
+from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, newly_covered
+from aiomigrate.report import Going, Outcome, StepReport
 from aiomigrate.rollback import Reverser
 from aiomigrate.undo import Kept, Undo, contracted, finish, kept_savepoints
 from aiomigrate.version import __version__
@@ -94,6 +106,7 @@ class Seen:
         journal: Their fold.
         decided: The state of every line.
         plan: What is to run.
+        busy: What work in the background has in hand.
     """
 
     head: Head
@@ -101,6 +114,7 @@ class Seen:
     journal: Journal
     decided: Reconciled
     plan: Plan
+    busy: Busy = IDLE
 
 
 Decide = Callable[[Script, LineState], Awaitable[Undo]]
@@ -134,9 +148,11 @@ class Runner:
         self._log = log
         self._since = clock.wall().isoformat(timespec="seconds")
         self._running: dict[str, str] = {}
+        self._going: dict[str, Going] = {}
         self._deaf = False
         self.results: dict[Key, StepReport] = {}
         self.plan: Plan | None = None
+        self.deferred: tuple[Key, ...] = ()
         self.lease_s = 0.0
 
     async def hold(
@@ -160,10 +176,13 @@ class Runner:
             LeaseError: The lease could not be had or kept.
             LedgerError: The metadata tables cannot be read or written.
         """
+        return await self._apart(lambda: self._hold(work, is_done, doing))
+
+    async def _apart(self, work: Callable[[], Awaitable[bool]]) -> bool:
         worked: list[bool] = []
 
         async def held() -> None:
-            worked.append(await self._hold(work, is_done, doing))
+            worked.append(await work())
 
         # In a task of its own: a task's native cancellation, which passes through shields, then
         # ends here and reaches what holds the lease as a cancelled scope.
@@ -187,7 +206,7 @@ class Runner:
             self._ledger,
             await self._ledger.read_head(),
             owner=secrets.token_hex(6),
-            phase=phase_text(self._run_id, self._since, self._options.lease.ttl_s, doing),
+            phase=self._said(doing),
             options=self._options.lease,
             clock=self._clock,
             log=self._log,
@@ -197,6 +216,13 @@ class Runner:
         if lease is None:
             return False
         self._log.info(ev.LEASE_ACQUIRED, epoch=lease.epoch, waited_s=round(self.lease_s, 4))
+        await self._under(lease, work, doing)
+        return True
+
+    async def _under(
+        self, lease: Lease, work: Callable[[Writer, Lease], Awaitable[None]], doing: str
+    ) -> None:
+        """Does some work under a lease that was taken, and gives it back."""
         writer = Writer(
             self._ledger,
             lease,
@@ -204,9 +230,7 @@ class Runner:
             clock=self._clock,
             log=self._log,
             stamp={"run_id": self._run_id, "host": HOST, "pid": os.getpid(), "tool": __version__},
-            phase=lambda: phase_text(
-                self._run_id, self._since, self._options.lease.ttl_s, self._phase() or doing
-            ),
+            phase=lambda: self._said(doing),
         )
         async with anyio.create_task_group() as group:
             try:
@@ -221,7 +245,15 @@ class Runner:
                 writer.close(release=not self._store.abandoned)
         if writer.error is not None:
             raise writer.error
-        return True
+
+    def _said(self, doing: str) -> str:
+        return phase_text(
+            self._run_id,
+            self._since,
+            self._options.lease.ttl_s,
+            self._phase() or doing,
+            list(self._going.values()),
+        )
 
     def _phase(self) -> str:
         return "; ".join(list(self._running.values())[:3])
@@ -245,7 +277,7 @@ class Runner:
         return await look()
 
     async def upgrade(self, before: Seen, look: Look) -> bool:
-        """Takes the lease and brings the database to the plan's target.
+        """Takes the lease and brings the database to the plan's target, but for the background.
 
         Args:
             before: What was seen without the lease: a hint, and the failures known then.
@@ -261,10 +293,13 @@ class Runner:
         """
 
         async def is_done(head: Head) -> bool:
-            return is_at_target(head.rows, self._scripts) and not before.plan.is_empty
+            there = ready(head.rows, self._scripts, head.leases.get(BACKGROUND_LEASE))
+            return there is not None and not before.plan.is_empty
 
         async def work(writer: Writer, lease: Lease) -> None:
             seen = await self.take_over(writer, lease, look)
+            self.deferred = seen.plan.deferred
+            seen = replace(seen, plan=seen.plan.part(Part.FAST))
             self.plan = seen.plan
             if lease.waited:
                 _raise_if_failed_elsewhere(before, seen)
@@ -277,6 +312,97 @@ class Runner:
             await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
 
         return await self.hold(work, is_done=is_done, doing="starting")
+
+    async def background(self, look: Look) -> bool:
+        """Does what an application's start does not wait for, under a lease of its own.
+
+        Another process that does it is waited for, as long as it takes: it may die.
+
+        Args:
+            look: Reads and decides again.
+
+        Returns:
+            Whether anything was done here; `results` holds the migrations.
+
+        Raises:
+            DependencyError: What is to be done first is pending and not in the background.
+            AiomigrateError: The work could not begin or go on.
+        """
+        watch = Watch(self._options.lease.ttl_s, self._clock)
+        while True:
+            head = await self._ledger.read_head()
+            row = head.leases.get(BACKGROUND_LEASE)
+            if ready(head.rows, self._scripts, row) == frozenset():
+                return False
+            if row is None or watch.may_take(row):
+                lease = await self._begun(look, watch)
+                if lease is not None:
+                    return await self._apart(partial(self._in_background, lease, look))
+                if self.plan is None:
+                    return False
+            await anyio.sleep(max(0.1, self._options.lease.ttl_s / 6))
+
+    async def _begun(self, look: Look, watch: Watch) -> Lease | None:
+        taken: list[Lease] = []
+        await self._apart(lambda: self._handed_over(look, watch, taken))
+        return taken[0] if taken else None
+
+    async def _handed_over(self, look: Look, watch: Watch, taken: list[Lease]) -> bool:
+        """Takes the background lease, under the run lease, with the records of its lines."""
+
+        async def never(_: Head) -> bool:
+            return False
+
+        async def work(writer: Writer, lease: Lease) -> None:
+            seen = await self.take_over(writer, lease, look)
+            self.plan = None
+            if not seen.plan.needs_background:
+                return
+            self.plan = seen.plan.part(Part.BACKGROUND)
+            await self._settle(seen, writer, lease, self._executor(writer))
+            await writer.sync()
+            await self._ledger.ensure_lease(BACKGROUND_LEASE)
+            head = await self._ledger.read_head()
+            row = head.leases[BACKGROUND_LEASE]
+            if not watch.may_take(row):
+                return  # someone was faster, or its holder is alive after all
+            with anyio.CancelScope(shield=True):
+                mine = await take(
+                    self._ledger, head, BACKGROUND_LEASE, secrets.token_hex(6),
+                    self._said("starting"), self._clock,
+                )  # fmt: skip
+                if not isinstance(mine, Lease):
+                    return
+                taken.append(mine)
+                lines = {step.script.line for step in self.plan.steps} | seen.plan.busy
+                await self._ledger.own_rows(
+                    [self._row(line, seen.decided.lines[line].current, mine)
+                     for line in sorted(lines) if self._scripts.of(line)]
+                )  # fmt: skip
+
+        try:
+            return await self._hold(work, never, "handing over to the background")
+        except BaseException:
+            if taken:  # nothing was done under it yet
+                with anyio.CancelScope(shield=True):
+                    await give_back(self._ledger, taken.pop())
+            raise
+
+    async def _in_background(self, lease: Lease, look: Look) -> bool:
+        self._log.info(ev.BACKGROUND_STARTED, epoch=lease.epoch)
+
+        async def work(writer: Writer, lease: Lease) -> None:
+            seen = await self.take_over(writer, lease, look)
+            plan = seen.plan.part(Part.BACKGROUND)
+            self.plan = plan
+            lines = {step.script.line for step in plan.steps} | seen.plan.busy
+            seen = replace(seen, plan=plan)
+            executor = self._executor(writer)
+            await self._settle(seen, writer, lease, executor, only=lines)
+            await self._run_plan(seen, executor, self._reverser(writer, executor))
+
+        await self._under(lease, work, "starting")
+        return True
 
     async def rollback(self, read: Look, look: Look, decide: Decide) -> None:
         """Takes the lease and undoes what the plan says; `results` holds the migrations.
@@ -365,13 +491,34 @@ class Runner:
 
     # ---- before the first migration -------------------------------------------------------------
 
-    async def _settle(self, seen: Seen, writer: Writer, lease: Lease, executor: Executor) -> None:
-        """Makes the head ours and as the journal says, line by line."""
+    async def _settle(
+        self,
+        seen: Seen,
+        writer: Writer,
+        lease: Lease,
+        executor: Executor,
+        *,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Makes the head ours and as the journal says, line by line.
+
+        Args:
+            seen: What was read.
+            writer: The holder's writer.
+            lease: The lease.
+            executor: For cleaning.
+            only: The lines; by default all but those that work in the background has in hand.
+        """
         pending = {step.script.line for step in seen.plan.steps}
         owned: list[HeadRow] = []
         adopted: list[Event] = []
         lifted: list[LineState] = []
-        for line, state in seen.plan.lines.items():
+        mine = {
+            line: state
+            for line, state in seen.plan.lines.items()
+            if (line not in seen.plan.busy if only is None else line in only)
+        }
+        for line, state in mine.items():
             merge = state.rows > 1
             if state.act is Act.ENROL and not (line in pending or state.current):
                 continue
@@ -385,7 +532,7 @@ class Runner:
         if adopted:
             await writer.record(*adopted)
         await self._ledger.own_rows(owned)
-        for state in seen.plan.lines.values():
+        for state in mine.values():
             if (left := uncleaned(state.history, seen.journal)) is not None:
                 await executor.clean_after(left)
         for state in lifted:
@@ -461,6 +608,7 @@ class Runner:
                     result = await executor.run(script, unfinished, begun)
                 self.results[script.key] = result
                 self._running.pop(line, None)
+                self._going.pop(line, None)
                 self._tell(script, result.outcome.value)
                 ended[script.key].set()
 
@@ -483,6 +631,9 @@ class Runner:
 
     def _tell_running(self, script: Script, doing: str, done: int, total: int | None) -> None:
         self._running[script.line] = f"{script}: {doing}"
+        self._going[script.line] = Going(
+            line=script.line, version=script.version, doing=doing, done=done, total=total
+        )
         self._tell(script, "running", doing, done, total)
 
     def _tell(
@@ -518,6 +669,8 @@ class Runner:
 
         async def work(writer: Writer, lease: Lease) -> None:
             seen = await self.take_over(writer, lease, look)
+            for line in versions:
+                seen.busy.refuse_line(line, self._scripts)
             executor = self._executor(writer)
             events, rows = [], []
             for line, version in versions.items():

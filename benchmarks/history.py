@@ -13,8 +13,8 @@ from aiomigrate.clock import Clock
 from aiomigrate.fold import seen_epochs
 from aiomigrate.lance import Store
 from aiomigrate.lease import Lease, LeaseOptions, acquire
-from aiomigrate.ledger import RUN_LEASE, Head, Ledger
-from aiomigrate.model import HeadRow, Kind
+from aiomigrate.ledger import Head, Ledger
+from aiomigrate.model import RUN_LEASE, HeadRow, Kind
 
 
 async def stamped_often(

@@ -16,8 +16,8 @@ from aiomigrate.clock import Clock
 from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
 from aiomigrate.lance import Store, sql_literal
 from aiomigrate.lease import Lease, LeaseOptions, acquire, phase_text, unlock
-from aiomigrate.ledger import RUN_LEASE, Head, Ledger
-from aiomigrate.model import HeadRow
+from aiomigrate.ledger import Head, Ledger
+from aiomigrate.model import RUN_LEASE, HeadRow
 
 T = TypeVar("T")
 Hook = Callable[[int], Awaitable[None]]

@@ -20,12 +20,11 @@ from aiomigrate.lance import Store
 from aiomigrate.ledger import (
     HEAD_SCHEMA,
     JOURNAL_SCHEMA,
-    RUN_LEASE,
     Ledger,
     lease_row_name,
     rows_to_arrow,
 )
-from aiomigrate.model import Event, HeadRow, Kind
+from aiomigrate.model import RUN_LEASE, Event, HeadRow, Kind
 
 T = TypeVar("T")
 

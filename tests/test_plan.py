@@ -16,7 +16,8 @@ from aiomigrate import Context, Plan, Script, Scripts, op
 from aiomigrate.errors import DependencyError, OperationError, TargetError
 from aiomigrate.fold import Journal, fold
 from aiomigrate.model import Event, HeadRow, Kind
-from aiomigrate.plan import Key, build_plan, check_operations
+from aiomigrate.order import Key
+from aiomigrate.plan import build_plan, check_operations
 from aiomigrate.reconcile import OnAhead, digest_at, reconcile
 from tests.test_reconcile import AT
 
@@ -241,7 +242,8 @@ def test_a_plan_is_a_value_for_people_and_programs() -> None:
     assert told["lines"]["memos"] == {"current": 0, "latest": 2}
     assert told["steps"][1] == {
         "line": "memos", "version": 2, "description": "", "source": "002_memos.py",
-        "checksum": "memos2", "touches": ["memos"], "resumes": False, "undo": None,
+        "checksum": "memos2", "touches": ["memos"],
+        "resumes": False, "deferred": False, "undo": None,
         "after": [{"line": "users", "version": 1}],
         "operations": [{
             "table": "memos", "does": "drop a", "rewriting": False, "destructive": True,
