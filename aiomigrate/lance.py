@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 import math
 import re
 import shutil
@@ -38,7 +39,7 @@ from aiomigrate.errors import (
     UnsupportedDatabaseError,
     WriterCongestionError,
 )
-from aiomigrate.operations.base import Index, TableState
+from aiomigrate.operations.base import Index, Statement, TableState
 from aiomigrate.operations.indexes import config_name, told_options
 from aiomigrate.scale import Transform, add_by_ray
 
@@ -832,6 +833,36 @@ def _unquoted(path: str) -> str:
     return path[1:-1].replace("``", "`") if re.fullmatch(r"`(?:[^`]|``)*`", path) else path
 
 
+_PREFIXES = (
+    r"^(Invalid (user )?input, |Invalid (user )?input: |LanceError\(\w+\): |Schema error: )+"
+)
+
+
+class Sketch:
+    """An empty table in memory for each statement, to find out whether LanceDB takes it."""
+
+    def __init__(self) -> None:
+        """Prepares; the first question connects."""
+        self._tables = itertools.count()
+        self._connection: Any = None
+
+    async def refusal(self, statement: Statement, schema: pa.Schema) -> str | None:
+        """Returns why a statement cannot be run on a table of such a schema, `None` if it can."""
+        if self._connection is None:
+            self._connection = await lancedb.connect_async("memory://")
+        sets = dict(statement.sets)
+        sets |= {column: sql_literal(value) for column, value in statement.values.items()}
+        table = await self._connection.create_table(f"t{next(self._tables)}", schema=schema)
+        try:
+            if sets:
+                await table.update(updates_sql=sets, where=statement.where)
+            elif statement.where is not None:
+                await table.count_rows(statement.where)
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as exc:
+            return re.sub(_PREFIXES, "", _plain(str(exc)))
+        return None
+
+
 def sql_literal(value: object) -> str:
     """Returns a Python value as SQL.
 
@@ -862,11 +893,15 @@ def sql_literal(value: object) -> str:
             )
 
 
-def _mapped(exc: Exception, doing: str, secrets: Sequence[str]) -> StoreError:
-    # Rust's source positions and repeated prefixes say nothing to the reader.
-    text = re.sub(r",? /\S+\.rs:\d+:\d+", "", str(exc)).removeprefix("lance error: ")
+def _plain(text: str) -> str:
+    """Returns LanceDB's message without what says nothing to the reader: Rust's positions."""
+    text = re.sub(r",? /\S+\.rs:\d+:\d+", "", text).removeprefix("lance error: ")
     text = re.sub(r"\s*Detail: Python exception: Traceback.*", "", text, flags=re.DOTALL)
-    text = text.rstrip(" .\n")
+    return text.rstrip(" .\n")
+
+
+def _mapped(exc: Exception, doing: str, secrets: Sequence[str]) -> StoreError:
+    text = _plain(str(exc))
     for secret in secrets:
         text = text.replace(secret, "***")
     for pattern, kind, remedy in _CONFLICTS:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
+import pyarrow as pa
 import structlog
 
 from aiomigrate import discovery
@@ -38,7 +39,7 @@ from aiomigrate.errors import (
     ValidationFailedError,
 )
 from aiomigrate.fold import Journal, fold
-from aiomigrate.lance import Store, is_local, locate, redact, secrets_of
+from aiomigrate.lance import Sketch, Store, is_local, locate, redact, secrets_of
 from aiomigrate.lease import LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
 from aiomigrate.model import (
@@ -1043,7 +1044,13 @@ class MigrationManager:
             for name in states:
                 if name in existing:
                     _, states[name] = await store.state_of(name)
-        return check_operations(plan, states, self._options.on_destructive)
+        checked, trials = check_operations(plan, states, self._options.on_destructive)
+        sketch = Sketch()
+        for trial in trials:
+            schema = pa.schema(trial.state.fields())
+            if (why := await sketch.refusal(trial.statement, schema)) is not None:
+                raise trial.refused(why)
+        return checked
 
 
 _LOOKS = 3

@@ -20,7 +20,7 @@ from aiomigrate.errors import (
     TargetError,
 )
 from aiomigrate.model import Script, Scripts, Target
-from aiomigrate.operations.base import TableState
+from aiomigrate.operations.base import Operation, Statement, TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.order import Key, ordered
 from aiomigrate.reconcile import LineState, Reconciled, nearest, pending
@@ -358,7 +358,7 @@ def check_operations(
     plan: Plan,
     tables: Mapping[str, TableState | None],
     on_destructive: OnDestructive = OnDestructive.KEEP,
-) -> Plan:
+) -> tuple[Plan, tuple[Trial, ...]]:
     """Folds every operation's pure half over the live tables, so that mistakes show beforehand.
 
     What follows a `Run` on the tables it may touch, and what a crash left half done, cannot be
@@ -370,7 +370,8 @@ def check_operations(
         on_destructive: Whether steps may discard what is there.
 
     Returns:
-        The plan, with a warning for each step that breaks code or handles still running.
+        The plan, with a warning for each step that breaks code or handles still running; and the
+        SQL that LanceDB is still to be asked about.
 
     Raises:
         OperationError: An operation does not fit the table as it will be.
@@ -379,6 +380,7 @@ def check_operations(
     states = dict(tables)
     unpredictable: set[str] = set()
     warnings: list[str] = []
+    trials: list[Trial] = []
     for step in plan.steps:
         if step.resumes:
             unpredictable.update(step.script.touches)
@@ -393,11 +395,41 @@ def check_operations(
             if tables.get(operation.table) is not None:
                 told = operation.hazards(states.get(operation.table))
                 warnings += [f"{step.script}: {hazard}" for hazard in told]
+            statement = operation.statement
+            asked = None if statement is None else states.get(statement.table)
             try:
                 states = operation.fold(states)
             except OperationError as exc:
                 raise in_script(exc, step.script) from exc
-    return replace(plan, warnings=(*plan.warnings, *warnings))
+            if statement is not None and asked is not None:
+                trials.append(Trial(step.script, operation, statement, asked))
+    return replace(plan, warnings=(*plan.warnings, *warnings)), tuple(trials)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """SQL of an operation, to be tried on an empty table before anything is written.
+
+    Attributes:
+        script: The migration.
+        operation: Its operation.
+        statement: The SQL.
+        state: The table that it is about, as it will be.
+    """
+
+    script: Script
+    operation: Operation
+    statement: Statement
+    state: TableState
+
+    def refused(self, why: str) -> OperationError:
+        """Builds the error of SQL that LanceDB does not take."""
+        told = self.operation.refuse(
+            f"LanceDB refuses its SQL: {why}.",
+            f"Correct it. The columns of {self.statement.table!r} are by then "
+            f"{', '.join(f.name for f in self.state.fields())}.",
+        )
+        return in_script(told, self.script)
 
 
 def _check_destructive(

@@ -735,6 +735,33 @@ REFUSALS: dict[str, tuple[op.Operation, pa.Schema | None, str]] = {
         NULLED,
         r"'other' has no column 'a' to know its rows by",
     ),
+    "copy: by no column": (
+        op.CopyInto("other", key="x", where="gone = 1"),
+        pa.schema([pa.field("x", pa.int64()), ("a", pa.int64()), ("b", pa.string())]),
+        r"No field named gone.*columns of 'other'",
+    ),
+    "delete: by no column": (op.Delete("gone = 1"), NULLED, r"No field named gone.*are by then a"),
+    "delete: no SQL": (op.Delete("a >>> 1"), NULLED, r"parser error: Expected"),
+    "delete: no condition": (op.Delete("a"), NULLED, r"does not return a boolean"),
+    "delete: another type": (op.Delete("a = 'x'"), NULLED, r"could not convert"),
+    "update: no column in SQL": (op.Update(sql={"b": "gone"}), NULLED, r"No field named gone"),
+    "update: no function": (op.Update(sql={"b": "shout(b)"}), NULLED, r"Invalid function 'shout'"),
+    "update: what LanceDB has not": (
+        op.Update(sql={"b": "CASE WHEN a = 1 THEN 'x' ELSE 'y' END"}),
+        NULLED,
+        r"not supported SQL",
+    ),
+    "update: another type": (op.Update({"a": "x"}), NULLED, r"Cannot cast string 'x'"),
+    "update: a fraction": (op.Update({"a": 1.5}), NULLED, r"1.5 does not fit column 'a', int64"),
+    "update: where by no column": (
+        op.Update({"b": "x"}, where="gone = 1"), NULLED, r"No field named gone"
+    ),
+    "add: filled by no column": (
+        op.AddColumns({"z": pa.int64()}, sql={"z": "gone"}), NULLED, r"No field named gone"
+    ),
+    "add: filled by another type": (
+        op.AddColumns({"z": pa.int64()}, values={"z": "x"}), NULLED, r"Cannot cast string 'x'"
+    ),
     "copy: itself": (op.CopyInto(TABLE, key="a"), NULLED, r"the table itself"),
     "rename a table: to its name": (op.RenameTable(TABLE), NULLED, r"that is its name"),
     "rename table: no table": (op.RenameTable("z"), None, r"does not exist"),

@@ -166,6 +166,23 @@ class Traits:
         return ", ".join(words)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """What an operation leaves to LanceDB to understand.
+
+    Attributes:
+        table: The table whose columns it names.
+        where: A condition.
+        sets: An expression by column that it sets.
+        values: A literal by column that it sets.
+    """
+
+    table: str
+    where: str | None = None
+    sets: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Literal] = field(default_factory=dict)
+
+
 Transform = Callable[[pa.RecordBatch], Awaitable[pa.RecordBatch]]
 """What rows become, batch by batch."""
 
@@ -337,6 +354,11 @@ class Operation:
     def tables(self) -> tuple[str, ...]:
         """The tables it changes or reads."""
         return () if self.table is None else (self.table,)
+
+    @property
+    def statement(self) -> Statement | None:
+        """The SQL in it, to be tried before anything is written."""
+        return None
 
     def expand(self) -> tuple[Operation, ...]:
         """Returns the simple operations that it stands for, by default itself."""

@@ -16,6 +16,7 @@ from aiomigrate.operations.base import (
     TUNING,
     Literal,
     Operation,
+    Statement,
     TableState,
     Target,
     Traits,
@@ -88,6 +89,12 @@ class Update(Operation):
     def needs_savepoint(self) -> bool:
         return True
 
+    @property
+    def statement(self) -> Statement:
+        return Statement(
+            table=self.table or "", where=self.where, sets=self.sql, values=self.values
+        )
+
     def describe(self) -> str:
         parts = [f"{c} = {v!r}" for c, v in self.values.items()]
         parts += [f"{c} = {e}" for c, e in self.sql.items()]
@@ -100,6 +107,11 @@ class Update(Operation):
                 raise self.refuse(
                     f"there is no column {column!r}.",
                     f"Its columns are {', '.join(f.name for f in before.fields())}.",
+                )
+            value, kind = self.values.get(column), before.column(column).type
+            if isinstance(value, float) and pa.types.is_integer(kind) and not value.is_integer():
+                raise self.refuse(
+                    f"{value} does not fit column {column!r}, {kind}.", "Give a whole number."
                 )
             if self.values.get(column, 0) is None and not before.schema.field(column).nullable:
                 raise self.refuse(
@@ -155,6 +167,10 @@ class Delete(Operation):
     @property
     def needs_savepoint(self) -> bool:
         return True
+
+    @property
+    def statement(self) -> Statement:
+        return Statement(table=self.table or "", where=self.where)
 
     def describe(self) -> str:
         return f"delete rows where {self.where}"

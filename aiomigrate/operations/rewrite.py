@@ -17,6 +17,7 @@ from aiomigrate.operations.base import (
     Index,
     Missing,
     Operation,
+    Statement,
     TableState,
     Target,
     Traits,
@@ -307,6 +308,10 @@ class CopyInto(Operation):
     @property
     def tables(self) -> tuple[str, ...]:
         return (self.source,) if self.table is None else (self.table, self.source)
+
+    @property
+    def statement(self) -> Statement:
+        return Statement(table=self.source, where=self.where)
 
     def describe(self) -> str:
         return f"copy rows of {self.source}" + (f" where {self.where}" if self.where else "")
