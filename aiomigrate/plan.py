@@ -61,6 +61,8 @@ class Step:
         resumes: Whether a crash interrupted it, so that it is recovered rather than begun.
         undo: How it is undone, in a plan that rolls back.
         deferred: Whether an application's start does not wait for it.
+        discards: Positions of the operations that discard something that is there; `None` as long
+            as the tables were not looked at.
     """
 
     script: Script
@@ -68,6 +70,13 @@ class Step:
     resumes: bool = False
     undo: Undo | None = None
     deferred: bool = False
+    discards: frozenset[int] | None = None
+
+    def is_destructive(self, position: int) -> bool:
+        """Returns whether one of the operations discards something, or may as far as is known."""
+        if self.discards is None:
+            return self.script.operations[position].traits.destructive
+        return position in self.discards
 
     @property
     def key(self) -> Key:
@@ -100,11 +109,11 @@ class Step:
                     "table": operation.table,
                     "does": operation.describe(),
                     "rewriting": operation.traits.rewriting,
-                    "destructive": operation.traits.destructive,
+                    "destructive": self.is_destructive(position),
                     "reversible": operation.traits.reversible,
                     "commits": operation.traits.commits,
                 }
-                for operation in script.operations
+                for position, operation in enumerate(script.operations)
             ],
         }
 
@@ -381,10 +390,19 @@ def check_operations(
     unpredictable: set[str] = set()
     warnings: list[str] = []
     trials: list[Trial] = []
+    steps: list[Step] = []
     for step in plan.steps:
         if step.resumes:
             unpredictable.update(step.script.touches)
-        _check_destructive(step.script, states, on_destructive)
+        found = destroying(step.script, states)
+        _check_destructive(step.script, found, states, on_destructive)
+        if unpredictable.isdisjoint(step.script.touches):
+            positions = [
+                n for n, o in enumerate(step.script.operations) if any(o is f for f in found)
+            ]
+            steps.append(replace(step, discards=frozenset(positions)))
+        else:
+            steps.append(step)
         for operation in step.script.operations:
             if isinstance(operation, Run):
                 unpredictable.update(step.script.touches)
@@ -403,7 +421,8 @@ def check_operations(
                 raise in_script(exc, step.script) from exc
             if statement is not None and asked is not None:
                 trials.append(Trial(step.script, operation, statement, asked))
-    return replace(plan, warnings=(*plan.warnings, *warnings)), tuple(trials)
+    checked = replace(plan, steps=tuple(steps), warnings=(*plan.warnings, *warnings))
+    return checked, tuple(trials)
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,11 +452,14 @@ class Trial:
 
 
 def _check_destructive(
-    script: Script, states: Mapping[str, TableState | None], policy: OnDestructive
+    script: Script,
+    found: Collection[Operation],
+    states: Mapping[str, TableState | None],
+    policy: OnDestructive,
 ) -> None:
     if policy is OnDestructive.ALLOW:
         return
-    for operation in destroying(script, states):
+    for operation in found:
         if policy is OnDestructive.KEEP and keeps_savepoint(script, operation, states):
             continue
         why = (

@@ -55,14 +55,14 @@ def plan_text(plan: Plan) -> str:
             out += [f"        - {line}" for line in step.undo.describe()]
             out.append(f"        then {script.line} is at {step.undo.to}")
             continue
-        for operation in script.operations:
+        for position, operation in enumerate(script.operations):
             where = "" if operation.table in (None, script.table) else f"{operation.table}: "
             traits = operation.traits
             marks = [
                 word
                 for word, on in (
                     ("rewriting", traits.rewriting),
-                    ("destructive", traits.destructive),
+                    ("destructive", step.is_destructive(position)),
                     ("irreversible", not traits.reversible),
                 )
                 if on

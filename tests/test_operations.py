@@ -1004,6 +1004,23 @@ async def test_an_option_that_an_index_does_not_take_names_the_option(database: 
     assert "lancedb.index.BTree" in caught.value.remedy
 
 
+async def test_a_plan_warns_of_what_there_is_not_to_drop(database: Path) -> None:
+    """A name that is misspelt is passed over, so that scripts run again; but not silently."""
+    await make(database, THINGS, ROWS, [("n", "BTree")])
+    operations = [op.DropColumns("txet", "text"), op.DropIndex("id"), op.DropIndex("n")]
+    async with manager(
+        database, [Migration(table=TABLE, version=1, operations=operations)]
+    ) as migrations:
+        plan = await migrations.plan()
+
+    told = [warning.split(": ", 1)[1] for warning in plan.warnings]
+    assert told[0].startswith("text: code that reads or writes it fails")
+    assert told[1:] == [
+        "txet: there is nothing to drop; the columns are id, n, text, tags.",
+        "id: there is no index to drop; the indexes are BTree n.",
+    ]
+
+
 TYPES = [
     pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.bool_(), pa.string(),
     pa.large_string(), pa.binary(), pa.large_binary(), pa.binary(4), pa.date32(),

@@ -390,6 +390,20 @@ async def test_a_renamed_table_keeps_no_savepoint(
     assert await rows_of(database) == START
 
 
+async def test_a_plan_marks_what_discards_something_that_is_there(database: Path) -> None:
+    """Filling a column that the migration itself adds discards nothing."""
+    await make(database, T, START)
+    operations = [op.AddColumns({"mark": pa.string()}, values={"mark": "x"}), op.Update({"n": 1})]
+    steps = [Migration(table=TABLE, version=1, operations=operations)]
+    async with manager(database, steps) as migrations:
+        plan = await migrations.plan()
+
+    shown = [line for line in str(plan).splitlines() if "destructive" in line]
+    assert shown == ["        - set n = 1  [rewriting, destructive]"]
+    told = plan.to_dict()["steps"][0]["operations"]
+    assert [operation["destructive"] for operation in told] == [False, False, True]
+
+
 MOMENT = dt.datetime(2020, 2, 3, 4, 5, 6, 7)  # noqa: DTZ001 - as Arrow gives it back
 
 
@@ -434,6 +448,7 @@ async def test_a_cast_is_undone_without_losing_a_digit(
     assert back.steps[0].undo is not None
     assert back.steps[0].undo.way == way
     assert any("not kept exactly" in told for told in plan.warnings) == (way == "restore")
+    assert plan.steps[0].is_destructive(0) == (way == "restore")
     assert pruned == ()
 
 

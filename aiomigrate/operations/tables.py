@@ -163,7 +163,8 @@ class RenameTable(Operation):
 
     LanceDB has no rename. Rows that others commit while it is copied are copied too; what an old
     handle writes into the old table after that is lost with it, so stop the writers first. The
-    line keeps its name: later migrations say `table="new", line="old"`. History is not copied.
+    line keeps its name: later migrations say `table="new", line="old"`. History and savepoints are
+    not copied: what was applied before can be undone by inverses only.
 
     Attributes:
         to: The new name.
@@ -197,6 +198,10 @@ class RenameTable(Operation):
             (
                 f"{self.table}: code that opens the old name fails, and what an old handle "
                 "writes while it is dropped is lost; stop its writers first."
+            ),
+            (
+                f"{self.table}: its history and savepoints go with the old name; what was applied "
+                "before can be rolled back by inverses only."
             ),
         )
 
