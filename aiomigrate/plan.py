@@ -412,7 +412,10 @@ def check_operations(
             # A table that this very migration makes has no users yet.
             if tables.get(operation.table) is not None:
                 told = operation.hazards(states.get(operation.table))
-                warnings += [f"{step.script}: {hazard}" for hazard in told]
+                about = f"{operation.table}: "
+                for hazard in told:
+                    is_told = operation.table == step.script.table or hazard.startswith(about)
+                    warnings.append(f"{step.script}: {'' if is_told else about}{hazard}")
             statement = operation.statement
             asked = None if statement is None else states.get(statement.table)
             try:
@@ -443,10 +446,13 @@ class Trial:
 
     def refused(self, why: str) -> OperationError:
         """Builds the error of SQL that LanceDB does not take."""
+        texts = (self.statement.where or "", *self.statement.sets.values())
+        quoted = any('"' in text for text in texts)
+        hint = " Names are quoted by `backticks`; what is in double quotes is text."
         told = self.operation.refuse(
             f"LanceDB refuses its SQL: {why}.",
-            f"Correct it. The columns of {self.statement.table!r} are by then "
-            f"{', '.join(f.name for f in self.state.fields())}.",
+            f"Correct it.{hint if quoted else ''} The columns of {self.statement.table!r} are by "
+            f"then {', '.join(f.name for f in self.state.fields())}.",
         )
         return in_script(told, self.script)
 

@@ -745,6 +745,9 @@ REFUSALS: dict[str, tuple[op.Operation, pa.Schema | None, str]] = {
     "delete: no condition": (op.Delete("a"), NULLED, r"does not return a boolean"),
     "delete: another type": (op.Delete("a = 'x'"), NULLED, r"could not convert"),
     "update: no column in SQL": (op.Update(sql={"b": "gone"}), NULLED, r"No field named gone"),
+    "update: a name as text": (
+        op.Update(sql={"a": 'CAST("a" AS BIGINT)'}), NULLED, r"quoted by `backticks`"
+    ),
     "update: no function": (op.Update(sql={"b": "shout(b)"}), NULLED, r"Invalid function 'shout'"),
     "update: what LanceDB has not": (
         op.Update(sql={"b": "CASE WHEN a = 1 THEN 'x' ELSE 'y' END"}),
