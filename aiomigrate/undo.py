@@ -358,8 +358,13 @@ def spell_spans(spans: Iterable[tuple[int, int]]) -> str:
 
 
 def _refused(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:
-    choices = [*choices, "write a migration that changes things back and upgrade",
-               "give the migration a `down` function"]  # fmt: skip
+    choices = [*choices, "write a migration that changes things back and upgrade"]
+    if script.operations and all(isinstance(o, Run) for o in script.operations):
+        choices.append(
+            "write its `down` function, accept the script as it is then with `aiomigrate stamp "
+            f"--table {script.line} --to {script.version}` while that is the newest version that "
+            "is applied, and roll back again"
+        )
     return RollbackRefusedError(
         f"{script} cannot be undone: {why}. Nothing was changed.",
         "Choose: " + "; or ".join(choices) + ".",

@@ -256,6 +256,33 @@ async def test_what_was_not_applied_here_is_not_guessed_at(database: Path) -> No
     assert nothing.steps == ()
 
 
+async def test_the_way_out_that_a_refusal_names_works(database: Path) -> None:
+    """A `down` that is written afterwards, and accepted by a stamp, undoes a function."""
+    await make(database, pa.schema([*T, pa.field("mark", pa.string())]), START)
+    once = [Migration(table=TABLE, version=1, up=fill)]
+    async with manager(database, once) as migrations:
+        await migrations.upgrade()
+        await append(database, id=77, n=1)
+        with pytest.raises(RollbackRefusedError) as caught:
+            await migrations.rollback(TABLE)
+    assert f"aiomigrate stamp --table {TABLE} --to 1" in caught.value.remedy
+    with_down = [Migration(table=TABLE, version=1, up=fill, down=unfill)]
+    async with manager(database, with_down) as migrations:
+        await migrations.stamp(tables=[TABLE], to=1)
+        await migrations.rollback(TABLE)
+    rows = await rows_of(database)
+    assert {row["mark"] for row in rows} == {None}
+    assert len(rows) == 5
+
+    declared = [Migration(table=TABLE, version=1, operations=[op.Update({"n": 0})])]
+    async with manager(database, declared) as migrations:
+        await migrations.upgrade()
+        await append(database, id=78, n=1)
+        with pytest.raises(RollbackRefusedError) as caught:
+            await migrations.rollback(TABLE)
+    assert "down" not in caught.value.remedy
+
+
 async def test_a_cleaned_version_is_told_before_anything_is_changed(database: Path) -> None:
     """Without a savepoint, LanceDB's own cleanup ends what a restore can reach."""
     async with manager(database, history(), on_destructive=OnDestructive.ALLOW) as migrations:
