@@ -19,8 +19,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiomigrate import Migration, MigrationFailedError, Report, op
+from aiomigrate import Context, Migration, MigrationFailedError, Report, op
 from aiomigrate.calling import as_array
+from aiomigrate.errors import (
+    BackfillBehindError,
+    KeepsProgressError,
+    ModelChangedError,
+    PoisonRowsError,
+    QualityGateError,
+)
 from aiomigrate.filling import Chunks
 from aiomigrate.operations.digests import digest, digests
 from tests.tools import SEED, TABLE, found, make, manager, rows_of
@@ -217,6 +224,27 @@ async def test_poison_rows_fail_it_at_the_end(database: Path) -> None:
     await upgrade(database, corrected)
     await check(database, 300)
     assert model.paid == 300
+
+
+async def test_a_function_that_applies_it_learns_the_rows(database: Path) -> None:
+    """Within `up` the error carries keys and messages, and is one of those that keep progress."""
+    await make(database, TEXTS, texts(30))
+    model = Model()
+    model.fails = {"text 7"}
+    caught: list[PoisonRowsError] = []
+
+    async def up(ctx: Context) -> None:
+        await ctx.apply(op.AddColumns({"vector": VECTOR}))
+        try:
+            await ctx.apply(op.Backfill("vector", model.embed, key="id", source="text", pace=PACE))
+        except PoisonRowsError as exc:
+            caught.append(exc)
+
+    await upgrade(database, [Migration(table=TABLE, version=1, up=up)])
+    (error,) = caught
+    assert (error.count, error.rows) == (1, (("7", "RuntimeError: cannot embed"),))
+    kinds = (BackfillBehindError, ModelChangedError, PoisonRowsError, QualityGateError)
+    assert all(issubclass(kind, KeepsProgressError) for kind in kinds)
 
 
 async def test_poison_rows_are_listed(database: Path) -> None:

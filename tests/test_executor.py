@@ -220,7 +220,7 @@ async def test_a_timeout_in_a_commit_that_does_not_end_is_told(tmp_path: Path) -
     errors = {step.line: step.error for step in report.failed}
     assert "longer than 1 s" in errors["big"]
     assert "A commit to big is still under way" in errors["big"]
-    assert errors["t"] == "RuntimeError: boom"
+    assert errors["t"] == "'run boom': RuntimeError: boom"
     assert kinds[-2:] == ["restored", "failed"]
     assert undone == {1: 0, 2: 0, 3: 0}
     assert held is not None
@@ -498,8 +498,8 @@ def making(how: str) -> list[Migration]:
     """Returns a migration that makes its table and then fails, as a function or declared."""
     if how == "function":
         return [Migration(table="t", version=1, up=makes_and_fails)]
-    wrong = op.Update({"x": 1}, where="nosuch(x) = 1")
-    return [Migration(table="t", version=1, operations=[op.CreateTable(T), wrong])]
+    made = op.CreateTable(T, rows=[{"id": 1}])
+    return [Migration(table="t", version=1, operations=[made, op.SetNotNull("x")])]
 
 
 CORRECTLY_MADE = [Migration(table="t", version=1, operations=[op.CreateTable(OTHER)])]
@@ -885,7 +885,7 @@ async def test_a_failing_task_group_names_its_first_failure(tmp_path: Path) -> N
         with pytest.raises(MigrationFailedError, match="ValueError: the first of them") as caught:
             await running.upgrade()
 
-    assert caught.value.report.failed[0].error == "ValueError: the first of them"
+    assert caught.value.report.failed[0].error == "'run up': ValueError: the first of them"
     assert "unhandled" not in str(caught.value)
 
 
