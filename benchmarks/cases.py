@@ -46,7 +46,7 @@ class Size:
         lines: Tables of `first-run`.
         rows: Rows of `rebuild`, and three times as many.
         rebuilds: Runs of it kept of each contender.
-        filled: Rows of `backfill`; its memory is told at 3 and 10 times as many.
+        filled: Rows of `backfill`; its memory is told at `rows` and three times as many.
         is_quick: Whether it is too little to judge times by.
     """
 
@@ -56,7 +56,7 @@ class Size:
     lines: int = 64
     rows: int = 1_000_000
     rebuilds: int = 3
-    filled: int = 300_000
+    filled: int = 600_000
     is_quick: bool = False
 
 
@@ -384,7 +384,7 @@ async def backfill(size: Size) -> Result:
                 told[name].append(one)
                 await anyio.to_thread.run_sync(shutil.rmtree, path)
         peaks = {}
-        for rows in () if size.is_quick else (10 * size.filled // 3, 10 * size.filled):
+        for rows in () if size.is_quick else (size.rows, 3 * size.rows):
             await _backfilled("make", folder / "large", rows, 0)
             peaks[rows] = (await _backfilled("ours", folder / "large", rows, 0))["peak_mb"]
             await anyio.to_thread.run_sync(shutil.rmtree, folder / "large")
