@@ -70,7 +70,8 @@ async def _call(
             f"{name} returned a column {min(unknown)!r} that the table is not to have.",
             "Name it in the schema (Rebuild(schema=...)), or do not return it.",
         )
-    if left_out := (kept & given) - set(made):
+    # A copy leaves the source as it is, and its function may be for quite another table.
+    if isinstance(operation, Rebuild) and (left_out := (kept & given) - set(made)):
         raise operation.refuse(
             f"{name} left out column {min(left_out)!r}, which would lose its values.",
             "Return it as well; if they are to go, as `pa.nulls(len(batch))`, or leave it out of "
@@ -269,7 +270,7 @@ class CopyInto(Operation):
             same, and none may have NULL. All keys are held in memory at once.
         where: SQL condition on the source's rows; by default all.
         function: From a `pyarrow.RecordBatch` of the source to one of this table, async or plain;
-            by default columns are taken by name.
+            by default columns are taken by name. Those that are missing are NULL.
         batch_rows: Rows of one commit.
     """
 
