@@ -76,11 +76,16 @@ VERSIONS = (0, 1, 2, 3, 4, 6, 7)
 
 
 async def seen(database: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """Returns shape and rows of the table."""
+    """Returns shape and rows of the table, with what a shape leaves out."""
     state, _ = await found(database)
-    return (None, []) if state is None or state.is_leftover else (
-        state.shape(), await rows_of(database)
-    )  # fmt: skip
+    if state is None or state.is_leftover:
+        return (None, [])
+    shape = {
+        **state.shape(),
+        "metadata": {field.name: field.metadata for field in state.schema if field.metadata},
+        "named": sorted((i.name, str(i), sorted(i.options.items())) for i in state.indexes),
+    }
+    return shape, await rows_of(database)
 
 
 async def staged(database: Path) -> dict[int, Any]:
