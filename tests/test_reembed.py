@@ -108,7 +108,7 @@ def change(function: Any, **options: Any) -> list[Migration]:
     """Returns a migration to the new model."""
     told: dict[str, Any] = {
         "source": "text", "function": function, "dimension": NEW, "model": "tfidf@1", "key": "id",
-        "pace": PACE, **options,
+        "pace": PACE, "gate": op.Gate(max_zero=0.1), **options,
     }  # fmt: skip
     return [Migration(table=TABLE, version=1, operations=[op.Reembed(**told)])]
 
