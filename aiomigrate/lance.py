@@ -729,13 +729,7 @@ class Table:
         Raises:
             ConfigurationError: lancedb's configuration class does not take such options.
         """
-        try:
-            config = getattr(lancedb.index, config_name(index.kind))(**options)
-        except TypeError as exc:
-            raise ConfigurationError(
-                f"{config_name(index.kind)} does not take these options: {exc}.",
-                f"See lancedb.index.{config_name(index.kind)} for its options.",
-            ) from exc
+        config = index_config(index.kind, options)
         return await self._commit_unnumbered(
             "create_index", lambda: self.handle.create_index(index.columns[0], config=config)
         )
@@ -831,6 +825,22 @@ _MERGE = (
 def _unquoted(path: str) -> str:
     """Returns a column's name from the path LanceDB reports, which quotes unusual names."""
     return path[1:-1].replace("``", "`") if re.fullmatch(r"`(?:[^`]|``)*`", path) else path
+
+
+def index_config(kind: str, options: Mapping[str, Any]) -> Any:
+    """Returns lancedb's configuration of an index.
+
+    Raises:
+        ConfigurationError: lancedb's configuration class does not take such options.
+    """
+    name = config_name(kind)
+    try:
+        return getattr(lancedb.index, name)(**options)
+    except TypeError as exc:
+        raise ConfigurationError(
+            f"{name} does not take these options: {exc}.",
+            f"See lancedb.index.{name} for its options.",
+        ) from exc
 
 
 _PREFIXES = (

@@ -39,7 +39,7 @@ from aiomigrate.errors import (
     ValidationFailedError,
 )
 from aiomigrate.fold import Journal, fold
-from aiomigrate.lance import Sketch, Store, is_local, locate, redact, secrets_of
+from aiomigrate.lance import Sketch, Store, index_config, is_local, locate, redact, secrets_of
 from aiomigrate.lease import LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
 from aiomigrate.model import (
@@ -52,6 +52,7 @@ from aiomigrate.model import (
     Target,
 )
 from aiomigrate.operations.base import TableState, quote
+from aiomigrate.operations.indexes import CreateIndex
 from aiomigrate.plan import (
     OnDestructive,
     Part,
@@ -59,6 +60,7 @@ from aiomigrate.plan import (
     build_plan,
     build_rollback,
     check_operations,
+    in_script,
 )
 from aiomigrate.reconcile import (
     LineState,
@@ -1045,6 +1047,14 @@ class MigrationManager:
                 if name in existing:
                     _, states[name] = await store.state_of(name)
         checked, trials = check_operations(plan, states, self._options.on_destructive)
+        for step in plan.steps:
+            for operation in step.script.operations:
+                if isinstance(operation, CreateIndex):
+                    try:
+                        index_config(operation.kind, operation.options)
+                    except ConfigurationError as exc:
+                        refused = operation.refuse(exc.what, exc.remedy)
+                        raise in_script(refused, step.script) from exc
         sketch = Sketch()
         for trial in trials:
             schema = pa.schema(trial.state.fields())

@@ -198,14 +198,20 @@ class DropColumns(Operation):
         return "drop " + ", ".join(self.columns)
 
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
-        if before is None or not any(before.has(column) for column in self.columns):
+        if before is None:
             return ()
-        return (
-            (
-                f"{', '.join(self.columns)}: code that reads or writes it fails; first release "
-                "code that does not use it, then drop it."
-            ),
-        )
+        there = [column for column in self.columns if before.has(column)]
+        gone = [column for column in self.columns if column not in there]
+        names = ", ".join(f.name for f in before.fields())
+        told = []
+        if there:
+            told.append(
+                f"{', '.join(there)}: code that reads or writes it fails; first release code that "
+                "does not use it, then drop it."
+            )
+        if gone:
+            told.append(f"{', '.join(gone)}: there is nothing to drop; the columns are {names}.")
+        return tuple(told)
 
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)

@@ -269,6 +269,12 @@ class DropIndex(Operation):
     def describe(self) -> str:
         return f"drop index of {self.column}"
 
+    def hazards(self, before: TableState | None) -> tuple[str, ...]:
+        if before is None or any(self._concerns(index) for index in before.indexes):
+            return ()
+        have = ", ".join(str(index) for index in before.indexes) or "none"
+        return (f"{self.column}: there is no index to drop; the indexes are {have}.",)
+
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
         return TableState(before.schema, tuple(i for i in before.indexes if not self._concerns(i)))
