@@ -113,7 +113,7 @@ class Executor:
             AiomigrateError: The ledger cannot be written.
         """
         log = self._log.bind(table=script.line, version=script.version)
-        work = Work(script, script.is_journaled_before)
+        work = Work(script)
         waited_s = 0.0
         try:
             async with self._slots:  # not held while waiting for the journal at the end
@@ -163,8 +163,7 @@ class Executor:
         await self.touch(work)
         if not work.resumed:
             _check(script, work.tables)
-            if work.journaled:
-                await self._start(work)
+            await self._start(work)
         operations = script.operations[work.begin_at :]
         for position, operation in enumerate(operations, work.begin_at + 1):
             work.doing = in_hand(operation)
@@ -188,7 +187,6 @@ class Executor:
                 name,
                 guard=self._writer.check,
                 announce=self._announcer(work),
-                announces_all=work.journaled,
                 others=work.tables,
             )
             await touched.open()
@@ -322,9 +320,14 @@ class Executor:
             retries=report.retries,
             detail={key: value for key, value in told.items() if value},
         )
-        await self.record(work, applied)
-        await self.clean(script.line, script.version, cleanup, told["branches"])
-        self.lift(script.line, script.version)
+        if cleanup or told["branches"] or script.runs_code:
+            await self.record(work, applied)
+            await self.clean(script.line, script.version, cleanup, told["branches"])
+            self.lift(script.line, script.version)
+        else:
+            # A crash that loses it costs a look: what is done is found done. And nothing is
+            # committed before it is durable: that would be announced, later in the same journal.
+            self._writer.follow(applied, self._head_row(script.line, script.version))
         report = replace(report, ledger_s=work.ledger_s)
         log.info(
             ev.STEP_APPLIED,
@@ -391,17 +394,18 @@ class Executor:
 
     def lift(self, line: str, version: int) -> None:
         """Lets the head follow to a version the journal holds."""
+        self._writer.lift(self._head_row(line, version))
+
+    def _head_row(self, line: str, version: int) -> HeadRow:
         lease = self._writer.lease
-        self._writer.lift(
-            HeadRow(
-                name=line,
-                version=version,
-                migrated_at=self._clock.wall(),
-                epoch=lease.epoch,
-                owner=lease.owner,
-                digest=self._digest_at(line, version),
-                lease=lease.key,
-            )
+        return HeadRow(
+            name=line,
+            version=version,
+            migrated_at=self._clock.wall(),
+            epoch=lease.epoch,
+            owner=lease.owner,
+            digest=self._digest_at(line, version),
+            lease=lease.key,
         )
 
     def report(
@@ -453,7 +457,7 @@ class Executor:
             log.error(ev.STEP_UNRESOLVED, error=str(error))
         is_back = not (unresolved_now or work.goes_on or under_way)
         events = []
-        if is_back and (restored or work.journaled):
+        if is_back:
             events.append(event_of(script, Kind.RESTORED))
         detail: dict[str, Any] = {"cancelled": True} if exc is None else {}
         if unresolved_now and error is not None:

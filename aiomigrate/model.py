@@ -234,16 +234,6 @@ class Script:
         """Whether a function of the user's takes part, so that its effect cannot be predicted."""
         return any(isinstance(operation, Run) for operation in self.operations)
 
-    @property
-    def is_journaled_before(self) -> bool:
-        """Whether `started` is written first: unless it is one operation whose effect shows.
-
-        One that discards something has a savepoint, which must be known of.
-        """
-        first = self.operations[0] if self.operations else None
-        is_plain = first is not None and first.shows and not first.needs_savepoint
-        return len(self.operations) != 1 or not is_plain
-
     def __str__(self) -> str:
         return f"{self.line} {self.version}"
 

@@ -42,7 +42,6 @@ class Work:
     Attributes:
         script: The migration.
         tables: The tables it touches, opened, by name.
-        journaled: Whether `started` is written before the first commit.
         begin_at: Position of the operation to go on with.
         doing: The operation in hand, in words; empty before the first.
         resumed: Whether it goes on where a dead process was.
@@ -54,7 +53,6 @@ class Work:
     """
 
     script: Script
-    journaled: bool
     tables: dict[str, Touched] = field(default_factory=dict)
     begin_at: int = 0
     doing: str = ""
@@ -183,7 +181,7 @@ class Recovery:
                     raise unresolved(work.script, touched.name, touched.before, foreign)
             back = [t for t in changed if t.version not in (0, t.before)]
             # Announced first: a crash after the restore must not take its commit for another's.
-            if work.journaled and back:
+            if back:
                 await self._record(work, *[_going_back(work.script, t) for t in back])
             for touched in back:
                 touched.version = await self._return(

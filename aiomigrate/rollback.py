@@ -61,7 +61,7 @@ class Reverser:
             AiomigrateError: The ledger cannot be written.
         """
         log = self._log.bind(table=script.line, version=script.version)
-        work = Work(script, journaled=True, started_s=self._clock.monotonic())
+        work = Work(script, started_s=self._clock.monotonic())
         waited_s = work.started_s - ready_at
         failure: Exception | None = None
         try:

@@ -74,7 +74,6 @@ class Touched:
         *,
         guard: Guard,
         announce: Announce,
-        announces_all: bool,
         others: Mapping[str, Touched],
     ) -> None:
         """Prepares; `open` reads.
@@ -84,7 +83,6 @@ class Touched:
             name: The table.
             guard: Asked before every commit.
             announce: Makes durable what is about to be committed.
-            announces_all: Whether that is done for every commit; always for overwrites.
             others: Every table the migration touches, by name.
         """
         self.name = name
@@ -103,7 +101,6 @@ class Touched:
         self._store = store
         self._guard = guard
         self._announce = announce
-        self._announces_all = announces_all
         self._others = others
         self._announced: Mapping[str, Any] | None = None
         self._table: Table | None = None
@@ -166,7 +163,7 @@ class Touched:
         table = self.table
         # Not again when another commit came first: with a handle this fresh it may succeed, and
         # since that commit is foreign, the base matters no more.
-        if self._announces_all and effect is not None and effect != self._announced:
+        if effect is not None and effect != self._announced:
             await self._tell(self.version, effect)
             self._announced = effect
         await self._may_write()
@@ -217,8 +214,7 @@ class Touched:
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table; one that another process created meanwhile is brought back."""
-        if self._announces_all:
-            await self._tell(self.version, {"do": "create"})
+        await self._tell(self.version, {"do": "create"})
         await self._may_write()
         making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
         await self._store.settle(self.name, lambda: self._created(making))
@@ -247,8 +243,7 @@ class Touched:
 
     async def drop(self) -> None:
         """Drops the table, or what a drop that was killed has left of it."""
-        if self._announces_all:
-            await self._tell(self.version, {"do": "drop"})
+        await self._tell(self.version, {"do": "drop"})
         await self._may_write()
         await self._store.drop(self.name)
         self._table = self._state = None
@@ -647,8 +642,7 @@ class Touched:
             inserted, version = await table.insert_new(key, rows)
             return version
 
-        effect = insert_effect(rows) if self._announces_all else None
-        await self._commit(effect, run)
+        await self._commit(insert_effect(rows), run)
         self.rows += inserted
         return inserted
 

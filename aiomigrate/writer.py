@@ -28,6 +28,8 @@ _MAX_GATHER_S = 0.05
 @dataclass(eq=False)
 class _Request:
     events: Sequence[Event]
+    lifts: HeadRow | None = None
+    rides: bool = False
     done: anyio.Event = field(default_factory=anyio.Event)
     error: AiomigrateError | None = None
 
@@ -81,6 +83,23 @@ class Writer:
 
     # ---- asked by others ------------------------------------------------------------------------
 
+    def follow(self, event: Event, lifts: HeadRow) -> None:
+        """Hands in an event that nobody waits for: it rides with the next commit to the journal.
+
+        So it is durable before anything is that is recorded later, and not later than the next
+        renewal of the lease. A crash before loses it.
+
+        Args:
+            event: The event.
+            lifts: Head row that follows once the event is durable.
+
+        Raises:
+            LeaseLostError: Another process has the lease.
+        """
+        self._refuse_if_over()
+        self._requests.append(_Request((event,), lifts, rides=True))
+        self._wake.set()  # who gathers may be waiting for nobody but this migration
+
     async def record(self, *events: Event) -> None:
         """Appends events to the journal; they are durable on return.
 
@@ -114,6 +133,9 @@ class Writer:
 
     def lift(self, row: HeadRow) -> None:
         """Lets a line's head row follow with the next head update."""
+        for request in self._requests:
+            if request.lifts is not None and request.lifts.name == row.name:
+                request.lifts = None
         self._dirty[row.name] = row
 
     async def check(self) -> None:
@@ -191,23 +213,28 @@ class Writer:
             renewal.set()
 
     async def _turn(self) -> None:
-        due = self._renewed_at + self._options.beat_s - self._clock.monotonic()
-        if not self._requests and not self._renewals and not self._closing and due > 0:
+        due_at = self._renewed_at + self._options.beat_s
+        while not (self._waiting() or self._renewals or self._closing):
+            if (due := due_at - self._clock.monotonic()) <= 0:
+                break
             with anyio.move_on_after(due):
                 await self._wake.wait()
-        self._wake = anyio.Event()
-        if self._requests:
+            self._wake = anyio.Event()
+        if self._waiting():
             await self._gather()
-        if batch := self._requests:
+        if batch := self._requests:  # riders too: the head below must not be ahead of them
             self._requests = []
             await self._append(batch)
-        if self._renewals or self._clock.monotonic() >= self._renewed_at + self._options.beat_s:
+        if self._renewals or self._clock.monotonic() >= due_at:
             # Those that ask while it is written may have lifted what it does not hold.
             asked = list(self._renewals)
             await self._write_head(closing=False)
             self._renewals = [renewal for renewal in self._renewals if renewal not in asked]
             for renewal in asked:
                 renewal.set()
+
+    def _waiting(self) -> int:
+        return sum(not request.rides for request in self._requests)
 
     async def _gather(self) -> None:
         """Lets others that are about to hand in events join the commit, for as long as one takes.
@@ -216,7 +243,7 @@ class Writer:
         """
         await anyio.lowlevel.checkpoint()
         with anyio.move_on_after(min(self._append_s, _MAX_GATHER_S)):
-            while self._working > len(self._requests):
+            while self._working > self._waiting():
                 self._wake = anyio.Event()
                 await self._wake.wait()
 
@@ -244,6 +271,8 @@ class Writer:
             self._requests = batch + self._requests  # told with everyone else
             raise
         for request in batch:
+            if request.lifts is not None:
+                self._dirty[request.lifts.name] = request.lifts
             request.done.set()
 
     async def _write_head(self, *, closing: bool) -> None:

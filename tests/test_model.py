@@ -248,28 +248,6 @@ def test_a_target_is_the_newest_script_at_or_below_what_is_asked(
     assert SCRIPTS.target("memos", to) == expected
 
 
-@pytest.mark.parametrize(
-    ("operations", "runs_code", "journaled"),
-    [
-        ((ADD,), False, False),
-        ((ADD, ADD), False, True),
-        ((op.Update({"a": 1}),), False, True),
-        ((op.RenameColumns({"a": "b", "b": "a"}),), False, True),
-        ((op.RenameColumns({"a": "b"}),), False, False),
-        ((op.Run(up),), True, True),
-    ],
-)
-def test_what_must_be_announced_before_it_starts(
-    operations: tuple[op.Operation, ...], runs_code: bool, journaled: bool
-) -> None:
-    """Only a single operation whose effect shows can be recognised after a crash without it."""
-    made = Script(line="a", version=1, description="", operations=operations, touches=("a",),
-                  depends_on={}, checksum="")  # fmt: skip
-
-    assert made.runs_code is runs_code
-    assert made.is_journaled_before is journaled
-
-
 def test_an_event_is_ready_for_json_without_what_is_unknown() -> None:
     """Programs get a dictionary of plain values."""
     event = Event(lease="run", epoch=3, seq=0, at=dt.datetime(2026, 1, 2, tzinfo=dt.UTC),

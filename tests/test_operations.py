@@ -537,7 +537,7 @@ CASES = [
         operations=[
             op.Reembed(
                 source="text", function=embedded, dimension=3, model="m@1", key="id",
-                gate=op.Gate(neighbours=1, min_overlap=0),
+                gate=op.Gate(neighbours=1, min_overlap=0, max_duplicates=1),
                 pace=op.Pace(batch_rows=1, chunk_rows=1),
             ),
         ],

@@ -43,7 +43,7 @@ class Undoing(Crashes):
 
     Attributes:
         before: The tables before it.
-        ways_up: Every mutating call on the way there, and before or after it, if it is announced.
+        ways_up: Every mutating call on the way there, and before or after it.
     """
 
     before: Tables
@@ -52,11 +52,8 @@ class Undoing(Crashes):
     async def prepare(self) -> None:
         """Makes the tables, goes there, and back undisturbed."""
         await super().prepare()
-        # One that is not announced is found done after a crash, and counts as adopted.
+        self.ways_up = self.points()
         path = self.copy()
-        scripts = await MigrationManager(path, migrations=self.journey.migrations).scripts()
-        if all(script.is_journaled_before for script in scripts.all):
-            self.ways_up = self.points()
         self.before = await tables_of(path)
         await migrated(path, self.journey.migrations, MigrationManager)
         try:
