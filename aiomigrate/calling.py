@@ -40,6 +40,7 @@ class Caller:
         self.kind: Any = kind
         self._function = function
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, called))
+        self._slots = anyio.CapacityLimiter(pace.concurrency)
         self._threads = anyio.CapacityLimiter(pace.concurrency)
         self._words = words
         self._limiter: Any = None
@@ -57,16 +58,17 @@ class Caller:
             ValueError: A vector has NaN.
             Exception: What the function raised.
         """
-        if self._limiter is not None:
-            await self._limiter.acquire()
-        if self._is_async:
-            result = await self._function(given)
-        else:
-            result = await anyio.to_thread.run_sync(
-                self._function, given, limiter=self._threads, abandon_on_cancel=True
-            )
-            if inspect.isawaitable(result):
-                result = await result
+        async with self._slots:
+            if self._limiter is not None:
+                await self._limiter.acquire()
+            if self._is_async:
+                result = await self._function(given)
+            else:
+                result = await anyio.to_thread.run_sync(
+                    self._function, given, limiter=self._threads, abandon_on_cancel=True
+                )
+                if inspect.isawaitable(result):
+                    result = await result
         try:
             values = as_array(result, self.kind)
         except (pa.ArrowException, TypeError, ValueError) as exc:

@@ -658,7 +658,8 @@ def rollback(
 
 
 def _going_back(line: str | None, to: Collection[str]) -> str | dict[str, int]:
-    target = config.parse_target(list(to))
+    # What is no LINE=VERSION is the version of LINE, also beside those of others.
+    target = config.parse_target([t if "=" in t or line is None else f"{line}={t}" for t in to])
     if isinstance(target, dict):
         if line is not None and line not in target:
             raise ConfigurationError(
@@ -669,7 +670,7 @@ def _going_back(line: str | None, to: Collection[str]) -> str | dict[str, int]:
         raise ConfigurationError(
             "rollback was not told which line.", "Pass LINE, or --to LINE=VERSION."
         )
-    return line if target is None else {line: target}
+    return line
 
 
 async def _rollback(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import anyio
@@ -39,6 +39,7 @@ _LONGEST_PAUSE_S = 30.0
 _LONGEST_REST_S = 5.0
 _CROWDED_ROWS = 10_000
 _COUNTED_AT_ONCE = 300_000
+_AHEAD = 2  # batches that are made ready, or put away, while others are out
 
 
 class Fillable(Protocol):
@@ -122,8 +123,10 @@ async def _check_keys(table: Fillable, job: Filling) -> None:
     hashes: list[Any] = []
     async for batch in table.scan("true", [job.key]):
         column: Any = batch.column(job.key)
-        is_number = pa.types.is_integer(column.type)
-        hashes.append(column if is_number else pa.array(digests(batch.select([job.key]))))
+        if not pa.types.is_integer(column.type):
+            told = await anyio.to_thread.run_sync(digests, batch.select([job.key]))
+            column = pa.array(told, pa.int64())
+        hashes.append(column)
     if not hashes:
         return
     total = sum(len(chunk) for chunk in hashes)
@@ -155,9 +158,9 @@ class _Part:
 
     chunk: int
     rows: pa.RecordBatch
-    digests: list[int]
+    digests: Any
     values: Any = None
-    errors: list[str | None] = field(default_factory=list)
+    errors: Any = None
 
 
 class Chunks:
@@ -239,7 +242,7 @@ class _Pass:
                 if self._job.by_value and self._is_first:
                     group.start_soon(self._learn)
                 group.start_soon(self._scan, send)
-                for _ in range(self._job.pace.concurrency):
+                for _ in range(self._job.pace.concurrency + _AHEAD):
                     group.start_soon(self._work, receive.clone())
                 receive.close()
                 group.start_soon(self._commit_all, ended)
@@ -289,7 +292,7 @@ class _Pass:
         async with send:
             try:
                 async for batch in self._table.scan(job.todo, columns):
-                    due, told = self._due(batch)
+                    due, told = await anyio.to_thread.run_sync(self._due, batch)
                     while len(due):
                         fragment = due.column("_rowid")[0].as_py() >> 32
                         run = _run_length(due, fragment)
@@ -346,7 +349,8 @@ class _Pass:
                         call.deadline = self._draining
                     self._calls.add(call)
                     try:
-                        part.values, part.errors = await self._resolve(part.rows, first=True)
+                        part.values, errors = await self._resolve(part.rows, first=True)
+                        part.errors = pa.array(errors, pa.string())
                     finally:
                         self._calls.discard(call)
                     self._arrive(part)
@@ -403,13 +407,13 @@ class _Pass:
         return await self._call(given)
 
     def _arrive(self, part: _Part) -> None:
-        bad = sum(error is not None for error in part.errors)
+        bad = len(part.errors) - part.errors.null_count
         if bad == len(part.rows) and bad > 1:
             self._doubtful.append(part)  # are the rows bad, or is it the function?
             if not self._succeeded or len(self._doubtful) >= self._job.pace.concurrency:
                 raise KeepsProgressError(
                     f"{self._job.words} on table {self._table.name!r}: the function fails for "
-                    f"every row, now with {part.errors[0]}.",
+                    f"every row, now with {part.errors[0].as_py()}.",
                     "Correct the cause and run again: what is filled stays filled.",
                 )
             return
@@ -421,7 +425,7 @@ class _Pass:
         self._count_in(part)
 
     def _count_in(self, part: _Part) -> None:
-        self._poison += sum(error is not None for error in part.errors)
+        self._poison += len(part.errors) - part.errors.null_count
         self._arrived.setdefault(part.chunk, []).append(part)
         self._count[part.chunk] = self._count.get(part.chunk, 0) + len(part.rows)
         self._wake.set()
@@ -429,7 +433,7 @@ class _Pass:
             raise KeepsProgressError(
                 f"{self._job.words} on table {self._table.name!r}: the function failed for more "
                 f"than {self._job.max_poison} rows, at last with "
-                f"{next(e for e in reversed(part.errors) if e is not None)}.",
+                f"{part.errors.drop_null()[-1].as_py()}.",
                 "Correct the function and run again: what is filled stays filled. Or raise "
                 "max_poison.",
             )
@@ -486,8 +490,8 @@ class _Pass:
         columns: dict[str, Any] = {
             job.key: pa.chunked_array([part.rows.column(job.key) for part in parts]),
             job.column: pa.chunked_array([part.values for part in parts], type=self._type),
-            job.witness: pa.array([d for part in parts for d in part.digests], pa.int64()),
-            job.errors: pa.array([e for part in parts for e in part.errors], pa.string()),
+            job.witness: pa.chunked_array([part.digests for part in parts]),
+            job.errors: pa.chunked_array([part.errors for part in parts]),
         }
         data = pa.table(columns)
         begun = anyio.current_time()
@@ -543,7 +547,7 @@ def _gather(waiting: list[tuple[pa.RecordBatch, list[int]]], most: int, chunk: i
         batches.append(batch)
         told += own
     whole = pa.Table.from_batches(batches).combine_chunks().to_batches()
-    return _Part(chunk, whole[0], told)
+    return _Part(chunk, whole[0], pa.array(told, pa.int64()))
 
 
 def _run_length(rows: pa.RecordBatch, fragment: int) -> int:

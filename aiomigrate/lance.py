@@ -68,11 +68,11 @@ def locate(uri: str | Path) -> str:
 
     Raises:
         UnsupportedDatabaseError: It names a LanceDB Cloud database.
-        ConfigurationError: It is empty, of an unknown scheme, or a bare word that LanceDB could
-            take for the name of a cloud database.
+        ConfigurationError: It is empty, of an unknown scheme, a table's folder, or a bare word
+            that LanceDB could take for the name of a cloud database.
     """
     if isinstance(uri, Path):
-        return str(uri.expanduser().absolute())
+        return _folder(uri)
     if not uri.strip():
         raise ConfigurationError("The database's URI is empty.", "Pass a path or a URI.")
     scheme, colon, _ = uri.partition(":")
@@ -94,13 +94,22 @@ def locate(uri: str | Path) -> str:
                 f"{redact(uri)}: LanceDB knows no scheme {scheme!r}.",
                 f"Use a local path or one of {', '.join(SCHEMES)}.",
             )
-        return str(Path(uri.removeprefix("file://"))) if scheme == "file" else uri
+        return _folder(Path(uri.removeprefix("file://"))) if scheme == "file" else uri
     if not re.search(r"[/\\]", uri) and uri not in (".", ".."):
         raise ConfigurationError(
             f"{uri!r} has no slash: LanceDB may take it for the name of a cloud database.",
             f"Write ./{uri} for a folder here.",
         )
-    return str(Path(uri).expanduser().absolute())
+    return _folder(Path(uri))
+
+
+def _folder(path: Path) -> str:
+    path = path.expanduser().absolute()
+    if path.suffix == ".lance" and (path / "_versions").is_dir():
+        raise ConfigurationError(
+            f"{path} is a table, not a database.", f"Use the folder that holds it: {path.parent}."
+        )
+    return str(path)
 
 
 def is_local(uri: str) -> bool:

@@ -838,6 +838,22 @@ memos = Migration(table="memos", version=3, operations=[op.DropColumns("tags")])
 """
 
 
+def test_the_folder_of_a_table_is_no_database(call: Call, scripts: Callable[..., None]) -> None:
+    """A URI one folder too deep is told, with the right one, before anything is made in it."""
+    scripts(CREATE)
+    call("upgrade")
+    deep = Path(call("status", "--json").json["database"]) / "memos.lance"
+    inside = sorted(deep.iterdir())
+
+    result = call("upgrade", "--uri", str(deep))
+
+    assert result.code == 2
+    assert f"is a table, not a database. Use the folder that holds it: {deep.parent}" in (
+        " ".join(result.err.split())
+    )
+    assert sorted(deep.iterdir()) == inside
+
+
 class TestRollback:
     def test_undoes_what_is_above(self, call: Call, scripts: Callable[..., None]) -> None:
         """It shows the plan and the timings; a later upgrade applies it again."""
@@ -867,6 +883,17 @@ class TestRollback:
         assert plan["steps"][0]["undo"]["does"] == ["memos: drop tags"]
         assert [step["outcome"] for step in report["steps"]] == ["rolled back"]
 
+    def test_a_bare_version_beside_others_is_that_of_line(
+        self, call: Call, scripts: Callable[..., None]
+    ) -> None:
+        """`rollback memos --to 1 --to users=0` reads as it is meant."""
+        scripts(CREATE, ADD)
+        call("upgrade")
+
+        result = call("rollback", "memos", "--to", "1", "--to", "memos=1", "--yes")
+
+        assert "1 rolled back" in result.out
+
     def test_asks_first(self, call: Call, scripts: Callable[..., None]) -> None:
         """Where there is nobody to ask, it says how to do without, and changes nothing."""
         scripts(CREATE)
@@ -885,6 +912,7 @@ class TestRollback:
             (("memos", "--to", "users=1"), "--to names other lines than memos"),
             (("memo", "--to", "1"), "Did you mean 'memos'"),
             (("memos", "--to", "x"), "'x' is no version"),
+            (("memos", "--to", "1", "--to", "user=0"), "Did you mean"),
         ],
     )
     def test_mistakes(
