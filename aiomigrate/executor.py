@@ -7,6 +7,7 @@ going back is `recovery`; which migrations run, and when, is for `runner`.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ from aiomigrate.lance import Store
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
+from aiomigrate.places import Place
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
 from aiomigrate.savepoint import branch_name, drop_branch, is_ours, shape_effect
@@ -81,7 +83,7 @@ class Executor:
         self._clock = clock
         self._log = log
         self._timeout_s = timeout_s
-        self._slots = anyio.CapacityLimiter(concurrency)
+        self._places = anyio.CapacityLimiter(concurrency)
         self._progress = progress
         self._keeps = keeps
         self.applier = Applier(store, writer.check, progress=progress, log=log)
@@ -113,14 +115,21 @@ class Executor:
             AiomigrateError: The ledger cannot be written.
         """
         log = self._log.bind(table=script.line, version=script.version)
-        work = Work(script)
+        limit = anyio.CancelScope()
+        place = Place(self._places, limit, self._clock)
+        # What is quickly done lets others in while it waits for the journal: then many announce
+        # themselves in one commit.
+        is_quick = not any(o.traits.rewriting or isinstance(o, Run) for o in script.operations)
+        work = Work(script, place=place if is_quick else None)
         waited_s = 0.0
         try:
-            async with self._slots:  # not held while waiting for the journal at the end
+            async with place:  # not held while waiting for the journal at the end
                 work.started_s = self._clock.monotonic()
                 waited_s = work.started_s - ready_at
                 log.debug(ev.STEP_STARTED, description=script.description)
-                with self._writer.working(), anyio.move_on_after(self._timeout_s) as limit:
+                if self._timeout_s is not None:
+                    limit.deadline = anyio.current_time() + self._timeout_s
+                with self._writer.working(), limit:
                     if unfinished is not None:
                         await self.recovery.recover(work, unfinished)
                     await self._operate(work, log)
@@ -138,6 +147,8 @@ class Executor:
                 raise
             failure = exc
         finally:
+            waited_s += place.waited_s
+            work.started_s += place.waited_s
             for touched in work.tables.values():
                 touched.ended = True  # a task that the function left behind may write no more
         result: StepReport
@@ -287,9 +298,10 @@ class Executor:
             LeaseLostError: Another process has taken over.
             LedgerError: The journal cannot be written.
         """
-        begun = self._clock.monotonic()
-        await self._writer.record(*events)
-        work.ledger_s += self._clock.monotonic() - begun
+        async with work.place.lent() if work.place else contextlib.nullcontext():
+            begun = self._clock.monotonic()
+            await self._writer.record(*events)
+            work.ledger_s += self._clock.monotonic() - begun
 
     async def _finish(self, work: Work, waited_s: float, log: Any) -> StepReport:
         script = work.script

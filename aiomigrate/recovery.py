@@ -19,6 +19,7 @@ from aiomigrate.lance import Store
 from aiomigrate.model import Event, Kind, Script
 from aiomigrate.operations.base import TableState
 from aiomigrate.operations.stored import encode
+from aiomigrate.places import Place
 from aiomigrate.savepoint import (
     Guard,
     drop_branch,
@@ -41,6 +42,7 @@ class Work:
 
     Attributes:
         script: The migration.
+        place: Its place among those that operate, if it lends it while it waits for the journal.
         tables: The tables it touches, opened, by name.
         begin_at: Position of the operation to go on with.
         doing: The operation in hand, in words; empty before the first.
@@ -53,6 +55,7 @@ class Work:
     """
 
     script: Script
+    place: Place | None = None
     tables: dict[str, Touched] = field(default_factory=dict)
     begin_at: int = 0
     doing: str = ""

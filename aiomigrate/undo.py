@@ -507,7 +507,9 @@ def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Op
         script: The migration.
         was: The state of each table before it.
     """
-    states: Mapping[str, TableState | None] = {t: _marked(state) for t, state in was.items()}
+    concerned = {table for operation in script.operations for table in operation.tables}
+    states: Mapping[str, TableState | None]
+    states = {table: _marked(state) for table, state in was.items() if table in concerned}
     found: list[Operation] = []
     for operation in script.operations:
         before = states.get(operation.table or "")
