@@ -39,7 +39,7 @@ _LONGEST_PAUSE_S = 30.0
 _LONGEST_REST_S = 5.0
 _CROWDED_ROWS = 10_000
 _COUNTED_AT_ONCE = 300_000
-_AHEAD = 2  # batches that are made ready, or put away, while others are out
+_BLOCK_ROWS = 4096
 
 
 class Fillable(Protocol):
@@ -154,13 +154,11 @@ def _distinct(values: Any) -> int:
 
 @dataclass(eq=False)
 class _Part:
-    """Rows for one call, and later what came of it."""
+    """Rows for one call."""
 
     chunk: int
     rows: pa.RecordBatch
     digests: Any
-    values: Any = None
-    errors: Any = None
 
 
 class Chunks:
@@ -208,9 +206,9 @@ class _Pass:
         self._type: Any = call.kind
         self._limit = job.pace.chunk_rows or max(1, _CHUNK_BYTES // (_width(self._type) + 16))
         self._sent: dict[int, int] = {}
-        self._arrived: dict[int, list[_Part]] = {}
+        self._arrived: dict[int, list[pa.RecordBatch]] = {}  # what to merge, by chunk
         self._count: dict[int, int] = {}
-        self._doubtful: list[_Part] = []
+        self._doubtful: list[tuple[int, pa.RecordBatch]] = []
         self._outstanding = 0
         self._is_scanned = False
         self._open_chunk = 0
@@ -242,7 +240,7 @@ class _Pass:
                 if self._job.by_value and self._is_first:
                     group.start_soon(self._learn)
                 group.start_soon(self._scan, send)
-                for _ in range(self._job.pace.concurrency + _AHEAD):
+                for _ in range(2 * self._job.pace.concurrency):  # half of them make ready
                     group.start_soon(self._work, receive.clone())
                 receive.close()
                 group.start_soon(self._commit_all, ended)
@@ -258,7 +256,7 @@ class _Pass:
     async def _keep(self) -> None:
         """Commits what was paid for, if the lease still allows it."""
         with anyio.CancelScope(shield=True), contextlib.suppress(AiomigrateError):
-            await self._commit([part for parts in self._arrived.values() for part in parts])
+            await self._commit(list(self._arrived))
 
     async def _watch(self, ended: anyio.Event) -> None:
         """Gives calls in flight a last moment when the pass is cancelled."""
@@ -349,11 +347,10 @@ class _Pass:
                         call.deadline = self._draining
                     self._calls.add(call)
                     try:
-                        part.values, errors = await self._resolve(part.rows, first=True)
-                        part.errors = pa.array(errors, pa.string())
+                        values, errors = await self._resolve(part.rows, first=True)
                     finally:
                         self._calls.discard(call)
-                    self._arrive(part)
+                    self._arrive(part.chunk, self._made(part, values, errors))
                 await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _resolve(self, rows: pa.RecordBatch, *, first: bool) -> tuple[Any, list[str | None]]:
@@ -406,34 +403,51 @@ class _Pass:
             return await self._once(given.column(0), digests(given))
         return await self._call(given)
 
-    def _arrive(self, part: _Part) -> None:
-        bad = len(part.errors) - part.errors.null_count
-        if bad == len(part.rows) and bad > 1:
-            self._doubtful.append(part)  # are the rows bad, or is it the function?
+    def _made(self, part: _Part, values: Any, errors: Sequence[str | None]) -> pa.RecordBatch:
+        job = self._job
+        columns = {
+            job.key: part.rows.column(job.key),
+            job.column: values,
+            job.witness: part.digests,
+            job.errors: pa.array(errors, pa.string()),
+        }
+        return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+
+    def _errors(self, made: pa.RecordBatch) -> list[str]:
+        found: Any = made.column(self._job.errors).drop_null()
+        return list(found.to_pylist())
+
+    def _arrive(self, chunk: int, made: pa.RecordBatch) -> None:
+        errors = self._errors(made)
+        if len(errors) == len(made) and len(errors) > 1:
+            self._doubtful.append((chunk, made))  # are the rows bad, or is it the function?
             if not self._succeeded or len(self._doubtful) >= self._job.pace.concurrency:
                 raise KeepsProgressError(
                     f"{self._job.words} on table {self._table.name!r}: the function fails for "
-                    f"every row, now with {part.errors[0].as_py()}.",
+                    f"every row, now with {errors[0]}.",
                     "Correct the cause and run again: what is filled stays filled.",
                 )
             return
-        if bad < len(part.rows):
+        if len(errors) < len(made):
             self._succeeded = True
-            for doubtful in self._doubtful:
-                self._count_in(doubtful)
-            self._doubtful.clear()
-        self._count_in(part)
+            self._settle_doubt()
+        self._count_in(chunk, made)
 
-    def _count_in(self, part: _Part) -> None:
-        self._poison += len(part.errors) - part.errors.null_count
-        self._arrived.setdefault(part.chunk, []).append(part)
-        self._count[part.chunk] = self._count.get(part.chunk, 0) + len(part.rows)
+    def _count_in(self, chunk: int, made: pa.RecordBatch) -> None:
+        errors = self._errors(made)
+        self._poison += len(errors)
+        arrived = self._arrived.setdefault(chunk, [])
+        arrived.append(made)
+        # Many small batches cost LanceDB three times as long as a few (measured).
+        while len(arrived) > 1 and len(arrived[-2]) <= len(arrived[-1]) < _BLOCK_ROWS:
+            joined = pa.Table.from_batches(arrived[-2:]).combine_chunks()
+            arrived[-2:] = joined.to_batches()
+        self._count[chunk] = self._count.get(chunk, 0) + len(made)
         self._wake.set()
         if self._poison > self._job.max_poison:
             raise KeepsProgressError(
                 f"{self._job.words} on table {self._table.name!r}: the function failed for more "
-                f"than {self._job.max_poison} rows, at last with "
-                f"{part.errors.drop_null()[-1].as_py()}.",
+                f"than {self._job.max_poison} rows, at last with {errors[-1]}.",
                 "Correct the function and run again: what is filled stays filled. Or raise "
                 "max_poison.",
             )
@@ -444,11 +458,11 @@ class _Pass:
         every = self._job.pace.checkpoint_s
         deadline = anyio.current_time() + every
         while not (self._is_scanned and not self._outstanding):
-            parts = self._whole_chunk()
-            if not parts and anyio.current_time() >= deadline:
-                parts = [part for arrived in self._arrived.values() for part in arrived]
+            chunks = self._whole_chunk()
+            if not chunks and anyio.current_time() >= deadline:
+                chunks = list(self._arrived)
                 deadline = anyio.current_time() + every
-            if not parts:
+            if not chunks:
                 if self._is_scanned and self._doubtful and self._in_doubt():
                     self._settle_doubt()
                     continue
@@ -456,44 +470,34 @@ class _Pass:
                 with anyio.move_on_at(deadline):
                     await self._wake.wait()
                 continue
-            await self._commit(parts)
+            await self._commit(chunks)
             deadline = anyio.current_time() + every
         ended.set()
 
     def _in_doubt(self) -> bool:
         """Whether nothing but rows in doubt is left."""
-        doubtful = sum(len(part.rows) for part in self._doubtful)
-        arrived = sum(len(part.rows) for parts in self._arrived.values() for part in parts)
+        doubtful = sum(len(made) for _, made in self._doubtful)
+        arrived = sum(len(made) for some in self._arrived.values() for made in some)
         return doubtful + arrived == self._outstanding
 
     def _settle_doubt(self) -> None:
-        for doubtful in self._doubtful:
-            self._count_in(doubtful)
+        for chunk, made in self._doubtful:
+            self._count_in(chunk, made)
         self._doubtful.clear()
 
-    def _whole_chunk(self) -> list[_Part]:
-        for chunk, parts in self._arrived.items():
+    def _whole_chunk(self) -> list[int]:
+        for chunk in self._arrived:
             closed = chunk < self._open_chunk or self._is_scanned
             if closed and self._count[chunk] == self._sent[chunk]:
-                return parts
+                return [chunk]
         return []
 
-    async def _commit(self, parts: Sequence[_Part]) -> None:
-        if not parts:
+    async def _commit(self, chunks: Sequence[int]) -> None:
+        if not chunks:
             return
-        parts = list(parts)
-        for part in parts:
-            self._arrived[part.chunk].remove(part)
-            if not self._arrived[part.chunk]:
-                del self._arrived[part.chunk]
         job = self._job
-        columns: dict[str, Any] = {
-            job.key: pa.chunked_array([part.rows.column(job.key) for part in parts]),
-            job.column: pa.chunked_array([part.values for part in parts], type=self._type),
-            job.witness: pa.chunked_array([part.digests for part in parts]),
-            job.errors: pa.chunked_array([part.errors for part in parts]),
-        }
-        data = pa.table(columns)
+        taken = {chunk: self._arrived.pop(chunk) for chunk in chunks}
+        data = pa.Table.from_batches([made for some in taken.values() for made in some])
         begun = anyio.current_time()
         rows = changed = 0
         try:
@@ -502,8 +506,8 @@ class _Pass:
                 changed += await self._table.merge_columns(job.key, some, crowded=self._crowded)
                 rows += len(some)
         except BaseException:  # whether it was committed or not: once more does no harm
-            for part in parts:
-                self._arrived.setdefault(part.chunk, []).append(part)
+            for chunk, arrived in taken.items():
+                self._arrived.setdefault(chunk, []).extend(arrived)
             raise
         if changed > rows:
             raise OperationError(
