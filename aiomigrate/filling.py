@@ -8,7 +8,9 @@ nor for what a commit is (`touched`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
+import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,6 +42,7 @@ _LONGEST_REST_S = 5.0
 _CROWDED_ROWS = 10_000
 _COUNTED_AT_ONCE = 300_000
 _BLOCK_ROWS = 4096
+_COVER_AFTER = 5
 
 
 class Fillable(Protocol):
@@ -66,6 +69,9 @@ class Fillable(Protocol):
 
     async def is_live(self) -> bool:
         """Returns whether others commit to it."""
+
+    async def cover_key(self, key: str) -> None:
+        """Builds the index on the key anew, which loses the fragments that merges write."""
 
     async def merge_columns(self, key: str, data: pa.Table, *, crowded: bool) -> int:
         """Sets some columns of the rows of equal key, in one commit; returns how many rows."""
@@ -222,6 +228,7 @@ class _Pass:
         self._begun = 0.0
         self._known = 0
         self._crowded = False
+        self._uncovered = 0
         self._call = call
         self._once = once
 
@@ -505,6 +512,7 @@ class _Pass:
                 some = data.slice(start, _CROWDED_ROWS) if self._crowded else data
                 changed += await self._table.merge_columns(job.key, some, crowded=self._crowded)
                 rows += len(some)
+                self._uncovered += not self._crowded
         except BaseException:  # whether it was committed or not: once more does no harm
             for chunk, arrived in taken.items():
                 self._arrived.setdefault(chunk, []).extend(arrived)
@@ -519,6 +527,12 @@ class _Pass:
         self.committed += changed
         self._room.set()
         self._tell()
+        await anyio.to_thread.run_sync(_give_back_memory)
+        if self._uncovered >= _COVER_AFTER and self._draining is None:
+            # Each merge scans the keys that the index has lost: at 3M rows the last of 30 merges
+            # took four times as long as the first (measured).
+            self._uncovered = 0
+            await self._table.cover_key(job.key)
         self._crowded = len(self._table.foreign) > self._known
         self._known = len(self._table.foreign)
         if self._crowded and self._draining is None:
@@ -536,6 +550,16 @@ class _Pass:
         if self._poison:
             notes.append(f"{self._poison} failed")
         self._table.progress(self.committed, max(self._total, self.committed), ", ".join(notes))
+
+
+def _give_back_memory() -> None:
+    """Lets glibc return what LanceDB's threads have freed, which it keeps otherwise.
+
+    Measured at 3M rows of 1 kB: a peak that stays at 1.34 GB instead of growing to 1.56 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _gather(waiting: list[tuple[pa.RecordBatch, list[int]]], most: int, chunk: int) -> _Part:

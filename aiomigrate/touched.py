@@ -406,6 +406,12 @@ class Touched:
         after = with_index(self._known(), index)
         await self._commit(shape_effect(after), lambda t: t.create_index(index, options))
 
+    async def cover_key(self, key: str) -> None:
+        """Builds the index on a key anew, for all rows that are there."""
+        for index in self._known().indexes:
+            if index == Index("BTree", (key,)):
+                await self.create_index(index, index.options)
+
     async def cover(self, index: Index, timeout_s: float) -> None:
         """Waits until an index covers the rows that are there, bringing it up to date.
 
