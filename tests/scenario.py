@@ -125,9 +125,27 @@ def migrations() -> list[Migration]:
     ]
 
 
-async def snapshot(uri: str | Path, ledger: str = "table_migrations") -> dict[str, Any]:
+def few_migrations() -> list[Migration]:
+    """Returns a smaller set, for where each request takes long: 4 migrations on 2 lines."""
+    return [
+        Migration(table="people", version=1, operations=[op.CreateTable(PEOPLE)]),
+        Migration(table="people", version=2, description="Seed", up=seed_people),
+        Migration(
+            table="people",
+            version=3,
+            operations=[op.AddColumns({"n": pa.int64()}), op.Update(sql={"age": "age + 1"})],
+        ),
+        Migration(table="notes", version=1, operations=[op.CreateTable(NOTES)]),
+    ]
+
+
+async def snapshot(
+    uri: str | Path,
+    ledger: str = "table_migrations",
+    storage_options: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Returns everything that must be equal after a disturbed and an undisturbed run."""
-    db = await lancedb.connect_async(uri)
+    db = await lancedb.connect_async(uri, storage_options=storage_options)
     store = Store(db, uri=str(uri))
     result: dict[str, Any] = {}
     tables = {}

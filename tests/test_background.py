@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,10 @@ import lancedb
 import pyarrow as pa
 import pytest
 
-from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, op
+from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, OnAhead, op
 from aiomigrate.errors import BackgroundBusyError
 from tests.processes import MP, quiet_logger, start
-from tests.tools import manager, rows_of
+from tests.tools import SEED, manager, rows_of
 
 NOTES = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])
 STEPS = 6
@@ -263,3 +264,100 @@ async def test_a_holder_that_goes_is_succeeded(database: Path, how: signal.Signa
         assert (await migrating.validate()).valid
         entries = await migrating.history("notes")
     assert [e.version for e in entries if e.kind == "applied"] == [1, 2, 3]
+
+
+async def doubled(batch: pa.RecordBatch) -> Any:
+    """A model with some latency."""
+    await asyncio.sleep(0.02)
+    return [2 * n for n in batch["id"].to_pylist()]
+
+
+ROWS = 400
+
+
+def release(number: int) -> list[Migration]:
+    """Returns what the worker of a release knows: the second has a fast migration more."""
+    pace = op.Pace(batch_rows=10, concurrency=2, chunk_rows=40)
+    fill = op.Backfill("m", doubled, key="id", source="id", pace=pace)
+    known = [
+        *history()[:2],
+        Migration(
+            table="notes",
+            version=2,
+            background=True,
+            operations=lambda _: [op.AddColumns({"m": pa.int64()}), fill],
+        ),
+        Migration(table="notes", version=3, operations=[op.AddColumns({"x": pa.int64()})]),
+        Migration(table="users", version=2, operations=[op.AddColumns({"y": pa.int64()})]),
+    ]
+    return known if number > 1 else known[:-1]
+
+
+async def worker(database: str, number: int) -> None:
+    """A worker of a release: starts, then works in the background."""
+    async with MigrationManager(
+        database,
+        migrations=release(number),
+        logger=quiet_logger(),
+        lease_ttl=0.6,
+        on_ahead=OnAhead.WARN,
+    ) as migrating:
+        await migrating.initialize()
+        await migrating.run_background()
+
+
+async def with_workers_that_come_and_go(database: Path, chance: random.Random) -> str:
+    """Kills, stops and pauses workers of two releases at random; tells what is wrong after all."""
+    await made(database)
+    table = await (await lancedb.connect_async(database)).open_table("notes")
+    await table.add([{"id": n, "n": n} for n in range(STEPS, ROWS)])
+    alive: list[Any] = []
+    paused: list[Any] = []
+    for turn in range(12):
+        alive = [process for process in alive if process.is_alive()]
+        while len(alive) < 3:
+            alive.append(start(worker, str(database), 1 if turn < 6 else 2))
+        await anyio.sleep(chance.uniform(0.05, 0.7))
+        one = chance.choice(alive)
+        how = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+        if one.is_alive():
+            os.kill(one.pid, how)
+        alive.remove(one)
+        if how == signal.SIGSTOP:
+            paused.append(one)
+        if paused and chance.random() < 0.4:
+            woken = paused.pop(0)
+            os.kill(woken.pid, signal.SIGCONT)
+            alive.append(woken)
+    for process in paused:
+        os.kill(process.pid, signal.SIGCONT)
+    last = start(worker, str(database), 2)
+    for process in [*alive, *paused, last]:
+        await anyio.to_thread.run_sync(process.join)
+    if last.exitcode != 0:
+        return f"the last worker ended with {last.exitcode}"
+    rows = await rows_of(database, "notes")
+    wrong = [row for row in rows if row["m"] != 2 * row["id"]]
+    async with manager(database, release(2)) as migrating:
+        problems = (await migrating.validate()).errors
+        entries = await migrating.history()
+    applied = [(e.line, e.version) for e in entries if e.kind == "applied"]
+    expected = [("notes", 1), ("notes", 2), ("notes", 3), ("users", 1), ("users", 2)]
+    if wrong or len(rows) != ROWS or problems or sorted(applied) != expected:
+        return f"{wrong[:3]} of {len(rows)}, {problems}, {sorted(applied)}"
+    return ""
+
+
+async def test_workers_come_and_go(database: Path) -> None:
+    """Whoever is killed, stopped or paused, and wakes: each migration is done once, each row right.
+
+    Beside the work in the background a second release brings a fast migration of its own.
+    """
+    assert await with_workers_that_come_and_go(database, random.Random(SEED)) == ""
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", range(15))
+async def test_workers_come_and_go_many_times(database: Path, number: int) -> None:
+    """The same, with other chances."""
+    assert await with_workers_that_come_and_go(database, random.Random(f"{SEED} {number}")) == ""

@@ -1,0 +1,96 @@
+"""Object stores for tests: real servers of their protocols, each behind a proxy that makes faults.
+
+Each is started once and serves until the tests end. What is tested is in `test_object_store`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running store.
+
+    Attributes:
+        port: Of its proxy.
+        root: The URI that databases are in.
+        options: LanceDB's storage options for it.
+    """
+
+    port: int
+    root: str
+    options: dict[str, str]
+
+    def rules(self, **rules: Any) -> None:
+        """Sets what the proxy does from now on (see `store_proxy.Rules`); nothing by default."""
+        _request(f"http://127.0.0.1:{self.port}/__proxy/rules", "POST", json.dumps(rules).encode())
+
+    def log(self) -> list[tuple[str, str, str]]:
+        """Returns method, path and fault of each request since the rules were set."""
+        told = _request(f"http://127.0.0.1:{self.port}/__proxy/log", "GET")
+        return [(method, path, fault) for method, path, fault in json.loads(told)]
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[ObjectStore]:
+    """Runs moto's S3 server behind a proxy."""
+    server, port = _free_port(), _free_port()
+    with (
+        _running(["moto.server", "-H", "127.0.0.1", "-p", str(server)], server),
+        _running(["tests.store_proxy", str(port), str(server)], port),
+    ):
+        _request(f"http://127.0.0.1:{server}/bucket", "PUT")
+        yield ObjectStore(
+            port,
+            "s3://bucket",
+            {
+                "endpoint": f"http://127.0.0.1:{port}",
+                "allow_http": "true",
+                "aws_access_key_id": "test-key",
+                "aws_secret_access_key": "test-secret",
+                "region": "us-east-1",
+            },
+        )
+
+
+@contextlib.contextmanager
+def _running(module: list[str], port: int) -> Iterator[None]:
+    command = [sys.executable, "-m", *module]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} does not serve (exit code {process.poll()})")
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _request(url: str, method: str, data: bytes | None = None) -> bytes:
+    request = urllib.request.Request(url, data, method=method)  # noqa: S310 - this machine's
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
+        found: bytes = answer.read()
+        return found
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port

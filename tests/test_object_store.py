@@ -1,0 +1,170 @@
+"""Over an object store's protocol: the same end, once each, whatever the network does.
+
+The servers are real; a proxy before them makes latency and faults (`tests.stores`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import lancedb
+import pytest
+
+from aiomigrate import MigrationFailedError, MigrationManager
+from aiomigrate.errors import AiomigrateError
+from tests import scenario
+from tests.faults import Fault
+from tests.processes import MP, initialize, quiet_logger, start
+from tests.stores import ObjectStore, s3
+from tests.tools import SEED
+
+Tables = dict[str, Any]
+NONE = Fault()
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ObjectStore]:
+    """One server for all tests of this module."""
+    with s3() as store:
+        yield store
+
+
+@pytest.fixture
+def store(running: ObjectStore) -> ObjectStore:
+    """The server, without faults."""
+    running.rules()
+    return running
+
+
+@pytest.fixture
+def uri(store: ObjectStore, request: pytest.FixtureRequest) -> str:
+    """A database of the test's own."""
+    return f"{store.root}/{abs(hash(request.node.nodeid))}"
+
+
+def manager(uri: str, store: ObjectStore, migrations: Any = None, **options: Any) -> Any:
+    """Returns a manager of a database in a store."""
+    return MigrationManager(
+        uri,
+        migrations=migrations or scenario.few_migrations(),
+        storage_options=store.options,
+        logger=quiet_logger(),
+        **options,
+    )
+
+
+async def expected(folder: Path, migrations: Any = None) -> Tables:
+    """Returns what a local, undisturbed run ends in."""
+    path = folder / "expected"
+    steps = migrations or scenario.few_migrations()
+    async with MigrationManager(path, migrations=steps, logger=quiet_logger()) as migrating:
+        await migrating.upgrade()
+    return await scenario.snapshot(path)
+
+
+async def check(uri: str, store: ObjectStore, end: Tables, migrations: Any = None) -> None:
+    """Asserts that a database is as expected, recorded once each, and valid."""
+    store.rules()
+    assert await scenario.snapshot(uri, storage_options=store.options) == end
+    async with manager(uri, store, migrations) as migrating:
+        assert (await migrating.validate()).valid
+        entries = await migrating.history()
+    applied = [(e.line, e.version) for e in entries if e.kind == "applied"]
+    assert len(applied) == len(set(applied)) == len(migrations or scenario.few_migrations())
+
+
+async def test_every_kind_of_step(uri: str, store: ObjectStore, tmp_path: Path) -> None:
+    """The whole scenario ends as on a local disk; all of it can be undone again."""
+    steps = scenario.migrations()
+    async with manager(uri, store, steps) as migrating:
+        await migrating.upgrade()
+    await check(uri, store, await expected(tmp_path, steps), steps)
+
+
+async def test_a_start_at_target_asks_as_little_as_by_hand(uri: str, store: ObjectStore) -> None:
+    """Connecting, opening the head and reading it: not one request more."""
+    async with manager(uri, store) as migrating:
+        await migrating.upgrade()
+    store.rules()
+    async with manager(uri, store) as migrating:
+        report = await migrating.initialize()
+    ours = store.log()
+    store.rules()
+    connection = await lancedb.connect_async(uri, storage_options=store.options)
+    await (await connection.open_table("table_migrations")).query().to_arrow()
+    by_hand = store.log()
+    connection.close()
+
+    assert not report.steps
+    assert sorted(method + path for method, path, _ in ours) == sorted(
+        method + path for method, path, _ in by_hand
+    )
+
+
+async def test_four_processes_far_away(uri: str, store: ObjectStore, tmp_path: Path) -> None:
+    """Started together at 50 ms a request: each migration is applied once, by one of them."""
+    end = await expected(tmp_path)
+    store.rules(latency_s=0.05)
+    results, gate = MP.Queue(), MP.Barrier(4)
+    options = {"storage_options": store.options}
+    processes = [
+        start(initialize, uri, "few_migrations", NONE, options, results, gate) for _ in range(4)
+    ]
+    told = [await anyio.to_thread.run_sync(results.get) for _ in processes]
+    for process in processes:
+        await anyio.to_thread.run_sync(process.join)
+
+    assert [kind for kind, _ in told] == ["ok"] * 4, told
+    assert sorted(key for _, applied in told for key in applied) == sorted(
+        (m.name, m.version) for m in scenario.few_migrations()
+    )
+    await check(uri, store, end)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+async def test_a_killed_process_is_succeeded(
+    uri: str, store: ObjectStore, tmp_path: Path, at: int
+) -> None:
+    """Killed right after a commit to a table: the next process finds out and goes on."""
+    end = await expected(tmp_path)
+    options = {"storage_options": store.options, "lease_ttl": 2.0, "concurrency": 1}
+    fault = Fault(action="kill", at=at, table="people", when="after")
+    process = start(initialize, uri, "few_migrations", fault, options)
+    await anyio.to_thread.run_sync(process.join)
+    assert process.exitcode == -9
+    async with manager(uri, store, lease_ttl=2.0) as migrating:
+        await migrating.initialize()
+    await check(uri, store, end)
+
+
+async def insist(uri: str, store: ObjectStore, attempts: int) -> int:
+    """Starts until one start succeeds, as a supervisor would; returns how many failed."""
+    told: list[str] = []
+    for attempt in range(attempts):
+        try:
+            async with manager(uri, store, lease_ttl=3.0) as migrating:
+                await migrating.initialize()
+        except (AiomigrateError, MigrationFailedError) as exc:
+            told.append(str(exc))
+        else:
+            assert "test-secret" not in "".join(told)
+            return attempt
+    raise AssertionError(f"no start succeeded: {told}")
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "before", "after", "truncated"])
+async def test_faults_of_the_network(
+    uri: str, store: ObjectStore, tmp_path: Path, fault: str
+) -> None:
+    """Every twelfth request fails in one way: it ends as without, after however many starts.
+
+    `after` is the worst: the store has applied a write, and nobody was told.
+    """
+    end = await expected(tmp_path)
+    store.rules(faults=[fault], chance=1 / 12, seed=SEED)
+    await insist(uri, store, 12)
+    assert [f for _, _, f in store.log() if f == fault]
+    await check(uri, store, end)
