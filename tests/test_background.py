@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -306,6 +307,11 @@ async def worker(database: str, number: int) -> None:
         await migrating.run_background()
 
 
+def _signal(process: Any, how: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.kill(process.pid, how)
+
+
 async def with_workers_that_come_and_go(database: Path, chance: random.Random) -> str:
     """Kills, stops and pauses workers of two releases at random; tells what is wrong after all."""
     await made(database)
@@ -320,17 +326,16 @@ async def with_workers_that_come_and_go(database: Path, chance: random.Random) -
         await anyio.sleep(chance.uniform(0.05, 0.7))
         one = chance.choice(alive)
         how = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
-        if one.is_alive():
-            os.kill(one.pid, how)
+        _signal(one, how)
         alive.remove(one)
         if how == signal.SIGSTOP:
             paused.append(one)
         if paused and chance.random() < 0.4:
             woken = paused.pop(0)
-            os.kill(woken.pid, signal.SIGCONT)
+            _signal(woken, signal.SIGCONT)
             alive.append(woken)
     for process in paused:
-        os.kill(process.pid, signal.SIGCONT)
+        _signal(process, signal.SIGCONT)
     last = start(worker, str(database), 2)
     for process in [*alive, *paused, last]:
         await anyio.to_thread.run_sync(process.join)
