@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aiomigrate.context import Context, RecordedTable
     from aiomigrate.discovery import load
     from aiomigrate.errors import AiomigrateError, MigrationFailedError
+    from aiomigrate.ledger import OnUnsafeStore
     from aiomigrate.manager import MigrationManager
     from aiomigrate.model import Event, Migration, Script, Scripts
     from aiomigrate.plan import OnDestructive, Plan, Step
@@ -32,6 +33,7 @@ _MODULES = {
     "MigrationFailedError": "errors",
     "MigrationManager": "manager",
     "OnAhead": "reconcile",
+    "OnUnsafeStore": "ledger",
     "OnDestructive": "plan",
     "Outcome": "report",
     "Plan": "plan",
@@ -57,6 +59,7 @@ __all__ = [
     "MigrationManager",
     "OnAhead",
     "OnDestructive",
+    "OnUnsafeStore",
     "Outcome",
     "Plan",
     "Progress",

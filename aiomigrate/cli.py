@@ -189,6 +189,10 @@ def _lease_options(
         float | None,
         typer.Option(metavar="SECONDS", help="How long to wait for another process. Default: 600."),
     ] = None,
+    on_unsafe_store: Annotated[
+        str | None,
+        typer.Option(metavar="error|warn", help="When the object store loses commits."),
+    ] = None,
 ) -> None:
     """How the lease is taken."""
 
@@ -261,6 +265,7 @@ class Call:
         Raises:
             ConfigurationError: A setting cannot be.
         """
+        from aiomigrate.ledger import OnUnsafeStore
         from aiomigrate.manager import MigrationManager
         from aiomigrate.plan import OnDestructive
         from aiomigrate.reconcile import OnAhead
@@ -279,6 +284,7 @@ class Call:
             on_ahead=OnAhead(chosen.on_ahead),
             on_destructive=OnDestructive(chosen.on_destructive),
             keep_savepoints=chosen.keep_savepoints,
+            on_unsafe_store=OnUnsafeStore(chosen.on_unsafe_store),
             on_progress=self.tracker,
         )
 

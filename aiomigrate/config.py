@@ -24,6 +24,7 @@ ENV_PREFIX = "AIOMIGRATE_"
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "on_ahead": ("error", "warn"),
     "on_destructive": ("keep", "allow", "refuse"),
+    "on_unsafe_store": ("error", "warn"),
 }
 _MAPPINGS = ("params", "storage_options")
 _MIN_SECRET = 4  # shorter texts occur in ordinary words
@@ -45,6 +46,7 @@ class Settings:
         on_destructive: Whether to `keep` savepoints of destructive steps, `allow` them without, or
             `refuse` them.
         keep_savepoints: Seconds for which such savepoints are kept.
+        on_unsafe_store: Whether a store that loses commits is an `error` or a reason to `warn`.
         params: Parameters of the migrations.
         storage_options: As for `lancedb.connect_async`.
     """
@@ -59,6 +61,7 @@ class Settings:
     on_ahead: str = "error"
     on_destructive: str = "keep"
     keep_savepoints: float = 604_800.0
+    on_unsafe_store: str = "error"
     params: Mapping[str, Any] = field(default_factory=dict, repr=False)
     storage_options: Mapping[str, str] = field(default_factory=dict, repr=False)
 

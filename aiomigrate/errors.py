@@ -57,6 +57,10 @@ class UnsupportedDatabaseError(ConfigurationError):
     """The URI names a kind of database aiomigrate does not support (LanceDB Cloud, namespaces)."""
 
 
+class UnsafeStoreError(ConfigurationError):
+    """The store loses commits that it has acknowledged, so that no lease can be held on it."""
+
+
 class ScriptError(AiomigrateError):
     """A migration script, or the set of all scripts, is wrong."""
 

@@ -41,7 +41,7 @@ from aiomigrate.errors import (
 from aiomigrate.fold import Journal, fold
 from aiomigrate.lance import Sketch, Store, index_config, is_local, locate, redact, secrets_of
 from aiomigrate.lease import LeaseOptions, holder_of, unlock
-from aiomigrate.ledger import Head, Ledger, parse_head, versions_if_current
+from aiomigrate.ledger import Head, Ledger, OnUnsafeStore, parse_head, versions_if_current
 from aiomigrate.model import (
     BACKGROUND_LEASE,
     RUN_LEASE,
@@ -114,6 +114,7 @@ class MigrationManager:
         on_ahead: OnAhead = OnAhead.ERROR,
         on_destructive: OnDestructive = OnDestructive.KEEP,
         keep_savepoints: float = 7 * 86400.0,
+        on_unsafe_store: OnUnsafeStore = OnUnsafeStore.ERROR,
         on_progress: Callable[[Progress], None] | None = None,
         logger: Any = None,
         clock: Clock | None = None,
@@ -137,6 +138,8 @@ class MigrationManager:
                 it, so that they can be undone; allow them; or refuse them.
             keep_savepoints: Seconds for which such savepoints are kept; the first run after that
                 deletes them.
+            on_unsafe_store: What to do about an object store that loses commits (it ignores
+                conditional writes), which is tried when the ledger is founded.
             on_progress: Called in the event loop with each `Progress`.
             logger: A structlog logger; by default `structlog.get_logger("aiomigrate")`.
             clock: Clocks, for tests.
@@ -171,6 +174,7 @@ class MigrationManager:
         self._ledger_name = ledger
         self._storage_options = storage_options
         self._on_ahead = on_ahead
+        self._on_unsafe_store = on_unsafe_store
         self._options = RunOptions(
             params=self._params,
             concurrency=concurrency,
@@ -884,7 +888,13 @@ class MigrationManager:
     # ---- within ---------------------------------------------------------------------------------
 
     def _ledger(self, store: Store, log: Any) -> Ledger:
-        return Ledger(store, self._ledger_name, clock=self._clock, log=log)
+        return Ledger(
+            store,
+            self._ledger_name,
+            clock=self._clock,
+            log=log,
+            on_unsafe_store=self._on_unsafe_store,
+        )
 
     async def _open(self) -> Store | None:
         """Connects, but not to a local path that does not exist: LanceDB would make the folder."""

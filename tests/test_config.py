@@ -62,6 +62,7 @@ class TestPrecedence:
             "timeout": "1.5",
             "on_ahead": "warn",
             "on_destructive": "refuse",
+            "on_unsafe_store": "warn",
             "keep_savepoints": "0",
             "params": '{"d": 1}',
             "storage_options": '{"region": "x", "n": 1, "flag": true}',

@@ -33,8 +33,8 @@ def test_public_names_are_pinned() -> None:
     """Whoever imports from the package may rely on these; a new one is added here on purpose."""
     assert set(aiomigrate.__all__) == {
         "AiomigrateError", "Context", "Event", "Migration", "MigrationFailedError",
-        "MigrationManager", "OnAhead", "OnDestructive", "Outcome", "Plan", "Progress",
-        "RecordedTable", "Report", "Script", "Scripts", "Status", "Step", "StepReport",
+        "MigrationManager", "OnAhead", "OnDestructive", "OnUnsafeStore", "Outcome", "Plan",
+        "Progress", "RecordedTable", "Report", "Script", "Scripts", "Status", "Step", "StepReport",
         "Validation", "__version__", "errors", "events", "load", "op",
     }  # fmt: skip
     assert dir(aiomigrate) == sorted(aiomigrate.__all__)

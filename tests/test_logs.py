@@ -86,7 +86,7 @@ async def test_names_are_stable() -> None:
         "run.at_target", "run.failed", "run.finished", "run.planned",
         "savepoints.pruned",
         "step.applied", "step.failed", "step.recovering", "step.restored", "step.rolled_back",
-        "step.skipped", "step.started", "step.unresolved",
+        "step.skipped", "step.started", "step.unresolved", "store.unsafe",
     ]  # fmt: skip
 
 

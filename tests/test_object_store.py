@@ -13,8 +13,8 @@ import anyio
 import lancedb
 import pytest
 
-from aiomigrate import MigrationFailedError, MigrationManager
-from aiomigrate.errors import AiomigrateError
+from aiomigrate import MigrationFailedError, MigrationManager, OnUnsafeStore
+from aiomigrate.errors import AiomigrateError, UnsafeStoreError
 from tests import scenario
 from tests.faults import Fault
 from tests.processes import MP, initialize, quiet_logger, start
@@ -138,6 +138,27 @@ async def test_a_killed_process_is_succeeded(
     async with manager(uri, store, lease_ttl=2.0) as migrating:
         await migrating.initialize()
     await check(uri, store, end)
+
+
+async def test_a_store_that_loses_commits_is_refused(uri: str, store: ObjectStore) -> None:
+    """One that ignores conditional writes is found out when the ledger is founded.
+
+    Nothing of the application's is written, and the trial's table is gone. Who knows better is
+    let in, with a warning in the log; a good store passes (every other test).
+    """
+    store.rules(drops_conditions=True, latency_s=0.02)
+    async with manager(uri, store) as migrating:
+        with pytest.raises(UnsafeStoreError, match="ignores conditional writes") as caught:
+            await migrating.initialize()
+        assert "on_unsafe_store" in caught.value.remedy
+    connection = await lancedb.connect_async(uri, storage_options=store.options)
+    tables = (await connection.list_tables()).tables
+    connection.close()
+    assert all(name.startswith("table_migrations") for name in tables)
+    assert not any("trial" in name for name in tables)
+
+    async with manager(uri, store, on_unsafe_store=OnUnsafeStore.WARN) as migrating:
+        assert len((await migrating.initialize()).applied) == 4
 
 
 async def insist(uri: str, store: ObjectStore, attempts: int) -> int:
