@@ -1,0 +1,427 @@
+"""`python -m tests.campaign`: random migrations, random faults, many processes, one oracle.
+
+Each round has a seed of its own, told when something is wrong, and is replayed by it. A round makes
+a set of migrations, runs it once undisturbed, then starts several processes on a copy of the same
+tables, each with a fault, beside a writer that appends; a last run without faults must end where
+the undisturbed one ended, with every row that was appended there once.
+
+`--plant` breaks the library in one way, to show that the campaign would find that: see `PLANTS`.
+What is proved in one place, at every commit, is in the `test_*` modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import lancedb
+import pyarrow as pa
+
+from aiomigrate import Context, Migration, MigrationManager, op
+from aiomigrate.errors import AiomigrateError, OperationError
+from aiomigrate.operations.base import Operation, TableState
+from tests import scenario
+from tests.faults import Fault, faulty_manager
+from tests.processes import MP, quiet_logger, start
+
+TTL_S = 0.6
+ROWS = 30
+FOREIGN = -1_000_000
+"""The number of a row that a foreign writer appends: no condition of ours matches it."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("n", pa.int64()),
+        pa.field("small", pa.int32()),
+        pa.field("text", pa.string()),
+    ]
+)
+FIRST = pa.table(
+    {
+        "id": [f"r{n}" for n in range(ROWS)],
+        "n": list(range(ROWS)),
+        "small": pa.array(range(ROWS), pa.int32()),
+        "text": [f"text {n}" for n in range(ROWS)],
+    },
+    SCHEMA,
+)
+
+
+# ---- migrations ---------------------------------------------------------------------------------
+
+
+async def marked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A rebuild's function: leaves rows as they are."""
+    await asyncio.sleep(0)
+    return batch
+
+
+async def seeded(ctx: Context) -> None:
+    """A function that is no good when it is run twice: adds a row, slowly."""
+    table = ctx.table()
+    await table.add([{"id": "seeded", "n": 1_000_000}])
+    await asyncio.sleep(0.2)
+    await table.update(sql={"n": "n + 1"}, where="n >= 0")
+
+
+Maker = Callable[[random.Random, int, list[str]], Operation]
+"""Makes an operation from chance, a number of its own, and the columns there are."""
+
+MAKERS: Sequence[Maker] = (
+    lambda chance, number, names: op.AddColumns({f"c{number}": pa.int64()}),
+    lambda chance, number, names: op.AddColumns({f"s{number}": pa.list_(pa.int32())}),
+    lambda chance, number, names: op.Update(sql={"n": "n + 1"}, where="n >= 0"),
+    lambda chance, number, names: op.Update(sql={"n": "n * 2"}, where="n >= 0"),
+    lambda chance, number, names: op.Update({"text": f"text {number}"}, where="n > 10"),
+    lambda chance, number, names: op.DropColumns(chance.choice(names)),
+    lambda chance, number, names: op.RenameColumns({chance.choice(names): f"d{number}"}),
+    lambda chance, number, names: op.AlterType({"small": pa.int64()}),
+    lambda chance, number, names: op.AlterType({"small": pa.string()}),
+    lambda chance, number, names: op.Delete(f"n >= 0 AND n % 7 = {number % 7}"),
+    lambda chance, number, names: op.CreateIndex("n"),
+    lambda chance, number, names: op.CreateIndex("text"),
+    lambda chance, number, names: op.SetNullable("id"),
+    lambda chance, number, names: op.Rebuild(marked),
+    lambda chance, number, names: op.Optimize(),
+)
+
+
+@dataclass(frozen=True)
+class Set:
+    """Migrations of one seed.
+
+    Attributes:
+        migrations: All of them.
+        written: The table that a foreign writer appends to, empty for none.
+    """
+
+    migrations: list[Migration]
+    written: str
+
+
+def made(seed: str) -> Set:
+    """Returns the migrations of a seed: some tables, with some migrations each."""
+    chance = random.Random(seed)
+    tables = [f"table_{n}" for n in range(chance.randint(1, 3))]
+    written = chance.choice([tables[0], ""])
+    numbers = itertools.count()
+    result: list[Migration] = []
+    for table in tables:
+        states: dict[str, TableState | None] = {table: TableState(SCHEMA)}
+        for version in range(1, chance.randint(2, 5)):
+            before = {t: v for t in tables if t < table and chance.random() < 0.3
+                      for v in [max(m.version for m in result if m.table == t)]}  # fmt: skip
+            if chance.random() < 0.25:
+                result.append(Migration(table=table, version=version, up=seeded, depends_on=before))
+                continue
+            operations: list[Operation] = []
+            for _ in range(chance.randint(1, 3)):
+                if (one := _fitting(chance, next(numbers), table, states)) is not None:
+                    operations.append(one)
+                    states = _after(one, table, states)
+            result.append(
+                Migration(table=table, version=version, operations=operations, depends_on=before)
+            )
+    return Set(result, written)
+
+
+def _fitting(
+    chance: random.Random, number: int, table: str, states: dict[str, TableState | None]
+) -> Operation | None:
+    """Returns an operation that can be applied; what others need stays there."""
+    for _ in range(20):
+        state = states[table]
+        assert state is not None
+        names = [f.name for f in state.fields() if f.name not in ("id", "n", "text", "small")]
+        maker = chance.choice(MAKERS)
+        with contextlib.suppress(OperationError, IndexError):
+            one = maker(chance, number, names)
+            _after(one, table, states)
+            return one
+    return None
+
+
+def _after(
+    operation: Operation, table: str, states: dict[str, TableState | None]
+) -> dict[str, TableState | None]:
+    for simple in operation.on(table).expand():
+        states = simple.fold(states)
+    return states
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def faults_of(chance: random.Random) -> list[Fault]:
+    """Returns what strikes each of some processes."""
+    return [
+        Fault(
+            action=chance.choice(["kill", "kill", "stop", "cancel", "reset", "count"]),
+            at=chance.randint(1, 60),
+            when=chance.choice(["before", "after"]),
+            mutations=chance.random() < 0.7,
+        )
+        for _ in range(chance.randint(2, 3))
+    ]
+
+
+async def run_in_process(uri: str, seed: str, fault: Fault, plant: str) -> None:
+    """Runs a seed's migrations with a fault; what it ends with does not matter."""
+    PLANTS[plant]()
+    manager_type = faulty_manager(fault)
+    with contextlib.suppress(AiomigrateError, RuntimeError, TimeoutError):
+        async with manager_type(
+            uri, migrations=made(seed).migrations, logger=quiet_logger(), lease_ttl=TTL_S
+        ) as manager:
+            with anyio.CancelScope() as scope:
+                manager_type._store_type.scope = scope  # type: ignore[attr-defined]
+                await manager.initialize()
+
+
+async def last_in_process(uri: str, seed: str, plant: str, ended: Any) -> None:
+    """Runs a seed's migrations without a fault; tells the failure, empty for none."""
+    PLANTS[plant]()
+    try:
+        await _run(Path(uri), made(seed))
+    except AiomigrateError as exc:
+        ended.put(str(exc))
+        return
+    except BaseException as exc:  # whatever it is, the round waits for it
+        ended.put(repr(exc))
+        raise
+    ended.put("")
+
+
+async def append_in_process(uri: str, table: str, over: Any, told: Any) -> None:
+    """Appends rows until it is over; tells which were acknowledged."""
+    connection = await lancedb.connect_async(uri)
+    done: list[str] = []
+    for number in itertools.count():
+        if over.is_set():
+            break
+        name = f"foreign {number}"
+        with contextlib.suppress(ValueError, RuntimeError):  # refused: it may be there or not
+            handle = await connection.open_table(table)
+            await handle.add([{"id": name, "n": FOREIGN}])
+            done.append(name)
+        await anyio.sleep(0.05)
+    told.put(done)
+
+
+# ---- a round ------------------------------------------------------------------------------------
+
+
+async def one_round(seed: str, folder: Path, plant: str = "") -> str:
+    """Runs one round; returns what is wrong, or nothing."""
+    chance = random.Random(f"{seed} faults")
+    planned = made(seed)
+    tables = sorted({m.table for m in planned.migrations if m.table})
+    before = folder / "before"
+    connection = await lancedb.connect_async(before)
+    for table in tables:
+        await connection.create_table(table, FIRST)
+    connection.close()
+    for name in ("expected", "disturbed"):
+        shutil.copytree(before, folder / name)
+    await _run(folder / "expected", planned)
+    expected = await scenario.snapshot(folder / "expected")
+
+    uri = folder / "disturbed"
+    over, told = MP.Event(), MP.Queue()
+    writer = start(append_in_process, str(uri), planned.written, over, told) if (
+        planned.written) else None  # fmt: skip
+    faults = faults_of(chance)
+    processes = [start(run_in_process, str(uri), seed, fault, plant) for fault in faults]
+    await anyio.sleep(chance.uniform(0.5, 2) + TTL_S)
+    for process, fault in zip(processes, faults, strict=True):
+        if fault.action == "stop":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGCONT)
+    for process in processes:
+        await anyio.to_thread.run_sync(process.join, 60)
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGKILL)
+    appended: list[str] = []
+    if writer is not None:
+        over.set()
+        appended = await anyio.to_thread.run_sync(told.get)
+        await anyio.to_thread.run_sync(writer.join)
+    ended = MP.Queue()
+    last = start(last_in_process, str(uri), seed, plant, ended)
+    failure: str = await anyio.to_thread.run_sync(ended.get)
+    await anyio.to_thread.run_sync(last.join)
+    if failure:
+        # A function that was interrupted while others committed is for a person to resolve.
+        if not planned.written or "so it was not undone" not in failure:
+            return f"the last run failed: {failure}"
+        return _lost(await scenario.snapshot(uri), planned.written, appended)
+    return _differing(expected, await scenario.snapshot(uri), planned.written, appended)
+
+
+async def _run(uri: Path, planned: Set) -> None:
+    with anyio.fail_after(120):
+        async with MigrationManager(
+            uri, migrations=planned.migrations, logger=quiet_logger(), lease_ttl=TTL_S
+        ) as manager:
+            await manager.initialize()
+
+
+def _differing(
+    expected: dict[str, Any], end: dict[str, Any], written: str, appended: Sequence[str]
+) -> str:
+    """Tells how an end differs from what is expected, but for rows that were appended."""
+    if written:
+        if lost := _lost(end, written, appended):
+            return lost
+        end["tables"][written]["rows"] = [
+            row for row in end["tables"][written]["rows"] if '"foreign ' not in row
+        ]
+    for key in ("head", "held", "journal", "leases"):
+        if expected[key] != end[key]:
+            return f"{key}: {end[key]}, not {expected[key]}"
+    for table, told in expected["tables"].items():
+        for what, value in told.items():
+            if end["tables"].get(table, {}).get(what) != value:
+                return f"{what} of {table}: {end['tables'].get(table, {}).get(what)}, not {value}"
+    return ""
+
+
+def _lost(end: dict[str, Any], written: str, appended: Sequence[str]) -> str:
+    """Tells which rows of the foreign writer are not there once."""
+    rows = [json.loads(row) for row in end["tables"][written]["rows"]]
+    found = [row["id"] for row in rows if row["id"].startswith("foreign ")]
+    if missing := set(appended) - set(found):
+        return f"rows of others are gone: {sorted(missing)[:5]}"
+    return "rows of others are there twice" * (len(set(found)) != len(found))
+
+
+# ---- plants -------------------------------------------------------------------------------------
+
+
+def _no_plant() -> None:
+    pass
+
+
+def _no_epoch() -> None:
+    """A holder that was succeeded goes on writing."""
+    from aiomigrate.ledger import Ledger
+    from aiomigrate.writer import Writer
+
+    async def check(self: Any) -> None:
+        pass
+
+    async def write_rows(self: Any, rows: Any, epoch: int, owner: str) -> bool:
+        await self.own_rows(rows)
+        return True
+
+    Writer.check = check  # type: ignore[method-assign]
+    Ledger.write_rows = write_rows  # type: ignore[method-assign]
+
+
+def _head_first() -> None:
+    """The head is written before what it tells of is in the journal."""
+    from aiomigrate.writer import Writer
+
+    append = Writer._append
+
+    async def head_first(self: Any, batch: Any) -> None:
+        for request in batch:
+            if request.lifts is not None:
+                self._dirty[request.lifts.name] = request.lifts
+                await self._write_head(closing=False)
+        await append(self, batch)
+
+    Writer._append = head_first  # type: ignore[method-assign]
+
+
+def _restore_blindly() -> None:
+    """What others committed is not looked for before going back."""
+    from aiomigrate.recovery import Recovery
+
+    async def owned_head(self: Any, script: Any, unfinished: Any, table: str, to: int) -> Any:
+        found = await self._store.find(table)
+        return None if found is None else await found.version()
+
+    Recovery._owned_head = owned_head  # type: ignore[method-assign]
+
+
+def _no_start() -> None:
+    """Nothing tells that a migration was begun."""
+    from aiomigrate.executor import Executor
+
+    async def start_nothing(self: Any, work: Any) -> None:
+        pass
+
+    Executor._start = start_nothing  # type: ignore[method-assign]
+
+
+PLANTS: dict[str, Callable[[], None]] = {
+    "": _no_plant,
+    "no-epoch": _no_epoch,
+    "head-first": _head_first,
+    "restore-blindly": _restore_blindly,
+    "no-start": _no_start,
+}
+"""Ways to break the library, for processes with faults."""
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+async def campaign(seed: str, minutes: float, plant: str, rounds: int | None = None) -> list[str]:
+    """Runs rounds until the time is over, or one is wrong with a plant; returns what was wrong."""
+    ends = time.monotonic() + 60 * minutes
+    wrong: list[str] = []
+    for number in itertools.count():
+        if time.monotonic() > ends or number == rounds:
+            return wrong
+        own = seed if rounds == 1 else f"{seed}.{number}"
+        folder = Path(tempfile.mkdtemp(prefix="aiomigrate-campaign-"))
+        try:
+            found = await one_round(own, folder, plant)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if found:
+            wrong.append(f"{own}: {found}")
+            print(f"WRONG {wrong[-1]}\n  again: python -m tests.campaign --replay {own}",
+                  flush=True)  # fmt: skip
+            if plant:
+                return wrong
+        else:
+            print(f"{own}: as without faults", flush=True)
+    return wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the campaign; 1 where anything was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30, help="how long; default 30")
+    parser.add_argument("--seed", default=str(random.randrange(10**6)), help="of all rounds")
+    parser.add_argument("--replay", metavar="SEED", help="one round, by the seed it told")
+    parser.add_argument("--plant", choices=sorted(PLANTS), default="", help="break the library")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("RUST_LOG", "error")
+    seed, rounds = (options.replay, 1) if options.replay else (options.seed, None)
+    print(f"seed {seed}", flush=True)
+    return 1 if asyncio.run(campaign(seed, options.minutes, options.plant, rounds)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
