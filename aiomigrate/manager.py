@@ -269,9 +269,10 @@ class MigrationManager:
         scripts = await self.scripts()
         deferred = set(report.deferred)
         behind = tuple(
-            f"{line}: current v{report.lines.get(line, 0)}, target v{scripts.latest(line)}"
+            f"{line}: current v{current}, target v{scripts.latest(line)}"
             for line in scripts.line_names()
-            if any(s.key not in deferred for s in scripts.after(line, report.lines.get(line, 0)))
+            if (current := report.lines.get(line, 0)) < scripts.latest(line)
+            and any(s.key not in deferred for s in scripts.after(line, current))
         )
         if behind:
             raise ValidationFailedError(behind, "Run `aiomigrate plan` to see why.")
