@@ -229,6 +229,7 @@ class _Pass:
         self._known = 0
         self._crowded = False
         self._uncovered = 0
+        self._suspects = anyio.CapacityLimiter(job.pace.concurrency)
         self._call = call
         self._once = once
 
@@ -369,14 +370,22 @@ class _Pass:
         except Exception as exc:
             if self._draining is not None:
                 raise
-            if len(rows) == 1:
-                text = f"{type(exc).__name__}: {exc}"[:_ERROR_LENGTH]
-                return pa.nulls(1, self._type), [text]
-            middle = len(rows) // 2
-            one = await self._resolve(rows.slice(0, middle), first=False)
-            other = await self._resolve(rows.slice(middle), first=False)
-            return pa.concat_arrays([one[0], other[0]]), one[1] + other[1]
+            if not first:
+                return await self._halved(rows, exc)
+            # No more at once than calls: else a model that is down is asked for twice as many.
+            async with self._suspects:
+                return await self._halved(rows, exc)
         return values, [None] * len(rows)
+
+    async def _halved(self, rows: pa.RecordBatch, exc: Exception) -> tuple[Any, list[str | None]]:
+        if len(rows) == 1:
+            return pa.nulls(1, self._type), [f"{type(exc).__name__}: {exc}"[:_ERROR_LENGTH]]
+        if self._draining is not None:
+            raise exc
+        middle = len(rows) // 2
+        one = await self._resolve(rows.slice(0, middle), first=False)
+        other = await self._resolve(rows.slice(middle), first=False)
+        return pa.concat_arrays([one[0], other[0]]), one[1] + other[1]
 
     async def _patiently(self, rows: pa.RecordBatch) -> Any:
         """Asks, and again with growing and random pauses while it fails."""
