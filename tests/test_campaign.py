@@ -10,7 +10,7 @@ from tests.tools import SEED
 
 async def test_a_sample_of_rounds() -> None:
     """Random migrations in processes with faults end as without (`python -m tests.campaign`)."""
-    assert await campaign(str(SEED), minutes=2, plant="", rounds=4) == []
+    assert await campaign(str(SEED), minutes=2, plant="", rounds=3) == []
 
 
 @pytest.mark.campaign

@@ -280,7 +280,8 @@ async def test_validate_finds_an_interrupted_migration(database: Path) -> None:
     assert "people: version 3 was interrupted and not recovered yet" in errors
     assert status.holder is not None
     assert status.holder.pid == process.pid
-    assert [step.key for step in plan.steps if step.resumes] == [("people", 3)]
+    # Others may have announced themselves too, or their success was not in the journal yet.
+    assert ("people", 3) in [step.key for step in plan.steps if step.resumes]
     assert "interrupted; will be recovered" in str(plan)
     assert await errors_of(database, scenario.migrations()) == ()
 
