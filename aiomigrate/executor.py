@@ -409,16 +409,8 @@ class Executor:
         self._writer.lift(self._head_row(line, version))
 
     def _head_row(self, line: str, version: int) -> HeadRow:
-        lease = self._writer.lease
-        return HeadRow(
-            name=line,
-            version=version,
-            migrated_at=self._clock.wall(),
-            epoch=lease.epoch,
-            owner=lease.owner,
-            digest=self._digest_at(line, version),
-            lease=lease.key,
-        )
+        digest = self._digest_at(line, version)
+        return self._writer.lease.row(line, version, at=self._clock.wall(), digest=digest)
 
     def report(
         self, work: Work, outcome: Outcome, waited_s: float, ran_s: float, **more: Any

@@ -421,13 +421,9 @@ class _Pass:
 
     def _made(self, part: _Part, values: Any, errors: Sequence[str | None]) -> pa.RecordBatch:
         job = self._job
-        columns = {
-            job.key: part.rows.column(job.key),
-            job.column: values,
-            job.witness: part.digests,
-            job.errors: pa.array(errors, pa.string()),
-        }
-        return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+        columns = [part.rows.column(job.key), values, part.digests, pa.array(errors, pa.string())]
+        names = [job.key, job.column, job.witness, job.errors]
+        return pa.RecordBatch.from_arrays(columns, names=names)
 
     def _errors(self, made: pa.RecordBatch) -> list[str]:
         found: Any = made.column(self._job.errors).drop_null()
@@ -447,10 +443,9 @@ class _Pass:
         if len(errors) < len(made):
             self._succeeded = True
             self._settle_doubt()
-        self._count_in(chunk, made)
+        self._count_in(chunk, made, errors)
 
-    def _count_in(self, chunk: int, made: pa.RecordBatch) -> None:
-        errors = self._errors(made)
+    def _count_in(self, chunk: int, made: pa.RecordBatch, errors: Sequence[str]) -> None:
         self._poison += len(errors)
         arrived = self._arrived.setdefault(chunk, [])
         arrived.append(made)
@@ -498,7 +493,7 @@ class _Pass:
 
     def _settle_doubt(self) -> None:
         for chunk, made in self._doubtful:
-            self._count_in(chunk, made)
+            self._count_in(chunk, made, self._errors(made))
         self._doubtful.clear()
 
     def _whole_chunk(self) -> list[int]:

@@ -31,7 +31,7 @@ class Unfinished:
     Attributes:
         started: Its `started` event, with the savepoints.
         advanced: How many of its operations are known to be complete.
-        intents: Its `intended` events in order: commits of a `Run` announced before being made.
+        intents: Its `intended` events in order: commits announced before being made.
         failed: Its `failed` event, if it ended by failing without being undone.
     """
 

@@ -13,6 +13,7 @@ each above all others in the head, order what the two leases write of one line.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 import os
 import platform
@@ -65,6 +66,18 @@ class Lease:
     owner: str
     taken_at: float
     waited: bool
+
+    def row(self, line: str, version: int, *, at: dt.datetime, digest: str) -> HeadRow:
+        """Returns a line's head row as this holder writes it."""
+        return HeadRow(
+            name=line,
+            version=version,
+            migrated_at=at,
+            epoch=self.epoch,
+            owner=self.owner,
+            digest=digest,
+            lease=self.key,
+        )
 
 
 def phase_text(

@@ -539,15 +539,8 @@ class Runner:
             executor.lift(state.line, state.current)
 
     def _row(self, line: str, version: int, lease: Lease) -> HeadRow:
-        return HeadRow(
-            name=line,
-            version=version,
-            migrated_at=self._clock.wall(),
-            epoch=lease.epoch,
-            owner=lease.owner,
-            digest=digest_at(self._scripts, line, version),
-            lease=lease.key,
-        )
+        digest = digest_at(self._scripts, line, version)
+        return lease.row(line, version, at=self._clock.wall(), digest=digest)
 
     async def _adoption(self, state: LineState) -> Event:
         tables = [s.table for s in self._scripts.of(state.line) if s.table]

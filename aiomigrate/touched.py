@@ -158,12 +158,12 @@ class Touched:
         return None if self._state is None else self._state.shape()
 
     async def _commit(
-        self, effect: Mapping[str, Any] | None, run: Callable[[Table], Awaitable[int]]
+        self, effect: Mapping[str, Any], run: Callable[[Table], Awaitable[int]]
     ) -> None:
         table = self.table
         # Not again when another commit came first: with a handle this fresh it may succeed, and
         # since that commit is foreign, the base matters no more.
-        if effect is not None and effect != self._announced:
+        if effect != self._announced:
             await self._tell(self.version, effect)
             self._announced = effect
         await self._may_write()

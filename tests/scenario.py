@@ -127,15 +127,14 @@ def migrations() -> list[Migration]:
 
 def few_migrations() -> list[Migration]:
     """Returns a smaller set, for where each request takes long: 4 migrations on 2 lines."""
+    first = {("people", 1), ("people", 2), ("notes", 1)}
     return [
-        Migration(table="people", version=1, operations=[op.CreateTable(PEOPLE)]),
-        Migration(table="people", version=2, description="Seed", up=seed_people),
+        *(m for m in migrations() if (m.name, m.version) in first),
         Migration(
             table="people",
             version=3,
             operations=[op.AddColumns({"n": pa.int64()}), op.Update(sql={"age": "age + 1"})],
         ),
-        Migration(table="notes", version=1, operations=[op.CreateTable(NOTES)]),
     ]
 
 

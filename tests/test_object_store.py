@@ -12,8 +12,9 @@ from typing import Any
 import anyio
 import lancedb
 import pytest
+import structlog
 
-from aiomigrate import MigrationFailedError, MigrationManager, OnUnsafeStore
+from aiomigrate import MigrationManager, OnUnsafeStore
 from aiomigrate.errors import AiomigrateError, UnsafeStoreError
 from tests import scenario
 from tests.faults import Fault
@@ -51,8 +52,7 @@ def manager(uri: str, store: ObjectStore, migrations: Any = None, **options: Any
         uri,
         migrations=migrations or scenario.few_migrations(),
         storage_options=store.options,
-        logger=quiet_logger(),
-        **options,
+        **{"logger": quiet_logger(), **options},
     )
 
 
@@ -65,12 +65,21 @@ async def expected(folder: Path, migrations: Any = None) -> Tables:
     return await scenario.snapshot(path)
 
 
-async def check(uri: str, store: ObjectStore, end: Tables, migrations: Any = None) -> None:
-    """Asserts that a database is as expected, recorded once each, and valid."""
+async def check(
+    uri: str, store: ObjectStore, end: Tables, migrations: Any = None, *, leaves: bool = False
+) -> None:
+    """Asserts that a database is as expected, recorded once each, and valid.
+
+    Args:
+        uri: The database.
+        store: Its store; the faults end here.
+        end: What is expected.
+        migrations: Those that were run, by default the few.
+        leaves: Whether branches of savepoints may stay: a known limit, where removing them failed.
+    """
     store.rules()
     found = await scenario.snapshot(uri, storage_options=store.options)
-    for name, table in found["tables"].items():
-        # A known limit: where its removal failed, the branch of a savepoint may stay.
+    for name, table in found["tables"].items() if leaves else ():
         assert table["branches"] >= end["tables"][name]["branches"]
         table["branches"] = end["tables"][name]["branches"]
     assert found == end
@@ -82,7 +91,7 @@ async def check(uri: str, store: ObjectStore, end: Tables, migrations: Any = Non
 
 
 async def test_every_kind_of_step(uri: str, store: ObjectStore, tmp_path: Path) -> None:
-    """The whole scenario ends as on a local disk; all of it can be undone again."""
+    """The whole scenario ends as on a local disk."""
     steps = scenario.migrations()
     async with manager(uri, store, steps) as migrating:
         await migrating.upgrade()
@@ -162,8 +171,13 @@ async def test_a_store_that_loses_commits_is_refused(uri: str, store: ObjectStor
     assert all(name.startswith("table_migrations") for name in tables)
     assert not any("trial" in name for name in tables)
 
-    async with manager(uri, store, on_unsafe_store=OnUnsafeStore.WARN) as migrating:
+    said = structlog.testing.CapturingLogger()
+    logger = structlog.wrap_logger(said, processors=[])
+    unsafe = OnUnsafeStore.WARN
+    async with manager(uri, store, on_unsafe_store=unsafe, logger=logger) as migrating:
         assert len((await migrating.initialize()).applied) == 4
+    warned = [call.kwargs["event"] for call in said.calls if call.method_name == "warning"]
+    assert "store.unsafe" in warned
 
 
 async def insist(uri: str, store: ObjectStore, attempts: int) -> int:
@@ -173,7 +187,7 @@ async def insist(uri: str, store: ObjectStore, attempts: int) -> int:
         try:
             async with manager(uri, store, lease_ttl=3.0) as migrating:
                 await migrating.initialize()
-        except (AiomigrateError, MigrationFailedError) as exc:
+        except AiomigrateError as exc:
             told.append(str(exc))
         else:
             assert "test-secret" not in "".join(told)
@@ -202,4 +216,4 @@ async def test_faults_of_the_network(
     store.rules(faults=[fault], chance=1 / 12, seed=SEED)
     await insist(uri, store, 12)
     assert [f for _, _, f in store.log() if f == fault]
-    await check(uri, store, end)
+    await check(uri, store, end, leaves=True)
