@@ -346,11 +346,6 @@ class Operation:
         return self.traits.destructive
 
     @property
-    def overwrites(self) -> bool:
-        """Whether a commit of it discards what others commit meanwhile, and must be announced."""
-        return False
-
-    @property
     def tables(self) -> tuple[str, ...]:
         """The tables it changes or reads."""
         return () if self.table is None else (self.table,)

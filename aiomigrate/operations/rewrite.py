@@ -173,10 +173,6 @@ class Rebuild(Operation):
     def needs_savepoint(self) -> bool:
         return True
 
-    @property
-    def overwrites(self) -> bool:
-        return True
-
     def describe(self) -> str:
         how = "" if self.function is None else f" by {_name(self.function)}"
         return f"rebuild the table{how}"
