@@ -98,7 +98,12 @@ class Executor:
         )
 
     async def run(
-        self, script: Script, unfinished: Unfinished | None, ready_at: float
+        self,
+        script: Script,
+        unfinished: Unfinished | None,
+        ready_at: float,
+        *,
+        is_retry: bool = False,
     ) -> StepReport:
         """Runs one migration to its end: applied, or undone and failed.
 
@@ -109,6 +114,7 @@ class Executor:
             script: The migration.
             unfinished: What an earlier attempt left, if it did not end.
             ready_at: Monotonic time since when its wait counts.
+            is_retry: Whether an earlier attempt failed: what it could not remove is looked for.
 
         Raises:
             LeaseLostError: Another process has the lease; nothing was undone.
@@ -132,6 +138,9 @@ class Executor:
                 with self._writer.working(), limit:
                     if unfinished is not None:
                         await self.recovery.recover(work, unfinished)
+                    elif is_retry:
+                        for name in script.touches:
+                            await self.recovery.drop_leftovers(script, name)
                     await self._operate(work, log)
                     # A function that swallowed its cancellation is not done.
                     await anyio.lowlevel.checkpoint_if_cancelled()

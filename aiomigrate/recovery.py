@@ -13,7 +13,12 @@ from typing import Any
 
 from aiomigrate import events as ev
 from aiomigrate.applier import Applier
-from aiomigrate.errors import OperationError, StoreError, UnresolvedError
+from aiomigrate.errors import (
+    OperationError,
+    StoreError,
+    TableVersionGoneError,
+    UnresolvedError,
+)
 from aiomigrate.fold import Unfinished
 from aiomigrate.lance import Store
 from aiomigrate.model import Event, Kind, Script
@@ -269,7 +274,7 @@ class Recovery:
             unfinished.savepoints.keys() - {table for table, _, _ in restores}
         )
         for name in branches:
-            await self._drop_leftovers(script, name)
+            await self.drop_leftovers(script, name)
 
     async def _fits(self, script: Script) -> bool:
         """Returns whether a corrected migration can begin with its tables as they are."""
@@ -317,12 +322,17 @@ class Recovery:
                 await self._check()
                 await table.create_branch(mine, work.savepoints[name])
                 work.branches[name] = mine
-            except StoreError:  # that version is gone already: there is nothing to keep
+            except TableVersionGoneError:  # there is nothing to keep
                 del work.branches[name]
-            await self._drop_leftovers(work.script, name, but=mine)
+            await self.drop_leftovers(work.script, name, but=mine)
 
-    async def _drop_leftovers(self, script: Script, name: str, *, but: str = "") -> None:
-        """Deletes the savepoint branches that attempts at a migration left on a table."""
+    async def drop_leftovers(self, script: Script, name: str, *, but: str = "") -> None:
+        """Deletes the savepoint branches that attempts at a migration left on a table.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+            StoreError: They could not be listed or deleted.
+        """
         table = await self._store.find(name)
         for left in [] if table is None else await table.branches():
             if left != but and is_branch_of(left, script):

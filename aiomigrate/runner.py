@@ -598,7 +598,9 @@ class Runner:
                     self._tell_running(script, "undoing", 0, None)
                     result = await reverser.run(script, await decide(script, state), None, begun)
                 else:
-                    result = await executor.run(script, unfinished, begun)
+                    failed = seen.journal.of(line).failed
+                    is_retry = failed is not None and failed.version == script.version
+                    result = await executor.run(script, unfinished, begun, is_retry=is_retry)
                 self.results[script.key] = result
                 self._running.pop(line, None)
                 self._going.pop(line, None)

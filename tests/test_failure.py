@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, op
-from aiomigrate.errors import MigrationTimeoutError
+from aiomigrate.errors import MigrationTimeoutError, StoreError
 from tests import scenario
+from tests.faults import watched_manager
 from tests.processes import quiet_logger
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])
@@ -112,3 +113,38 @@ async def test_several_failures_are_one_error(tmp_path: Path) -> None:
             await manager.initialize()
 
     assert len(caught.value.report.failed) == 3
+
+
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_savepoint_that_could_not_be_removed_goes_with_the_next_start(
+    tmp_path: Path,
+    made: bool,
+) -> None:
+    """The network fails while a branch is removed, and perhaps when it was made: it does not stay.
+
+    Where it was made unharmed, the migration is applied, and only removing it is left.
+    """
+    path = tmp_path / "db"
+
+    async def unreachable_before(verb: str, table: str) -> None:
+        if verb == "delete_branch":
+            raise StoreError("connection reset", "Try again.")
+
+    async def unreachable_after(verb: str, table: str) -> None:
+        if verb == "create_branch" and not made:
+            raise StoreError("connection reset", "Try again.")
+
+    first = broken(works)[:1]
+    async with MigrationManager(path, migrations=first, logger=quiet_logger()) as manager:
+        await manager.initialize()
+    watched = watched_manager(before=unreachable_before, after=unreachable_after)
+    async with watched(path, migrations=broken(works), logger=quiet_logger()) as manager:
+        with pytest.raises((MigrationFailedError, StoreError)):
+            await manager.initialize()
+    assert (await scenario.snapshot(path))["tables"]["t"]["branches"] == 1
+    async with MigrationManager(path, migrations=broken(works), logger=quiet_logger()) as manager:
+        await manager.initialize()
+    after = await scenario.snapshot(path)
+
+    assert after["tables"]["t"]["branches"] == 0
+    assert len(after["tables"]["t"]["rows"]) == 1
