@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import random
 import sys
+import time
 from typing import Any
 
 from aiohttp import ClientSession, DummyCookieJar, TCPConnector, web
@@ -29,8 +30,10 @@ class Rules:
     Attributes:
         latency_s: How long each waits first.
         chance: How likely a fault is.
-        faults: Which ones there are: `500`, `503`, `before` (the connection is reset before the
-            store has seen it), `after` (once it has applied it), `truncated` (half of the answer).
+        faults: Which ones there are: `429`, `500`, `503`, `before` (the connection is reset before
+            the store has seen it), `after` (once it has applied it), `truncated` (half of the
+            answer).
+        per_second: How many requests are let through in a second; those beyond get 503.
         seed: Of the chances.
         method: Only requests of this method, all by default.
         drops_conditions: Whether conditions on writes are taken out.
@@ -39,6 +42,7 @@ class Rules:
     latency_s: float = 0.0
     chance: float = 0.0
     faults: tuple[str, ...] = ()
+    per_second: float = 0.0
     seed: int = 0
     method: str = ""
     drops_conditions: bool = False
@@ -51,6 +55,7 @@ class Proxy:
         self.upstream = upstream
         self.rules = Rules()
         self.random = random.Random(0)
+        self.second = (0, 0)  # which one, and its requests so far
         self.log: list[tuple[str, str, str]] = []
         self.session: Any = None
 
@@ -72,8 +77,12 @@ class Proxy:
         fault = ""
         if rules.faults and request.method == (rules.method or request.method):
             fault = self.random.choice(rules.faults) if self.random.random() < rules.chance else ""
+        if rules.per_second:
+            now = int(time.monotonic())
+            self.second = (now, self.second[1] + 1 if self.second[0] == now else 1)
+            fault = "503" if self.second[1] > rules.per_second else fault
         self.log.append((request.method, request.raw_path, fault))
-        if fault in ("500", "503"):
+        if fault in ("429", "500", "503"):
             return web.Response(status=int(fault), text="<Error><Code>SlowDown</Code></Error>")
         if fault == "before":
             return self._reset(request)
@@ -82,7 +91,12 @@ class Proxy:
             headers = {k: v for k, v in headers.items() if k.lower() != "if-none-match"}
         url = URL(f"http://127.0.0.1:{self.upstream}{request.raw_path}", encoded=True)
         async with self.session.request(
-            request.method, url, headers=headers, data=body, allow_redirects=False
+            request.method,
+            url,
+            headers=headers,
+            data=body or None,
+            allow_redirects=False,
+            skip_auto_headers=["Content-Type", "Accept", "User-Agent"],  # Azure's are signed
         ) as answer:
             data = await answer.read()
             told = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP}

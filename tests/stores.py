@@ -5,8 +5,13 @@ Each is started once and serves until the tests end. What is tested is in `test_
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime as dt
+import hashlib
+import hmac
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +36,15 @@ class ObjectStore:
     port: int
     root: str
     options: dict[str, str]
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must be told nowhere."""
+        return [
+            value
+            for name, value in self.options.items()
+            if name.endswith(("secret_access_key", "account_key"))
+        ]
 
     def rules(self, **rules: Any) -> None:
         """Sets what the proxy does from now on (see `store_proxy.Rules`); nothing by default."""
@@ -64,9 +78,57 @@ def s3() -> Iterator[ObjectStore]:
         )
 
 
+AZURITE = shutil.which("azurite-blob")
+"""Azure's storage as a program, from npm's package `azurite`; `None` where it is not installed."""
+
+_ACCOUNT = "devstoreaccount1"
+_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
 @contextlib.contextmanager
-def _running(module: list[str], port: int) -> Iterator[None]:
-    command = [sys.executable, "-m", *module]
+def azure() -> Iterator[ObjectStore]:
+    """Runs azurite, the server of Azure's storage, behind a proxy."""
+    server, port = _free_port(), _free_port()
+    command = [str(AZURITE), "--blobPort", str(server), "--inMemoryPersistence", "--silent",
+               "--skipApiVersionCheck", "--disableTelemetry"]  # fmt: skip
+    with (
+        _serving(command, server),
+        _running(["tests.store_proxy", str(port), str(server)], port),
+    ):
+        _make_container(server, "container")
+        yield ObjectStore(
+            port,
+            "az://container",
+            {
+                "azure_storage_endpoint": f"http://127.0.0.1:{port}/{_ACCOUNT}",
+                "azure_storage_account_name": _ACCOUNT,
+                "azure_storage_account_key": _KEY,
+                "allow_http": "true",
+            },
+        )
+
+
+def _make_container(port: int, name: str) -> None:
+    """Makes a container, with a request signed by the account's key as Azure documents it."""
+    now = dt.datetime.now(dt.UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    signed = f"x-ms-date:{now}\nx-ms-version:2021-08-06\n"
+    text = "PUT" + "\n" * 12 + f"{signed}/{_ACCOUNT}/{_ACCOUNT}/{name}\nrestype:container"
+    digest = hmac.new(base64.b64decode(_KEY), text.encode(), hashlib.sha256).digest()
+    headers = {
+        "x-ms-date": now,
+        "x-ms-version": "2021-08-06",
+        "Authorization": f"SharedKey {_ACCOUNT}:{base64.b64encode(digest).decode()}",
+    }
+    url = f"http://127.0.0.1:{port}/{_ACCOUNT}/{name}?restype=container"
+    _request(url, "PUT", headers=headers)
+
+
+def _running(module: list[str], port: int) -> contextlib.AbstractContextManager[None]:
+    return _serving([sys.executable, "-m", *module], port)
+
+
+@contextlib.contextmanager
+def _serving(command: list[str], port: int) -> Iterator[None]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -82,8 +144,10 @@ def _running(module: list[str], port: int) -> Iterator[None]:
         process.wait(30)
 
 
-def _request(url: str, method: str, data: bytes | None = None) -> bytes:
-    request = urllib.request.Request(url, data, method=method)  # noqa: S310 - this machine's
+def _request(
+    url: str, method: str, data: bytes | None = None, headers: dict[str, str] | None = None
+) -> bytes:
+    request = urllib.request.Request(url, data, headers or {}, method=method)  # noqa: S310 - this machine's
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
         found: bytes = answer.read()
         return found
