@@ -36,6 +36,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.lance import Store, Table, is_local, sql_literal
 from aiomigrate.model import MAX_VERSION, RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.wellformed import fault_of
 
 FORMAT = 1
 """Of the metadata tables; a higher one found on disk is refused."""
@@ -656,7 +657,14 @@ def parse_journal(content: pa.Table, name: str) -> list[Event]:
                 f"(kind {row['kind']!r}, epoch {row['epoch']}, seq {row['seq']}).",
                 "Restore an earlier table_version of that table.",
             )
-        events.append(Event(**row))
+        event = Event(**row)
+        if fault := fault_of(event):
+            raise LedgerCorruptError(
+                f"The metadata table {name!r} has an event of kind {event.kind!r} with {fault} "
+                f"(epoch {event.epoch}, seq {event.seq}).",
+                "Restore an earlier table_version of that table.",
+            )
+        events.append(event)
     return events
 
 
