@@ -36,7 +36,7 @@ from aiomigrate.lance import Store
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
-from aiomigrate.places import Place
+from aiomigrate.places import Place, Places
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
 from aiomigrate.savepoint import branch_name, drop_branch, is_ours, shape_effect
@@ -83,7 +83,7 @@ class Executor:
         self._clock = clock
         self._log = log
         self._timeout_s = timeout_s
-        self._places = anyio.CapacityLimiter(concurrency)
+        self._places = Places(concurrency)
         self._progress = progress
         self._keeps = keeps
         self.applier = Applier(store, writer.check, progress=progress, log=log)

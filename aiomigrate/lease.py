@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import itertools
 import json
 import os
 import platform
@@ -80,13 +81,17 @@ class Lease:
         )
 
 
+_TOLD = 32
+"""Of how many migrations a holder tells how far they are."""
+
+
 def phase_text(
     run_id: str, since: str, ttl_s: float, phase: str, going: Iterable[Going] = ()
 ) -> str:
     """Returns what a holder says of itself in the lease row."""
     said: dict[str, Any] = {"host": HOST, "pid": os.getpid(), "run": run_id, "since": since,
                             "ttl": ttl_s, "phase": phase}  # fmt: skip
-    if told := [dataclasses.asdict(one) for one in going]:
+    if told := [dataclasses.asdict(one) for one in itertools.islice(going, _TOLD)]:
         said["going"] = told
     return json.dumps(said, ensure_ascii=False)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pyarrow as pa
 
 from aiomigrate import events as ev
@@ -46,6 +47,7 @@ LEASE_PREFIX = ":lease:"
 
 _PRIMARY_KEY = b"lance-schema:unenforced-primary-key"
 _FORMAT_KEY = b"aiomigrate:format"
+_MANY = 32  # events that take longer to put together than the event loop is to be kept
 _ATTEMPTS = 40
 
 _KEYED = {_PRIMARY_KEY: b"true"}
@@ -197,7 +199,9 @@ class Ledger:
                 content = content if beneath is None else beneath
         except StoreError as exc:
             raise self._unreadable(self.journal_name, exc) from exc
-        return [] if content is None else parse_journal(content, self.journal_name)
+        if content is None:
+            return []
+        return await anyio.to_thread.run_sync(parse_journal, content, self.journal_name)
 
     async def _find(self, name: str) -> Table | None:
         table = await self.store.find(name)
@@ -465,7 +469,10 @@ class Ledger:
         Raises:
             StoreError: LanceDB failed and the events are known not to be there.
         """
-        data = events_to_arrow(events, owner)
+        if len(events) > _MANY:
+            data = await anyio.to_thread.run_sync(events_to_arrow, events, owner)
+        else:
+            data = events_to_arrow(events, owner)
         wanted = data["id"][0].as_py()
         for attempt in range(_ATTEMPTS):
             try:

@@ -8,6 +8,7 @@ database where there is none.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import math
 import re
 import secrets
@@ -966,10 +967,12 @@ class MigrationManager:
         if scripts.has_background and store is not None:
             current = {line: state.current for line, state in seen.decided.lines.items()}
             existing = known_tables(scripts, current) | set(await store.table_names())
-        plan = build_plan(
-            seen.decided, scripts, tables=tables, to=to, existing=existing, busy=seen.busy
-        )
-        return replace(seen, plan=plan)
+        build = functools.partial(
+            build_plan, seen.decided, scripts, tables=tables, to=to, existing=existing,
+            busy=seen.busy,
+        )  # fmt: skip
+        # In a thread: for thousands of migrations it takes longer than a server may be silent.
+        return replace(seen, plan=await anyio.to_thread.run_sync(build))
 
     async def _read(
         self,
@@ -991,7 +994,7 @@ class MigrationManager:
                 ledger = ledger or self._ledger(store, log)
                 head = head or await ledger.read_head()
                 events = await ledger.read_journal()
-            journal = fold(events)
+            journal = await anyio.to_thread.run_sync(fold, events)
             decided = await self._decide(store, head or Head(), journal, scripts)
             crossed = any(isinstance(p, LedgerConflictError) for p in decided.problems)
             if not crossed or attempt == _LOOKS - 1:
@@ -1057,7 +1060,9 @@ class MigrationManager:
             for name in states:
                 if name in existing:
                     _, states[name] = await store.state_of(name)
-        checked, trials = check_operations(plan, states, self._options.on_destructive)
+        checked, trials = await anyio.to_thread.run_sync(
+            check_operations, plan, states, self._options.on_destructive
+        )
         for step in plan.steps:
             for operation in step.script.operations:
                 if isinstance(operation, CreateIndex):

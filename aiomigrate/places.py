@@ -15,6 +15,22 @@ import anyio
 
 from aiomigrate.clock import Clock
 
+MAX_LENT = 256
+"""How many may be lent at once: whoever waits wakes at once, and the event loop is kept so long."""
+
+
+class Places:
+    """All places among those that operate at once."""
+
+    def __init__(self, total: int) -> None:
+        """All are free.
+
+        Args:
+            total: How many there are.
+        """
+        self.limiter = anyio.CapacityLimiter(total)
+        self.lent = 0
+
 
 class Place:
     """One of the places among those that operate at once, held inside `async with`.
@@ -23,9 +39,7 @@ class Place:
         waited_s: Seconds spent waiting to have it back after it was lent.
     """
 
-    def __init__(
-        self, places: anyio.CapacityLimiter, limit: anyio.CancelScope, clock: Clock
-    ) -> None:
+    def __init__(self, places: Places, limit: anyio.CancelScope, clock: Clock) -> None:
         """Waits for nothing yet.
 
         Args:
@@ -41,7 +55,7 @@ class Place:
 
     async def __aenter__(self) -> Self:
         """Waits for it."""
-        await self._places.acquire_on_behalf_of(self)
+        await self._places.limiter.acquire_on_behalf_of(self)
         self._is_held = True
         return self
 
@@ -54,20 +68,27 @@ class Place:
         """Gives it back."""
         if self._is_held:
             self._is_held = False
-            self._places.release_on_behalf_of(self)
+            self._places.limiter.release_on_behalf_of(self)
 
     @contextlib.asynccontextmanager
     async def lent(self) -> AsyncIterator[None]:
-        """Lets another have it inside; on failure or cancellation it is not asked for again."""
-        if not self._is_held:
+        """Lets another have it inside; on failure or cancellation it is not asked for again.
+
+        Keeps it where enough are lent already.
+        """
+        if not self._is_held or self._places.lent >= MAX_LENT:
             yield
             return
         self._is_held = False
-        self._places.release_on_behalf_of(self)
-        yield
+        self._places.lent += 1
+        self._places.limiter.release_on_behalf_of(self)
+        try:
+            yield
+        finally:
+            self._places.lent -= 1
         begun = self._clock.monotonic()
         deadline, self._limit.deadline = self._limit.deadline, math.inf
-        await self._places.acquire_on_behalf_of(self)
+        await self._places.limiter.acquire_on_behalf_of(self)
         self._is_held = True
         waited_s = self._clock.monotonic() - begun
         self._limit.deadline = deadline + waited_s

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from aiomigrate import events as ev
 from aiomigrate.checksum import ALGORITHM
@@ -608,8 +609,10 @@ class Runner:
                 ended[script.key].set()
 
         async with anyio.create_task_group() as group:
-            for line in lines:
+            for number, line in enumerate(lines):
                 group.start_soon(run_line, line)
+                if number % _STARTED_AT_ONCE == 0:
+                    await anyio.lowlevel.checkpoint()
 
     def _skipped(self, script: Script, cause: Key, waited_s: float) -> StepReport:
         going_back = self.plan is not None and self.plan.direction is Direction.ROLLBACK
@@ -701,6 +704,10 @@ class Runner:
                 executor.lift(line, version)
 
         await self.hold(work, is_done=_never, doing="stamping")
+
+
+_STARTED_AT_ONCE = 64
+"""How many lines begin before the event loop is let in between."""
 
 
 async def _never(_: Head) -> bool:

@@ -257,8 +257,10 @@ class Touched:
 
         Raises:
             OverwriteLostError: Others came first every time.
+            StaleHandleError: Others changed the schema meanwhile, for which this one is not made.
             UnresolvedError: Bringing it back crossed yet another commit.
         """
+        shape = self._known().shape()
         for _ in range(_OVERWRITES):
             base, source = self.version, self.table
             effect = {"do": "overwrite", "witness": self.witness}
@@ -267,6 +269,11 @@ class Touched:
             if await self._overwritten(base, source, schema, transform, batch_rows):
                 return
             await self.reopen()
+            if self._known().shape() != shape:
+                raise StaleHandleError(
+                    f"Others changed the schema of table {self.name!r} while it was rebuilt.",
+                    "Look again.",
+                )
         raise OverwriteLostError(
             f"Table {self.name!r} was committed to by others during each of {_OVERWRITES} "
             "attempts to rebuild it. Nothing of theirs was lost, and nothing of it was changed.",
@@ -321,14 +328,19 @@ class Touched:
         """
         copy = self.sibling(name)
         copy.witness = self.witness
-        state = self._known()
-        fields = [*state.fields(), remember(self.witness, {})]
         if copy.state is not None and not copy.state.has(self.witness):
             raise OperationError(
                 f"There is a table {name!r} already.", "Drop it first, or choose another name."
             )
         for _ in range(_OVERWRITES):
-            if copy.state is None or not await same_content(self.table, copy.table):
+            state = self._known()
+            is_copied = (
+                copy.state is not None
+                and copy.state.shape()["fields"] == state.shape()["fields"]
+                and await same_content(self.table, copy.table)
+            )
+            if not is_copied:
+                fields = [*state.fields(), remember(self.witness, {})]
                 await copy.replace_by(
                     self, pa.schema(fields, metadata=dict((state.schema.metadata or {}).items()))
                 )
@@ -339,7 +351,6 @@ class Touched:
             await self.reopen()
             if self.version == base:
                 return
-            state = self._known()
         raise OverwriteLostError(
             f"Table {self.name!r} was committed to by others during each of {_OVERWRITES} "
             f"attempts to copy it to {name!r}.",

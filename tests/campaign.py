@@ -1,6 +1,7 @@
 """`python -m tests.campaign`: random migrations, random faults, many processes, one oracle.
 
-Each round has a seed of its own, told when something is wrong, and is replayed by it. A round makes
+Each round has a seed of its own, told when something is wrong with the folder that is kept, and is
+replayed by it. A round makes
 a set of migrations, runs it once undisturbed, then starts several processes on a copy of the same
 tables, each with a fault, beside a writer that appends; a last run without faults must end where
 the undisturbed one ended, with every row that was appended there once.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import datetime as dt
 import itertools
 import json
 import os
@@ -32,7 +34,8 @@ import anyio
 import lancedb
 import pyarrow as pa
 
-from aiomigrate import Context, Migration, MigrationManager, op
+from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, op
+from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, OperationError
 from aiomigrate.operations.base import Operation, TableState
 from tests import scenario
@@ -79,6 +82,27 @@ async def seeded(ctx: Context) -> None:
     await asyncio.sleep(0.2)
     await table.update(sql={"n": "n + 1"}, where="n >= 0")
 
+
+async def slow(ctx: Context) -> None:
+    """A function that takes longer than a lease lives without being renewed."""
+    table = ctx.table()
+    await table.add([{"id": "slow", "n": 2_000_000}])
+    await asyncio.sleep(2 * TTL_S)
+    await table.delete("id = 'slow'")
+
+
+WRONG = "wrong on purpose"
+
+
+async def failing(ctx: Context) -> None:
+    """A function that fails after two commits."""
+    table = ctx.table()
+    await table.add([{"id": "failing", "n": 3_000_000}])
+    await table.update(sql={"n": "n + 5"}, where="n >= 0")
+    raise ValueError(WRONG)
+
+
+FUNCTIONS = (seeded, seeded, slow, failing)
 
 Maker = Callable[[random.Random, int, list[str]], Operation]
 """Makes an operation from chance, a number of its own, and the columns there are."""
@@ -128,7 +152,8 @@ def made(seed: str) -> Set:
             before = {t: v for t in tables if t < table and chance.random() < 0.3
                       for v in [max(m.version for m in result if m.table == t)]}  # fmt: skip
             if chance.random() < 0.25:
-                result.append(Migration(table=table, version=version, up=seeded, depends_on=before))
+                up = chance.choice(FUNCTIONS)
+                result.append(Migration(table=table, version=version, up=up, depends_on=before))
                 continue
             operations: list[Operation] = []
             for _ in range(chance.randint(1, 3)):
@@ -167,12 +192,18 @@ def _after(
 
 # ---- faults -------------------------------------------------------------------------------------
 
+ACTIONS = (
+    "kill", "kill", "stop", "stop", "cancel", "late", "reset", "slow", "disk", "readonly", "clock",
+    "count",
+)  # fmt: skip
+"""What strikes a process (see `tests.faults`); `count` is no fault."""
+
 
 def faults_of(chance: random.Random) -> list[Fault]:
     """Returns what strikes each of some processes."""
     return [
         Fault(
-            action=chance.choice(["kill", "kill", "stop", "cancel", "reset", "count"]),
+            action=chance.choice(ACTIONS),
             at=chance.randint(1, 60),
             when=chance.choice(["before", "after"]),
             mutations=chance.random() < 0.7,
@@ -185,13 +216,20 @@ async def run_in_process(uri: str, seed: str, fault: Fault, plant: str) -> None:
     """Runs a seed's migrations with a fault; what it ends with does not matter."""
     PLANTS[plant]()
     manager_type = faulty_manager(fault)
-    with contextlib.suppress(AiomigrateError):
+    store_type: Any = manager_type._store_type
+    with contextlib.suppress(AiomigrateError, MigrationFailedError):
         async with manager_type(
-            uri, migrations=made(seed).migrations, logger=quiet_logger(), lease_ttl=TTL_S
+            uri,
+            migrations=made(seed).migrations,
+            logger=quiet_logger(),
+            lease_ttl=TTL_S,
+            clock=Clock(wall=store_type.wall),
         ) as manager:
             with anyio.CancelScope() as scope:
-                manager_type._store_type.scope = scope  # type: ignore[attr-defined]
+                store_type.scope = scope
                 await manager.initialize()
+            if fault.action == "late":
+                await anyio.sleep(1)  # an application goes on; what is under way may take effect
 
 
 async def last_in_process(uri: str, seed: str, plant: str, ended: Any) -> None:
@@ -199,7 +237,7 @@ async def last_in_process(uri: str, seed: str, plant: str, ended: Any) -> None:
     PLANTS[plant]()
     try:
         await _run(Path(uri), made(seed))
-    except AiomigrateError as exc:
+    except (AiomigrateError, MigrationFailedError) as exc:
         ended.put(str(exc))
         return
     except BaseException as exc:  # whatever it is, the round waits for it
@@ -208,20 +246,38 @@ async def last_in_process(uri: str, seed: str, plant: str, ended: Any) -> None:
     ended.put("")
 
 
-async def append_in_process(uri: str, table: str, over: Any, told: Any) -> None:
-    """Appends rows until it is over; tells which were acknowledged."""
+async def write_in_process(uri: str, table: str, seed: str, over: Any, told: Any) -> None:
+    """Does what an application does beside us, until it is over; tells what was acknowledged.
+
+    Appends rows, and now and then adds a column of its own, optimizes, or cleans old versions.
+    """
+    chance = random.Random(f"{seed} writer")
     connection = await lancedb.connect_async(uri)
-    done: list[str] = []
+    rows: list[str] = []
+    columns: list[str] = []
     for number in itertools.count():
         if over.is_set():
             break
-        name = f"foreign {number}"
         with contextlib.suppress(ValueError, RuntimeError):  # refused: it may be there or not
             handle = await connection.open_table(table)
-            await handle.add([{"id": name, "n": FOREIGN}])
-            done.append(name)
+            match chance.choice(["rows"] * 12 + ["column", "optimize", "cleanup"]):
+                case "column":
+                    field = pa.field(f"foreign_{number}", pa.int64())
+                    await handle.add_columns(pa.schema([field]))
+                    columns.append(field.name)
+                case "optimize":
+                    await handle.optimize()
+                case "cleanup":
+                    await handle.optimize(cleanup_older_than=dt.timedelta(hours=1))
+                case _:
+                    await handle.add([{"id": f"foreign {number}", "n": FOREIGN}])
+                    rows.append(f"foreign {number}")
         await anyio.sleep(0.05)
-    told.put(done)
+    told.put((rows, columns))
+
+
+Written = tuple[Sequence[str], Sequence[str]]
+"""Rows and columns of the foreign writer that were acknowledged."""
 
 
 # ---- a round ------------------------------------------------------------------------------------
@@ -239,40 +295,88 @@ async def one_round(seed: str, folder: Path, plant: str = "") -> str:
     connection.close()
     for name in ("expected", "disturbed"):
         shutil.copytree(before, folder / name)
-    await _run(folder / "expected", planned)
+    with contextlib.suppress(MigrationFailedError):  # of its failing function, if it has one
+        await _run(folder / "expected", planned)
     expected = await scenario.snapshot(folder / "expected")
 
     uri = folder / "disturbed"
-    over, told = MP.Event(), MP.Queue()
-    writer = start(append_in_process, str(uri), planned.written, over, told) if (
-        planned.written) else None  # fmt: skip
     faults = faults_of(chance)
+    failure, written = await _disturbed(uri, seed, faults, planned.written, plant)
+    end = await scenario.snapshot(uri)
+    if failure and WRONG not in failure:
+        # A function that was interrupted while others committed is for a person to resolve.
+        if not planned.written or "so it was not undone" not in failure:
+            return f"the last run failed: {failure}"
+        return _lost(end, planned.written, written)
+    if any(fault.action == "clock" for fault in faults):  # the age of savepoints goes by it
+        for told in (*expected["tables"].values(), *end["tables"].values()):
+            told["branches"] = 0
+    return _differing(expected, end, planned.written, written)
+
+
+async def _disturbed(
+    uri: Path, seed: str, faults: Sequence[Fault], written_to: str, plant: str
+) -> tuple[str, Written]:
+    """Runs processes with faults beside a writer, and a last one without.
+
+    Those that are stopped wake at any time, also while the last one runs.
+
+    Returns:
+        What the last one failed with, empty for nothing, and what the writer had acknowledged.
+    """
+    chance = random.Random(f"{seed} wake")
+    written: Written = ([], [])
+    over, told = MP.Event(), MP.Queue()
+    writer = None
+    if written_to:
+        writer = start(write_in_process, str(uri), written_to, seed, over, told)
     processes = [start(run_in_process, str(uri), seed, fault, plant) for fault in faults]
-    await anyio.sleep(chance.uniform(0.5, 2) + TTL_S)
-    for process, fault in zip(processes, faults, strict=True):
-        if fault.action == "stop":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signal.SIGCONT)
-    for process in processes:
-        await anyio.to_thread.run_sync(process.join, 60)
-        if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signal.SIGKILL)
-    appended: list[str] = []
-    if writer is not None:
-        over.set()
-        appended = await anyio.to_thread.run_sync(told.get)
-        await anyio.to_thread.run_sync(writer.join)
+    stopped = [p for p, f in zip(processes, faults, strict=True) if f.action == "stop"]
+    async with anyio.create_task_group() as group:
+        for process in stopped:
+            group.start_soon(_wake, process, chance.uniform(0.5, 5) + TTL_S)
+        await anyio.sleep(chance.uniform(0.5, 2))
+        for process in processes:
+            if process not in stopped:
+                await _ended(process)
+        if writer is not None:
+            over.set()
+            written = await anyio.to_thread.run_sync(told.get)
+            await anyio.to_thread.run_sync(writer.join)
+        _allow_writing(uri)
+        failure = await _last(uri, seed, plant)
+    for process in stopped:
+        await _ended(process)
+    if stopped:  # one that woke late may have had the lease once more
+        failure = await _last(uri, seed, plant)
+    return failure, written
+
+
+async def _wake(process: Any, after_s: float) -> None:
+    await anyio.sleep(after_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid or 0, signal.SIGCONT)
+
+
+async def _ended(process: Any) -> None:
+    await anyio.to_thread.run_sync(process.join, 60)
+    if process.is_alive():
+        process.kill()
+        await anyio.to_thread.run_sync(process.join)
+
+
+def _allow_writing(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+async def _last(uri: Path, seed: str, plant: str) -> str:
     ended = MP.Queue()
     last = start(last_in_process, str(uri), seed, plant, ended)
     failure: str = await anyio.to_thread.run_sync(ended.get)
     await anyio.to_thread.run_sync(last.join)
-    if failure:
-        # A function that was interrupted while others committed is for a person to resolve.
-        if not planned.written or "so it was not undone" not in failure:
-            return f"the last run failed: {failure}"
-        return _lost(await scenario.snapshot(uri), planned.written, appended)
-    return _differing(expected, await scenario.snapshot(uri), planned.written, appended)
+    return failure
 
 
 async def _run(uri: Path, planned: Set) -> None:
@@ -284,15 +388,21 @@ async def _run(uri: Path, planned: Set) -> None:
 
 
 def _differing(
-    expected: dict[str, Any], end: dict[str, Any], written: str, appended: Sequence[str]
+    expected: dict[str, Any], end: dict[str, Any], written_to: str, written: Written
 ) -> str:
-    """Tells how an end differs from what is expected, but for rows that were appended."""
-    if written:
-        if lost := _lost(end, written, appended):
+    """Tells how an end differs from what is expected, but for what others wrote."""
+    if written_to:
+        if lost := _lost(end, written_to, written):
             return lost
-        end["tables"][written]["rows"] = [
-            row for row in end["tables"][written]["rows"] if '"foreign ' not in row
-        ]
+        table = end["tables"][written_to]
+        rows = [json.loads(row) for row in table["rows"]]
+        table["rows"] = sorted(
+            json.dumps({k: v for k, v in row.items() if not k.startswith("foreign_")},
+                       sort_keys=True)
+            for row in rows if not row["id"].startswith("foreign ")
+        )  # fmt: skip
+        fields = table["shape"]["fields"]
+        table["shape"]["fields"] = {k: v for k, v in fields.items() if not k.startswith("foreign_")}
     for key in ("head", "held", "journal", "leases"):
         if expected[key] != end[key]:
             return f"{key}: {end[key]}, not {expected[key]}"
@@ -303,12 +413,15 @@ def _differing(
     return ""
 
 
-def _lost(end: dict[str, Any], written: str, appended: Sequence[str]) -> str:
-    """Tells which rows of the foreign writer are not there once."""
-    rows = [json.loads(row) for row in end["tables"][written]["rows"]]
+def _lost(end: dict[str, Any], written_to: str, written: Written) -> str:
+    """Tells which rows and columns of the foreign writer are not there once."""
+    table = end["tables"][written_to]
+    rows = [json.loads(row) for row in table["rows"]]
     found = [row["id"] for row in rows if row["id"].startswith("foreign ")]
-    if missing := set(appended) - set(found):
+    if missing := set(written[0]) - set(found):
         return f"rows of others are gone: {sorted(missing)[:5]}"
+    if missing := set(written[1]) - table["shape"]["fields"].keys():
+        return f"columns of others are gone: {sorted(missing)}"
     return "rows of others are there twice" * (len(set(found)) != len(found))
 
 
@@ -362,6 +475,30 @@ def _restore_blindly() -> None:
     Recovery._owned_head = owned_head  # type: ignore[method-assign]
 
 
+def _no_fence() -> None:
+    """What a dead holder has in flight may still take effect."""
+    from aiomigrate.applier import Applier
+
+    async def fence(self: Any, tables: Any, announce: Any = None) -> None:
+        pass
+
+    Applier.fence = fence  # type: ignore[method-assign]
+
+
+def _release_early() -> None:
+    """A run that is cancelled gives its lease back while a commit of its own is under way."""
+    from aiomigrate.lance import Store
+
+    running: set[Any] = set()
+
+    async def settle(self: Any, table: str, run: Any) -> Any:
+        task = asyncio.ensure_future(run())
+        running.add(task)
+        return await asyncio.shield(task)
+
+    Store.settle = settle  # type: ignore[method-assign]
+
+
 def _no_start() -> None:
     """Nothing tells that a migration was begun."""
     from aiomigrate.executor import Executor
@@ -378,6 +515,8 @@ PLANTS: dict[str, Callable[[], None]] = {
     "head-first": _head_first,
     "restore-blindly": _restore_blindly,
     "no-start": _no_start,
+    "no-fence": _no_fence,
+    "release-early": _release_early,
 }
 """Ways to break the library, for processes with faults."""
 
@@ -394,13 +533,17 @@ async def campaign(seed: str, minutes: float, plant: str, rounds: int | None = N
             return wrong
         own = seed if rounds == 1 else f"{seed}.{number}"
         folder = Path(tempfile.mkdtemp(prefix="aiomigrate-campaign-"))
+        os.chmod(folder, 0o755)  # noqa: PTH101, S103 - what becomes read-only can be read
+        found = "it was broken off"
         try:
             found = await one_round(own, folder, plant)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if plant or not found:
+                shutil.rmtree(folder, ignore_errors=True)
         if found:
             wrong.append(f"{own}: {found}")
-            print(f"WRONG {wrong[-1]}\n  again: python -m tests.campaign --replay {own}",
+            kept = "" if plant else f"\n  kept: {folder}"
+            print(f"WRONG {wrong[-1]}\n  again: python -m tests.campaign --replay {own}{kept}",
                   flush=True)  # fmt: skip
             if plant:
                 return wrong

@@ -6,7 +6,9 @@ took effect, and what happens there.
 
 from __future__ import annotations
 
+import datetime as dt
 import os
+import resource
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -30,7 +32,10 @@ class Fault:
 
     Attributes:
         action: `kill`, `stop` (SIGSTOP to itself), `cancel`, `count`, `fail` or `reset`
-            (raises although the store has applied it).
+            (raises although the store has applied it); `slow` (that call and every later one takes
+            effect late), `late` (cancelled, and that call takes effect half a second later),
+            `disk` (files take no more than some hundred bytes from now on), `readonly` (nothing can
+            be written any more), `clock` (the wall clock jumps by days).
         at: At the n-th matching call, from 1.
         when: `before` or `after` the call took effect.
         mutations: Whether only mutating calls count.
@@ -54,14 +59,25 @@ class FaultyStore(Store):
     fault = Fault()
     calls: list[tuple[str, str]]
     scope: anyio.CancelScope | None = None
+    wall_offset = dt.timedelta()
+    late_s = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.calls = []
 
+    @classmethod
+    def wall(cls) -> dt.datetime:
+        """Returns what the wall clock shows, which a fault may have moved."""
+        return dt.datetime.now(dt.UTC) + cls.wall_offset
+
     async def call(
         self, verb: str, table: str, run: Callable[[], Awaitable[T]], *, mutates: bool = False
     ) -> T:
+        async def late() -> T:
+            await anyio.sleep(type(self).late_s)
+            return await run()
+
         fault = self.fault
         counts = (mutates or not fault.mutations) and fault.table in ("", table)
         strikes = False
@@ -70,9 +86,12 @@ class FaultyStore(Store):
             strikes = len(self.calls) == fault.at
         if strikes and fault.when == "before":
             self._strike(verb, table)
-        result = await super().call(verb, table, run, mutates=mutates)
+        is_late = mutates and type(self).late_s
+        result = await super().call(verb, table, late if is_late else run, mutates=mutates)
         if strikes and fault.when == "after":
             self._strike(verb, table)
+        if strikes and fault.action == "late":
+            type(self).late_s = 0.0
         return result
 
     def _strike(self, verb: str, table: str) -> None:
@@ -86,6 +105,18 @@ class FaultyStore(Store):
             case "cancel":
                 assert self.scope is not None
                 self.scope.cancel()
+            case "late":
+                assert self.scope is not None
+                type(self).late_s = 0.5
+                self.scope.cancel()
+            case "slow":
+                type(self).late_s = 0.1
+            case "disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+            case "readonly":
+                _forbid_writing(Path(self._location))
+            case "clock":
+                type(self).wall_offset = dt.timedelta(days=self.fault.at - 30)
             case "fail":
                 raise RuntimeError(f"injected at {verb} {table}")
             case "reset":
@@ -94,6 +125,17 @@ class FaultyStore(Store):
                 raise StoreError(f"connection reset at {verb} {table}", "Try again.")
             case _:
                 pass
+
+
+def _forbid_writing(folder: Path) -> None:
+    """Takes this process's right to write away, or, if it is not the superuser, everyone's."""
+    if os.geteuid() == 0:
+        os.setegid(65534)
+        os.seteuid(65534)  # nobody
+        return
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o555)
 
 
 def faulty_manager(fault: Fault) -> type[MigrationManager]:

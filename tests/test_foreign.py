@@ -261,3 +261,45 @@ async def test_what_lands_during_an_optimization_is_not_taken_for_a_part_of_it(
 
     assert landed == [what]
     assert (after == before) == (what != "nothing")
+
+
+async def widen(path: Path | str) -> None:
+    """Adds a column as another program would, unless it is there."""
+    table = await (await lancedb.connect_async(path)).open_table("t")
+    if "theirs" not in (await table.schema()).names:
+        await table.add_columns(pa.schema([pa.field("theirs", pa.int64())]))
+
+
+@pytest.mark.parametrize("name", ["rebuild", "rename"])
+async def test_a_column_that_others_add_while_rows_are_rewritten_stays(
+    tmp_path: Path, name: str
+) -> None:
+    """Whether the rows are read when it comes, or copied already: it is there in the end."""
+    path = tmp_path / "db"
+    await made(path)
+
+    async def same(batch: pa.RecordBatch) -> pa.RecordBatch:
+        await widen(path)
+        return batch
+
+    operation: Any = op.Rebuild(same)
+    steps = [*first(), Migration(table="t", version=2, operations=[operation])]
+    if name == "rename":
+        operation = op.RenameTable("renamed", table="t")
+        steps = [Migration(line="all", version=1, touches=("t", "renamed"), operations=[operation])]
+
+    seen: list[str] = []
+
+    async def after(verb: str, table: str) -> None:
+        if table == "renamed" and not seen:
+            seen.append(verb)
+            await widen(path)
+
+    watched = watched_manager(after=after)
+    async with watched(path, migrations=steps, logger=quiet_logger()) as manager:
+        await manager.upgrade()
+    end = await lancedb.connect_async(path)
+    table = await end.open_table("renamed" if name == "rename" else "t")
+
+    assert (await table.schema()).names == ["id", "n", "theirs"]
+    assert await table.count_rows() == 3
