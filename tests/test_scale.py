@@ -128,7 +128,7 @@ async def test_thousands_of_tables(database: Path) -> None:
 
     assert watch.files < 200
     assert watch.rss < 1 << 30
-    assert ledger_files(database) < 500
+    assert ledger_files(database) < 2000  # of 10,000 migrations
     assert watch.silent_s < 0.05
 
 
