@@ -18,28 +18,41 @@ if TYPE_CHECKING:
     from aiomigrate.discovery import load
     from aiomigrate.errors import AiomigrateError, MigrationFailedError
     from aiomigrate.ledger import OnUnsafeStore
-    from aiomigrate.manager import MigrationManager
+    from aiomigrate.manager import MigrationManager, OnPending
     from aiomigrate.model import Event, Migration, Script, Scripts
     from aiomigrate.plan import OnDestructive, Plan, Step
     from aiomigrate.reconcile import OnAhead
-    from aiomigrate.report import Outcome, Report, Status, StepReport, Validation
+    from aiomigrate.report import (
+        Health,
+        HealthState,
+        Outcome,
+        Report,
+        Status,
+        StepReport,
+        Validation,
+    )
     from aiomigrate.runner import Progress
+    from aiomigrate.timing import RunTiming
 
 _MODULES = {
     "AiomigrateError": "errors",
     "Context": "context",
     "Event": "model",
+    "Health": "report",
+    "HealthState": "report",
     "Migration": "model",
     "MigrationFailedError": "errors",
     "MigrationManager": "manager",
     "OnAhead": "reconcile",
     "OnDestructive": "plan",
+    "OnPending": "manager",
     "OnUnsafeStore": "ledger",
     "Outcome": "report",
     "Plan": "plan",
     "Progress": "runner",
     "RecordedTable": "context",
     "Report": "report",
+    "RunTiming": "timing",
     "Script": "model",
     "Scripts": "model",
     "Status": "report",
@@ -54,17 +67,21 @@ __all__ = [
     "AiomigrateError",
     "Context",
     "Event",
+    "Health",
+    "HealthState",
     "Migration",
     "MigrationFailedError",
     "MigrationManager",
     "OnAhead",
     "OnDestructive",
+    "OnPending",
     "OnUnsafeStore",
     "Outcome",
     "Plan",
     "Progress",
     "RecordedTable",
     "Report",
+    "RunTiming",
     "Script",
     "Scripts",
     "Status",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import json
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from aiomigrate.model import Event, Target
     from aiomigrate.plan import Plan
     from aiomigrate.report import Status
+    from aiomigrate.timing import RunTiming
 
 T = TypeVar("T")
 
@@ -852,6 +854,27 @@ def status(call: Call, *, check: _Check = False) -> Exit:
     return _run(call, work)
 
 
+@_verb(_database_options, _folder_options, _param_options)
+def health(call: Call) -> Exit:
+    """Say whether the database may be used, and if not, why. For containers and jobs.
+
+    Exits with 0 when it is at target (work in the background aside), 3 when it is not, 1 when the
+    last attempt failed.
+
+    Example: aiomigrate health --json
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        found = await manager.health()
+        call.output.say(str(found))
+        call.output.document(found.to_dict)
+        if found.is_ready:
+            return Exit.OK
+        return Exit.FAILED if found.failed else Exit.NOT_AT_TARGET
+
+    return _run(call, work)
+
+
 @_verb(_database_options, _folder_options, _param_options, _ahead_options)
 def validate(call: Call, *, check: _Check = False) -> Exit:
     """Compare scripts, ledger and live tables. Writes nothing.
@@ -924,6 +947,85 @@ def _history_text(call: Call, events: Collection[Event], line: str | None) -> st
 
 
 # ---- verbs without a database -------------------------------------------------------------------
+
+
+class _Format(enum.StrEnum):
+    """How a timing report is shown."""
+
+    TABLE = "table"
+    JSON = "json"
+    HTML = "html"
+    TRACE = "trace"
+
+
+@_verb(_database_options, _folder_options, _param_options)
+def report(
+    call: Call,
+    *,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="The run, by (the beginning of) its id. Default: the last.",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        _Format,
+        typer.Option(
+            "--format",
+            help="A table; JSON; one HTML page with a timeline; or a trace for Perfetto.",
+        ),
+    ] = _Format.TABLE,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="File to write; default: stdout.", show_default=False),
+    ] = None,
+) -> Exit:
+    """Show where the time of a run went: what waited for what, what was slow. Writes nothing.
+
+    Example: aiomigrate report --format html --output report.html
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        runs = await manager.timings()
+        chosen = _chosen_run(runs, run)
+        if call.output.as_json or form is _Format.JSON:
+            text = json.dumps(chosen.to_dict(), ensure_ascii=False)
+        elif form is _Format.TRACE:
+            text = json.dumps(chosen.to_trace(), ensure_ascii=False)
+        elif form is _Format.HTML:
+            from aiomigrate.charts import report_html
+
+            others = [other for other in runs if other is not chosen]
+            text = report_html(chosen, others, database=manager.database)
+        else:
+            text = str(chosen)
+        call.output.deliver(text, output)
+        return Exit.OK
+
+    return _run(call, work)
+
+
+def _chosen_run(runs: Collection[RunTiming], wanted: str | None) -> RunTiming:
+    """Returns the run of an id's beginning, the last one for none.
+
+    Raises:
+        ConfigurationError: There is none, or several begin so.
+    """
+    if not runs:
+        raise ConfigurationError(
+            "The history tells of no run in which a migration ended.",
+            "Run `aiomigrate upgrade` first, or check --uri.",
+        )
+    fitting = [run for run in runs if run.run_id.startswith(wanted or "")]
+    if wanted is None or len(fitting) == 1:
+        return fitting[-1]
+    named = ", ".join(f"{run.run_id} ({run.started_at:%Y-%m-%d %H:%M})" for run in list(runs)[-5:])
+    raise ConfigurationError(
+        f"{'No run begins' if not fitting else 'Several runs begin'} with {wanted!r}.",
+        f"The last ones are {named}.",
+    )
 
 
 @_verb(_folder_options)

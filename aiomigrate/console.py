@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +20,8 @@ import structlog
 import typer
 
 from aiomigrate import events as ev
+from aiomigrate.errors import ConfigurationError
+from aiomigrate.report import error_line
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, WrappedLogger
@@ -68,6 +71,23 @@ class Output:
         if self.as_json:
             text = json.dumps(value(), ensure_ascii=False, default=str)
             self._write(self.scrub(text))
+
+    def deliver(self, text: str, path: Path | None) -> None:
+        """Shows a text that was asked for in a form of its own, or writes it to a file.
+
+        Raises:
+            ConfigurationError: The file cannot be written.
+        """
+        if path is None:
+            self._write(self.scrub(text))
+            return
+        try:
+            path.write_text(f"{self.scrub(text)}\n", encoding="utf-8")
+        except OSError as exc:
+            raise ConfigurationError(
+                f"{path} cannot be written: {exc.strerror}.", "Choose another --output."
+            ) from exc
+        self.note(f"Written: {path}")
 
     def alone(self) -> AbstractContextManager[object]:
         """With `--json`, sends what scripts print to stderr: stdout is for the document."""
@@ -425,11 +445,3 @@ def _table_versions(tables: Mapping[str, Any]) -> str:
         elif before is not None:
             cells.append(f"{name} {before}")
     return ", ".join(cells) if len(cells) <= _MOST_TABLES else f"{len(cells)} tables"
-
-
-def error_line(error: str | None) -> str:
-    """Returns the telling line of an error: the last of a traceback, else the first."""
-    lines = [line.strip() for line in (error or "").splitlines() if line.strip()]
-    if not lines:
-        return ""
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

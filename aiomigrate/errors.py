@@ -173,6 +173,10 @@ class MigrationFailedError(AiomigrateError):
         self.report = report
 
 
+class NotAtTargetError(AiomigrateError):
+    """The database is not at its target, and this process was not to migrate it."""
+
+
 class OverwriteLostError(AiomigrateError):
     """Others committed during every attempt to overwrite a table. Everything of theirs is kept."""
 

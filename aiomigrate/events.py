@@ -4,6 +4,7 @@ For anyone who filters or counts log lines. Not the journal's event kinds: those
 `aiomigrate.model.Kind`.
 """
 
+BACKGROUND_FAILED = "background.failed"
 BACKGROUND_STARTED = "background.started"
 PROGRESS_FAILED = "progress.failed"
 

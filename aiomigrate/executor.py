@@ -328,6 +328,7 @@ class Executor:
         applied = event_of(
             script,
             Kind.APPLIED,
+            at=self._clock.wall(),  # it may be written with a later commit
             description=script.description,
             checksum=script.checksum,
             algorithm=ALGORITHM,

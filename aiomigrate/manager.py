@@ -7,12 +7,15 @@ database where there is none.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import enum
 import functools
 import math
+import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -35,13 +38,14 @@ from aiomigrate.errors import (
     LedgerConflictError,
     LedgerError,
     MigrationFailedError,
+    NotAtTargetError,
     ScriptError,
     TargetError,
     ValidationFailedError,
 )
 from aiomigrate.fold import Journal, fold
 from aiomigrate.lance import Sketch, Store, index_config, is_local, locate, redact, secrets_of
-from aiomigrate.lease import LeaseOptions, holder_of, unlock
+from aiomigrate.lease import HOST, LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, OnUnsafeStore, parse_head, versions_if_current
 from aiomigrate.model import (
     BACKGROUND_LEASE,
@@ -76,6 +80,8 @@ from aiomigrate.reconcile import (
 from aiomigrate.report import (
     Background,
     BackgroundState,
+    Health,
+    HealthState,
     Holder,
     LineStatus,
     Outcome,
@@ -83,12 +89,29 @@ from aiomigrate.report import (
     Status,
     StepReport,
     Validation,
+    error_line,
 )
 from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
+from aiomigrate.timing import RunTiming, runs_of
 from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo, unsettled
 
 if TYPE_CHECKING:
     import lancedb
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+
+class OnPending(enum.StrEnum):
+    """What a start does where migrations are pending.
+
+    Attributes:
+        MIGRATE: Runs them, or waits for the process that does.
+        WAIT: Leaves them to others, and waits.
+        FAIL: Fails at once.
+    """
+
+    MIGRATE = "migrate"
+    WAIT = "wait"
+    FAIL = "fail"
 
 
 class MigrationManager:
@@ -183,8 +206,10 @@ class MigrationManager:
             timeout_s=timeout,
             on_destructive=on_destructive,
             keep_s=keep_savepoints,
-            on_progress=on_progress,
+            on_progress=self._tell,
         )
+        self._on_progress = on_progress
+        self._listeners: set[MemoryObjectSendStream[Progress]] = set()
         self._clock = clock or Clock()
         self._log = logger or structlog.get_logger("aiomigrate")
         self._store: Store | None = None
@@ -215,6 +240,34 @@ class MigrationManager:
         if self._store is not None and self._store.connection is not self._connection:
             self._store.close()
         self._store = None
+        for listener in self._listeners:
+            listener.close()
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[MemoryObjectReceiveStream[Progress]]:
+        """Listens to this manager's runs: `with manager.progress() as stream`, then `async for`.
+
+        Of a listener that does not keep up the newest values are dropped beyond a thousand; nobody
+        waits for it. The stream ends when the manager is closed.
+
+        Yields:
+            A stream of `Progress`.
+        """
+        send, receive = anyio.create_memory_object_stream[Progress](_PROGRESS_KEPT)
+        self._listeners.add(send)
+        try:
+            with receive:
+                yield receive
+        finally:
+            self._listeners.discard(send)
+            send.close()
+
+    def _tell(self, progress: Progress) -> None:
+        for listener in self._listeners:
+            with contextlib.suppress(anyio.WouldBlock, anyio.BrokenResourceError):
+                listener.send_nowait(progress)
+        if self._on_progress is not None:
+            self._on_progress(progress)
 
     def _scrub(self, text: str) -> str:
         for secret in secrets_of(self._uri, self._storage_options):
@@ -246,7 +299,7 @@ class MigrationManager:
 
     # ---- changing -------------------------------------------------------------------------------
 
-    async def initialize(self) -> Report:
+    async def initialize(self, *, on_pending: OnPending = OnPending.MIGRATE) -> Report:
         """Brings the database to its target, for application startup.
 
         At target it costs connecting, opening and reading one small table. Otherwise it takes the
@@ -254,10 +307,17 @@ class MigrationManager:
         whoever did the work. Every change was compared with what its operations predicted. A
         crash or a cancellation leaves what the next call recovers from.
 
+        Args:
+            on_pending: Whether to migrate, to leave that to others and wait for it (up to
+                `lease_wait`, with one small read every few seconds), or to fail at once. Where it
+                does not migrate, nothing is ever written.
+
         Returns:
             What this process did; without steps when there was nothing to do.
 
         Raises:
+            NotAtTargetError: Something is pending (still, where it was waited for), and this
+                process was not to migrate.
             MigrationFailedError: A migration failed, here or in the process waited for.
             ValidationFailedError: A line did not arrive at its target.
             PlanError: Scripts and database do not fit together; nothing was written.
@@ -266,6 +326,8 @@ class MigrationManager:
             LeaseError: The lease could not be had or kept.
             StoreError: LanceDB failed.
         """
+        if on_pending is not OnPending.MIGRATE:
+            return await self._await_target(waits=on_pending is OnPending.WAIT)
         report = await self.upgrade(background=False)
         scripts = await self.scripts()
         deferred = set(report.deferred)
@@ -278,6 +340,29 @@ class MigrationManager:
         if behind:
             raise ValidationFailedError(behind, "Run `aiomigrate plan` to see why.")
         return report
+
+    async def _await_target(self, *, waits: bool) -> Report:
+        scripts = await self.scripts()
+        begun, started_at = self._clock.monotonic(), self._clock.wall()
+        report = Report(run_id=secrets.token_hex(4), database=self.database, started_at=started_at)
+        wait_s, delay_s = self._options.lease.wait_s, 0.05
+        while True:
+            # Without a script there is nothing to wait for, not even for a database.
+            _, current = await self._glimpse(await self._open(), scripts, self._log)
+            if current is not None or not scripts.all:
+                lines, deferred = current or ({}, ())
+                return self._ended(report, begun, lines=lines, deferred=deferred)
+            left_s = wait_s - (self._clock.monotonic() - begun)
+            if not waits or left_s <= 0:
+                health = await self.health()
+                after = f" after {wait_s:g} s" if waits else ""
+                raise NotAtTargetError(
+                    f"The database is not at its target{after}, and this process is not to "
+                    f"migrate it. It is {health}.".replace("\n", "; "),
+                    "Run `aiomigrate upgrade`, or start what migrates it, then start this again.",
+                )
+            await anyio.sleep(min(delay_s, left_s))
+            delay_s = min(2 * delay_s, _LOOK_EVERY_S)
 
     async def upgrade(
         self,
@@ -799,6 +884,40 @@ class MigrationManager:
             background=at_work,
         )
 
+    async def health(self) -> Health:
+        """Returns whether the database may be used, and if not, why. Reads little; writes nothing.
+
+        For a probe that is asked every second use `aiomigrate.asgi`, which remembers.
+
+        Raises:
+            ScriptError: A script is wrong.
+            LedgerError: The ledger cannot be trusted.
+            StoreError: LanceDB failed.
+        """
+        status = await self.get_status()
+        behind = {
+            name
+            for name, line in status.lines.items()
+            if line.target is not None and line.current < line.target
+        }
+        if all(status.lines[name].background is not None for name in behind):
+            return Health(state=HealthState.READY, status=status)
+        if (holder := status.holder) is not None:
+            is_own = (holder.host, holder.pid) == (HOST, os.getpid())
+            state = HealthState.RUNNING if is_own else HealthState.WAITING
+            return Health(state=state, status=status)
+        store = await self._open()
+        failed = {}
+        if store is not None:
+            journal = fold(await self._ledger(store, self._log).read_journal())
+            failed = {
+                name: error_line(event.error)
+                for name, line in journal.lines.items()
+                if name in behind and (event := line.failed) is not None
+            }
+        state = HealthState.FAILED if failed else HealthState.PENDING
+        return Health(state=state, status=status, failed=failed)
+
     async def validate(self) -> Validation:
         """Compares scripts, ledger and live tables. Writes nothing, takes no lease.
 
@@ -872,6 +991,21 @@ class MigrationManager:
             found = differences(shape, state.shape())
             errors += [f"table {name}: {difference}" for difference in found]
         return errors
+
+    async def timings(self) -> tuple[RunTiming, ...]:
+        """Returns where the time of every run in the journal went, oldest first. Writes nothing.
+
+        Runs in which no migration ended are left out; none where there is no journal.
+
+        Raises:
+            ScriptError: A script is wrong.
+            LedgerError: The journal cannot be read or trusted.
+            StoreError: LanceDB failed.
+        """
+        follows = {
+            script.key: tuple(script.depends_on.items()) for script in (await self.scripts()).all
+        }
+        return runs_of(await self.history(), follows)
 
     async def history(self, line: str | None = None) -> tuple[Event, ...]:
         """Returns the journal's valid events in order, of one line or all. Writes nothing.
@@ -1079,6 +1213,8 @@ class MigrationManager:
         return checked
 
 
+_PROGRESS_KEPT = 1000
+_LOOK_EVERY_S = 2.0
 _LOOKS = 3
 _SURVEY_ROWS = 1024
 

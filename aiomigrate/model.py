@@ -315,6 +315,10 @@ class Kind(enum.StrEnum):
     PRUNED = "pruned"
 
 
+NOT_YET = dt.datetime.min.replace(tzinfo=dt.UTC)
+"""The time of an event that is as old as its entry in the journal."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One journal entry.

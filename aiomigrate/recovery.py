@@ -6,7 +6,6 @@ restores themselves are `savepoint`; running forward is `executor`.
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.fold import Unfinished
 from aiomigrate.lance import Store
-from aiomigrate.model import Event, Kind, Script
+from aiomigrate.model import NOT_YET, Event, Kind, Script
 from aiomigrate.operations.base import TableState
 from aiomigrate.operations.stored import encode
 from aiomigrate.places import Place
@@ -37,8 +36,6 @@ from aiomigrate.savepoint import (
     vacate,
 )
 from aiomigrate.touched import Touched
-
-_UNSET = dt.datetime.min.replace(tzinfo=dt.UTC)  # the writer fills it in
 
 
 @dataclass(eq=False)
@@ -107,10 +104,10 @@ Record = Callable[..., Awaitable[None]]
 
 
 def event_of(script: Script, kind: Kind, **facts: Any) -> Event:
-    """Returns an event of a migration; the writer fills in where and when."""
+    """Returns an event of a migration; the writer fills in where, and when unless it is given."""
     return Event(
-        lease="", epoch=0, seq=0, at=_UNSET, kind=kind,
-        line=script.line, version=script.version, **facts,
+        lease="", epoch=0, seq=0, kind=kind,
+        line=script.line, version=script.version, **{"at": NOT_YET, **facts},
     )  # fmt: skip
 
 

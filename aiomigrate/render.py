@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aiomigrate.plan import Direction, Plan
-from aiomigrate.report import LineStatus, Outcome, Report, Status
+from aiomigrate.report import Health, HealthState, LineStatus, Outcome, Report, Status
+from aiomigrate.timing import RunTiming
 
 
 def seconds(value: float) -> str:
@@ -170,4 +171,54 @@ def status_text(status: Status) -> str:
         out.append(f"lease held by {status.holder}")
     if status.background:
         out.append(f"in the background: {status.background}")
+    return "\n".join(out)
+
+
+def timing_text(run: RunTiming) -> str:
+    """Returns a run as a table of timings in the order of beginning, and where its time went."""
+    header = ("began", "line", "version", "outcome", "waited", "ran", "ledger", "rows", "commits",
+              "retries", "")  # fmt: skip
+    critical = set(run.critical)
+    rows = [
+        (
+            seconds(span.began_s),
+            span.line,
+            str(span.version),
+            span.outcome,
+            seconds(span.waited_s),
+            seconds(span.ran_s),
+            seconds(span.ledger_s),
+            str(span.rows),
+            str(span.commits),
+            str(span.retries),
+            "*" if span.key in critical else "",
+        )
+        for span in run.spans
+    ]
+    path = " > ".join(f"{line} {version}" for line, version in run.critical)
+    head = f"run {run.run_id}, {run.started_at:%Y-%m-%d %H:%M:%SZ}, process {run.pid} on {run.host}"
+    total = (
+        f"{len(run.spans)} migrations in {seconds(run.total_s)}: {seconds(run.lease_s)} for the "
+        f"lease, {seconds(run.worked_s)} of work, {run.concurrency:.1f} at once."
+    )
+    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9))
+    return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
+
+
+def health_text(health: Health) -> str:
+    """Returns health in one line, and one for each line that is not at target."""
+    status = health.status
+    said = {
+        HealthState.READY: "ready: at target",
+        HealthState.RUNNING: "running: this process is migrating",
+        HealthState.WAITING: f"waiting for {status.holder}",
+        HealthState.PENDING: "pending: not at target, and nobody is at work",
+        HealthState.FAILED: "failed: not at target, and the last attempt failed",
+    }[health.state]
+    out = [f"{said} ({status.database})"]
+    for name, line in sorted(status.lines.items()):
+        if line.target is None or not line.pending:
+            continue
+        told = f"{name}: {line.current} of {line.target}{_background(line)}"
+        out.append(f"{told}: {health.failed[name]}" if name in health.failed else told)
     return "\n".join(out)

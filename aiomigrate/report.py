@@ -315,6 +315,58 @@ class Status:
         return status_text(self)
 
 
+class HealthState(enum.StrEnum):
+    """What an operator asks first.
+
+    Attributes:
+        READY: At target, but for what is done in the background: the application may serve.
+        RUNNING: This process is migrating.
+        WAITING: Another process is migrating.
+        PENDING: Not at target, and nobody is at work.
+        FAILED: Not at target, nobody is at work, and the last attempt failed.
+    """
+
+    READY = "ready"
+    RUNNING = "running"
+    WAITING = "waiting"
+    PENDING = "pending"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Whether a database may be used, and if not, why. `str()` is one line per thing to know.
+
+    Attributes:
+        state: The whole in one word.
+        status: Where every line is, and who holds the leases.
+        failed: The error of the last attempt, by line, of lines that are not at target.
+    """
+
+    state: HealthState
+    status: Status
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the application may serve."""
+        return self.state is HealthState.READY
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as a JSON-ready dictionary."""
+        return {
+            "state": self.state.value,
+            "ready": self.is_ready,
+            "failed": dict(self.failed),
+            **self.status.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        from aiomigrate.render import health_text  # rendering is a layer above what it prints
+
+        return health_text(self)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
     """Whether a database is what ledger and scripts say.
@@ -349,3 +401,11 @@ class Validation:
         told = (("error", self.errors), ("warning", self.warnings), ("background", self.deferred))
         lines = [f"{word}: {text}" for word, texts in told for text in texts]
         return "\n".join(lines) or "valid"
+
+
+def error_line(error: str | None) -> str:
+    """Returns the telling line of an error: the last of a traceback, else the first."""
+    lines = [line.strip() for line in (error or "").splitlines() if line.strip()]
+    if not lines:
+        return ""
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

@@ -273,7 +273,13 @@ class Runner:
             for epoch, seq in seen_epochs(await self._ledger.read_journal(), lease.key).items()
         }
         await writer.record(
-            Event(**_UNSET, at=self._clock.wall(), kind=Kind.OPENED, detail={"seen": seen})
+            Event(
+                **_UNSET,
+                at=self._clock.wall(),
+                kind=Kind.OPENED,
+                waited_s=self.lease_s,
+                detail={"seen": seen},
+            )
         )
         return await look()
 

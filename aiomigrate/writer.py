@@ -20,7 +20,7 @@ from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, LeaseLostError, LedgerError, StoreError
 from aiomigrate.lease import Lease, LeaseOptions
 from aiomigrate.ledger import Ledger, lease_row_name
-from aiomigrate.model import Event, HeadRow
+from aiomigrate.model import NOT_YET, Event, HeadRow
 
 _MAX_GATHER_S = 0.05
 
@@ -258,7 +258,7 @@ class Writer:
                         lease=self.lease.key,
                         epoch=self.lease.epoch,
                         seq=self._seq,
-                        at=now,
+                        at=now if event.at == NOT_YET else event.at,
                         **self._stamp,
                     )
                 )

@@ -34,7 +34,7 @@ class Fault:
         action: `kill`, `stop` (SIGSTOP to itself), `cancel`, `count`, `fail` or `reset`
             (raises although the store has applied it); `slow` (that call and every later one takes
             effect late), `late` (cancelled, and that call takes effect half a second later),
-            `disk` (files take no more than some hundred bytes from now on), `readonly` (nothing can
+            `disk` (no file takes a byte from now on), `readonly` (nothing can
             be written any more), `clock` (the wall clock jumps by days).
         at: At the n-th matching call, from 1.
         when: `before` or `after` the call took effect.
@@ -112,7 +112,7 @@ class FaultyStore(Store):
             case "slow":
                 type(self).late_s = 0.1
             case "disk":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             case "readonly":
                 _forbid_writing(Path(self._location))
             case "clock":

@@ -77,7 +77,7 @@ async def fails(_: Context) -> None:
 async def test_names_are_stable() -> None:
     """Whoever filters logs by name may rely on these; a new name is added here on purpose."""
     assert sorted(NAMES) == [
-        "background.started", "commit.retried", "commit.unresolved",
+        "background.failed", "background.started", "commit.retried", "commit.unresolved",
         "lease.acquired", "lease.left_to_expire", "lease.lost", "lease.released", "lease.stolen",
         "lease.waiting",
         "ledger.adopted", "ledger.compacted", "ledger.founded", "ledger.healed", "ledger.retried",

@@ -1,0 +1,189 @@
+"""Where the time of runs went: from the journal, as a table, JSON, a trace and a page."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiomigrate import Context, Migration, MigrationFailedError, RunTiming, op
+from aiomigrate.charts import report_html
+from aiomigrate.model import Event, Kind
+from aiomigrate.timing import Span, critical_path, runs_of, waits
+from tests.tools import manager
+
+AT = dt.datetime(2026, 11, 27, 12, tzinfo=dt.UTC)
+T = pa.schema([("id", pa.string())])
+
+
+def ended(line: str, version: int, at_s: float, ran_s: float, **more: Any) -> Event:
+    """Returns the event of a migration that ended some seconds after `AT`."""
+    return Event(
+        lease="run", epoch=1, seq=0, at=AT + dt.timedelta(seconds=at_s), line=line,
+        version=version, ran_s=ran_s, **{"kind": Kind.APPLIED, "run_id": "r1", **more},
+    )  # fmt: skip
+
+
+def opened(lease_s: float) -> Event:
+    """Returns the event of a run that had waited for the lease until `AT`."""
+    return Event(
+        lease="run", epoch=1, seq=0, at=AT, kind=Kind.OPENED, run_id="r1", waited_s=lease_s
+    )
+
+
+def test_times_count_from_when_the_lease_was_asked_for() -> None:
+    """Waiting for it comes first; a migration began as long before its end as it took."""
+    (run,) = runs_of([opened(2.0), ended("a", 1, 5.0, 3.0, ledger_s=1.0, waited_s=0.5)])
+
+    assert (run.started_at, run.lease_s, run.total_s) == (AT - dt.timedelta(seconds=2), 2.0, 7.0)
+    assert (run.spans[0].began_s, run.spans[0].took_s, run.spans[0].ended_s) == (3.0, 4.0, 7.0)
+    assert run.worked_s == 4.0
+
+
+def test_the_critical_path_follows_line_and_dependencies() -> None:
+    """Not what ran beside: b 1 ended late but nothing waited for it."""
+    run = runs_of(
+        [ended("a", 1, 2.0, 2.0), ended("b", 1, 4.5, 4.5), ended("c", 1, 5.0, 3.0),
+         ended("c", 2, 6.0, 1.0)],
+        {("c", 1): [("a", 1)]},
+    )[0]  # fmt: skip
+
+    assert run.critical == (("a", 1), ("c", 1), ("c", 2))
+    assert run.concurrency == pytest.approx(10.5 / 6.0)
+
+
+def test_failures_and_undoing_are_told_and_runs_without_migrations_left_out() -> None:
+    """With the telling line of the error; another run is a run of its own."""
+    failure = "Traceback (most recent call last):\n  here\nValueError: no"
+    events = [
+        ended("a", 1, 1.0, 1.0, kind=Kind.FAILED, error=failure),
+        ended("a", 1, 9.0, 1.0, kind=Kind.ROLLED_BACK, run_id="r2"),
+        Event(lease="run", epoch=3, seq=0, at=AT, kind=Kind.OPENED, run_id="r3"),
+    ]
+    first, second = runs_of(events)
+
+    assert (first.spans[0].outcome, first.spans[0].error) == ("failed", "ValueError: no")
+    assert second.spans[0].outcome == "rolled back"
+    assert runs_of([]) == ()
+
+
+spans = st.lists(
+    st.builds(
+        Span,
+        line=st.sampled_from("abc"),
+        version=st.integers(1, 9),
+        began_s=st.floats(0, 100),
+        waited_s=st.floats(0, 100),
+        ran_s=st.floats(0, 100),
+        ledger_s=st.floats(0, 10),
+    ),
+    max_size=8,
+    unique_by=lambda span: span.key,
+)
+
+
+@given(spans)
+def test_any_spans_have_a_path_and_a_trace(drawn: list[Span]) -> None:
+    """The path ends with what ended last, and no slice of a trace has a negative length."""
+    drawn.sort(key=lambda span: span.began_s)
+    path = critical_path(drawn, {})
+    run = RunTiming(run_id="r", started_at=AT, spans=tuple(drawn), critical=path)
+    slices = [e for e in run.to_trace()["traceEvents"] if e["ph"] == "X"]
+
+    assert len(set(path)) == len(path)
+    assert not drawn or path[-1] == max(drawn, key=lambda s: (s.ended_s, s.key)).key
+    assert all(e["dur"] >= 0 for e in slices)
+    assert all(0 <= w <= s.waited_s for w, s in zip(waits(drawn), drawn, strict=True))
+    assert json.loads(json.dumps(run.to_dict()))["migrations"] == run.to_dict()["migrations"]
+
+
+async def ran(database: Path) -> tuple[RunTiming, ...]:
+    """Runs migrations that wait for one another, one of which fails; returns the timings."""
+
+    async def slow(ctx: Context) -> None:
+        await anyio.sleep(0.2)
+
+    async def wrong(ctx: Context) -> None:
+        raise ValueError("<b>wrong</b> on purpose")
+
+    steps = [
+        Migration(table="a", version=1, operations=[op.CreateTable(T), op.Run(slow)]),
+        Migration(table="b", version=1, operations=[op.CreateTable(T)], depends_on={"a": 1}),
+        Migration(table="b", version=2, operations=[op.Run(slow)], touches=("b",)),
+        Migration(table="c", version=1, operations=[op.CreateTable(T)]),
+    ]
+    async with manager(database, steps) as migrating:
+        await migrating.upgrade()
+        await migrating.rollback({"c": 0})
+    failing = Migration(table="a", version=2, description="Break", up=wrong)
+    async with manager(database, [*steps, failing]) as migrating:
+        with pytest.raises(MigrationFailedError):
+            await migrating.upgrade()
+        return await migrating.timings()
+
+
+async def test_real_runs_are_timed(database: Path) -> None:
+    """What slept took that long, what depended on it began after it, and that is the path."""
+    runs = await ran(database)
+    first = runs[0]
+    took = {span.key: span for span in first.spans}
+
+    assert [sorted(s.outcome for s in run.spans) for run in runs] == [
+        ["applied"] * 4, ["rolled back"], ["applied", "failed"],
+    ]  # fmt: skip
+    assert took["a", 1].ran_s >= 0.2
+    assert took["b", 1].began_s >= took["a", 1].ended_s - 0.01
+    assert took["b", 1].waited_s >= 0.19
+    assert first.critical == (("a", 1), ("b", 1), ("b", 2))
+    assert first.total_s >= 0.4
+    assert 0 < first.lease_s < first.total_s
+    assert "a 1 > b 1 > b 2" in str(first)
+
+
+async def test_the_page_holds_everything_and_nothing_of_others(database: Path) -> None:
+    """One file: timeline, slowest, trend, table; texts escaped; no request to anywhere."""
+    runs = await ran(database)
+    page = report_html(runs[-1], runs[:-1], database="s3://bucket/<db>")
+    own = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+
+    for title in ("Timeline", "Slowest", "Trend", "Migrations"):
+        assert f"<h2>{title}</h2>" in own
+    assert "&lt;b&gt;wrong&lt;/b&gt; on purpose" in own
+    assert "<b>wrong</b>" not in own
+    assert "s3://bucket/&lt;db&gt;" in own
+    assert not re.findall(r"(?:src|href)=", own)
+    assert page.count("Plotly.newPlot") >= 3
+
+
+async def test_the_command_reports_in_every_form(database: Path, tmp_path: Path) -> None:
+    """By default the last run as a table; by id another; to a file; a wrong id names the last."""
+    runs = await ran(database)
+    (tmp_path / "migrations").mkdir()
+
+    def report(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "aiomigrate", "report", "--uri", str(database), *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    page = tmp_path / "page.html"
+    table, as_json = report(), report(runs[0].run_id[:6], "--format", "json")
+    trace, html = report("--format", "trace"), report("--format", "html", "--output", str(page))
+    wrong = report("nonsense")
+
+    assert "ValueError: " not in table.stderr
+    assert f"run {runs[-1].run_id}" in table.stdout
+    assert json.loads(as_json.stdout)["run_id"] == runs[0].run_id
+    assert {"traceEvents", "displayTimeUnit"} <= json.loads(trace.stdout).keys()
+    assert html.returncode == 0
+    assert "<h2>Timeline</h2>" in page.read_text()
+    assert wrong.returncode == 2
+    assert runs[-1].run_id in wrong.stderr
