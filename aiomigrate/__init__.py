@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aiomigrate.errors import AiomigrateError, MigrationFailedError
     from aiomigrate.ledger import OnUnsafeStore
     from aiomigrate.manager import MigrationManager, OnPending
+    from aiomigrate.many import DatabaseReport, ManyReport, migrate_all
     from aiomigrate.model import Event, Migration, Script, Scripts
     from aiomigrate.plan import OnDestructive, Plan, Step
     from aiomigrate.reconcile import OnAhead
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 _MODULES = {
     "AiomigrateError": "errors",
     "Context": "context",
+    "DatabaseReport": "many",
     "Event": "model",
     "Health": "report",
     "HealthState": "report",
+    "ManyReport": "many",
     "Migration": "model",
     "MigrationFailedError": "errors",
     "MigrationManager": "manager",
@@ -60,15 +63,18 @@ _MODULES = {
     "StepReport": "report",
     "Validation": "report",
     "load": "discovery",
+    "migrate_all": "many",
 }
 _SUBMODULES = {"errors": "errors", "events": "events", "op": "operations"}
 
 __all__ = [
     "AiomigrateError",
     "Context",
+    "DatabaseReport",
     "Event",
     "Health",
     "HealthState",
+    "ManyReport",
     "Migration",
     "MigrationFailedError",
     "MigrationManager",
@@ -92,6 +98,7 @@ __all__ = [
     "errors",
     "events",
     "load",
+    "migrate_all",
     "op",
 ]
 

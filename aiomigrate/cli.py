@@ -261,34 +261,38 @@ class Call:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tracker", Tracker(self.output))
 
+    def options(self) -> dict[str, Any]:
+        """Returns the settings as options of a manager, all but the database."""
+        from aiomigrate.ledger import OnUnsafeStore
+        from aiomigrate.plan import OnDestructive
+        from aiomigrate.reconcile import OnAhead
+
+        chosen = self.settings
+        return {
+            "migrations": chosen.migrations,
+            "params": chosen.params,
+            "ledger": chosen.ledger,
+            "concurrency": chosen.concurrency,
+            "lease_ttl": chosen.lease_ttl,
+            "lease_wait": chosen.lease_wait,
+            "timeout": chosen.timeout,
+            "storage_options": chosen.storage_options or None,
+            "on_ahead": OnAhead(chosen.on_ahead),
+            "on_destructive": OnDestructive(chosen.on_destructive),
+            "keep_savepoints": chosen.keep_savepoints,
+            "on_unsafe_store": OnUnsafeStore(chosen.on_unsafe_store),
+            "on_progress": self.tracker,
+        }
+
     def manager(self) -> MigrationManager:
         """Returns a manager for the settings.
 
         Raises:
             ConfigurationError: A setting cannot be.
         """
-        from aiomigrate.ledger import OnUnsafeStore
         from aiomigrate.manager import MigrationManager
-        from aiomigrate.plan import OnDestructive
-        from aiomigrate.reconcile import OnAhead
 
-        chosen = self.settings
-        return MigrationManager(
-            chosen.uri,
-            migrations=chosen.migrations,
-            params=chosen.params,
-            ledger=chosen.ledger,
-            concurrency=chosen.concurrency,
-            lease_ttl=chosen.lease_ttl,
-            lease_wait=chosen.lease_wait,
-            timeout=chosen.timeout,
-            storage_options=chosen.storage_options or None,
-            on_ahead=OnAhead(chosen.on_ahead),
-            on_destructive=OnDestructive(chosen.on_destructive),
-            keep_savepoints=chosen.keep_savepoints,
-            on_unsafe_store=OnUnsafeStore(chosen.on_unsafe_store),
-            on_progress=self.tracker,
-        )
+        return MigrationManager(self.settings.uri, **self.options())
 
 
 def _verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callable[..., Exit]]:
@@ -558,12 +562,45 @@ def upgrade(
         bool,
         typer.Option("--background-only", help="Do only that.", show_default=False),
     ] = False,
+    uris_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--uris-from",
+            metavar="FILE",
+            help="Many databases: one path or URI on each line ('-' for stdin).",
+            show_default=False,
+        ),
+    ] = None,
+    glob: Annotated[
+        str | None,
+        typer.Option(
+            "--glob",
+            metavar="PATTERN",
+            help="Many databases: the folders that it names, such as 'tenants/*/app.lancedb'.",
+            show_default=False,
+        ),
+    ] = None,
+    at_once: Annotated[
+        int, typer.Option("--at-once", min=1, help="How many of many databases at once.")
+    ] = 8,
 ) -> Exit:
     """Bring the database to its target: run what is pending, each migration once.
+
+    With --uris-from or --glob many databases, of which one that fails holds up no other; run it
+    again to go on.
 
     Example: aiomigrate upgrade --uri ./data/app.lancedb -x dimension=1536
     """
     target = config.parse_target(to or ())
+    if uris_from is not None or glob is not None:
+        if dry_run or table or to or background_only:
+            raise ConfigurationError(
+                "Many databases go to their target, without --dry-run, --table, --to or "
+                "--background-only.",
+                "Leave those out, or name one database with --uri.",
+            )
+        uris = _uris(uris_from, glob)
+        return _run_many(call, uris, at_once, background=not skip_background)
     if dry_run:
         return _run(call, lambda manager: _show_plan(call, manager, table, target))
     if skip_background and background_only:
@@ -602,6 +639,70 @@ async def _upgrade(
     show_report(output, report)
     output.document(report.to_dict)
     return Exit.OK
+
+
+def _uris(file: Path | None, pattern: str | None) -> list[str]:
+    """Returns the databases that a file and a pattern name.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or they name none.
+    """
+    from aiomigrate.many import expand_glob
+
+    found: list[str] = []
+    if file is not None:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigurationError(
+                f"{file} cannot be read.", "Pass a text file with one path or URI on each line."
+            ) from exc
+        lines = (line.strip() for line in text.splitlines())
+        found += [line for line in lines if line and not line.startswith("#")]
+    if pattern is not None:
+        found += expand_glob(pattern)
+    if not found:
+        raise ConfigurationError(f"{file} names no database.", "Write one path or URI on a line.")
+    return found
+
+
+def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) -> Exit:
+    """Upgrades many databases until all have ended or a signal comes."""
+    import anyio
+
+    from aiomigrate.many import DatabaseReport, ManyReport, migrate_all
+
+    output, done = call.output, 0
+
+    def told(one: DatabaseReport) -> None:
+        nonlocal done
+        done += 1
+        applied = len(one.report.applied) if one.report else 0
+        came = f"{applied} applied" if one.is_ok else f"failed: {one.error.what}"  # type: ignore[union-attr]
+        if applied or not one.is_ok:
+            output.say(f"[{done}/{len(uris)}] {one.database}: {came}")
+
+    async def work() -> ManyReport:
+        options = call.options()
+        options.pop("on_progress")
+        return await migrate_all(
+            uris, at_once=at_once, background=background, on_done=told, **options
+        )
+
+    async def main() -> Exit:
+        caught: list[signal.Signals] = []
+        report = await _until_signal(work, caught, output)
+        if report is None:
+            _deafen()
+            what = f"Interrupted: {done} of {len(uris)} databases had ended."
+            output.document(lambda: {"interrupted": caught[0].name, "what": what})
+            output.note(f"{what}\nRun it again to go on: those at target cost next to nothing.")
+            return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
+        output.say(str(report))
+        output.document(report.to_dict)
+        return Exit.FAILED if report.failed else Exit.OK
+
+    return anyio.run(main)
 
 
 def _at_target(manager: MigrationManager, planned: Plan) -> str:

@@ -23,8 +23,8 @@ from aiomigrate.errors import (
 )
 from aiomigrate.model import Migration, Params, Script, Scripts
 
-Source = str | Path | types.ModuleType | Sequence[Migration]
-"""Where migrations come from: a folder, a package, or the migrations themselves."""
+Source = str | Path | types.ModuleType | Sequence[Migration] | Scripts
+"""Where migrations come from: a folder, a package, the migrations, or what was loaded of them."""
 
 _FILE = re.compile(r"^(\d+)[-_].*\.py$|^(\d+)\.py$")
 
@@ -33,8 +33,8 @@ def load(source: Source, params: Params) -> Scripts:
     """Imports and checks all migrations. Blocks: imports run user code.
 
     Args:
-        source: A folder (files `NNN_name.py`; other files are left alone), a package, or a
-            sequence of migrations.
+        source: A folder (files `NNN_name.py`; other files are left alone), a package, a sequence
+            of migrations, or scripts that were loaded already, which are returned as they are.
         params: Given to operations that are functions of them.
 
     Returns:
@@ -45,10 +45,12 @@ def load(source: Source, params: Params) -> Scripts:
         ScriptError: A file cannot be imported, holds no migration or one of another version, or
             two migrations claim one version of a line.
     """
-    return check(find(source), params)
+    return source if isinstance(source, Scripts) else check(find(source), params)
 
 
-def find(source: Source) -> list[tuple[Migration, str]]:
+def find(
+    source: str | Path | types.ModuleType | Sequence[Migration],
+) -> list[tuple[Migration, str]]:
     """Returns every migration with the name of its file, each once.
 
     Raises:

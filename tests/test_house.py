@@ -32,11 +32,11 @@ def test_imports_point_downward(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_public_names_are_pinned() -> None:
     """Whoever imports from the package may rely on these; a new one is added here on purpose."""
     assert set(aiomigrate.__all__) == {
-        "AiomigrateError", "Context", "Event", "Health", "HealthState", "Migration",
-        "MigrationFailedError", "MigrationManager", "OnAhead", "OnDestructive", "OnPending",
-        "OnUnsafeStore", "Outcome", "Plan", "Progress", "RecordedTable", "Report", "RunTiming",
-        "Script", "Scripts", "Status", "Step", "StepReport", "Validation", "__version__", "errors",
-        "events", "load", "op",
+        "AiomigrateError", "Context", "DatabaseReport", "Event", "Health", "HealthState",
+        "ManyReport", "Migration", "MigrationFailedError", "MigrationManager", "OnAhead",
+        "OnDestructive", "OnPending", "OnUnsafeStore", "Outcome", "Plan", "Progress",
+        "RecordedTable", "Report", "RunTiming", "Script", "Scripts", "Status", "Step", "StepReport",
+        "Validation", "__version__", "errors", "events", "load", "migrate_all", "op",
     }  # fmt: skip
     assert dir(aiomigrate) == sorted(aiomigrate.__all__)
     assert all(getattr(aiomigrate, name) is not None for name in aiomigrate.__all__)
