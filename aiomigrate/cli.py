@@ -67,7 +67,6 @@ app = typer.Typer(
     name="aiomigrate",
     help="Crash-safe, exactly-once migrations for LanceDB.",
     epilog=_EPILOG.replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"),
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -40,6 +40,7 @@ from aiomigrate.places import Place, Places
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
 from aiomigrate.savepoint import branch_name, drop_branch, is_ours, shape_effect
+from aiomigrate.telemetry import LEDGER, OPERATION, Telemetry
 from aiomigrate.touched import Touched
 from aiomigrate.undo import destroys
 from aiomigrate.writer import Writer
@@ -61,6 +62,7 @@ class Executor:
         concurrency: int,
         keeps: bool,
         progress: Progress,
+        telemetry: Telemetry,
     ) -> None:
         """Binds to the writer whose lease everything happens under.
 
@@ -75,6 +77,7 @@ class Executor:
             concurrency: How many migrations may operate at once.
             keeps: Whether savepoints of destructive migrations are kept.
             progress: Told how steps proceed.
+            telemetry: Told of everything that takes time.
         """
         self._store = store
         self._writer = writer
@@ -85,6 +88,7 @@ class Executor:
         self._timeout_s = timeout_s
         self._places = Places(concurrency)
         self._progress = progress
+        self._telemetry = telemetry
         self._keeps = keeps
         self.applier = Applier(store, writer.check, progress=progress, log=log)
         lease = writer.lease
@@ -188,12 +192,14 @@ class Executor:
         for position, operation in enumerate(operations, work.begin_at + 1):
             work.doing = in_hand(operation)
             self._progress(script, operation.describe(), position - 1, len(script.operations))
-            if isinstance(operation, Run):
-                await self.run_function(work, operation, log)
-            else:
-                touched = work.tables[operation.table or ""]
-                witness = witness_name(script, operation, script.operations[: position - 1])
-                await self.applier.apply(operation, touched, script, witness)
+            facts = {"db.operation.name": work.doing, "db.collection.name": operation.table or ""}
+            with self._telemetry.span(OPERATION, facts):
+                if isinstance(operation, Run):
+                    await self.run_function(work, operation, log)
+                else:
+                    touched = work.tables[operation.table or ""]
+                    witness = witness_name(script, operation, script.operations[: position - 1])
+                    await self.applier.apply(operation, touched, script, witness)
             # Durable before the next commit, with whose announcement it goes.
             work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
             done = {"operations": position}
@@ -307,10 +313,12 @@ class Executor:
             LeaseLostError: Another process has taken over.
             LedgerError: The journal cannot be written.
         """
-        async with work.place.lent() if work.place else contextlib.nullcontext():
-            begun = self._clock.monotonic()
-            await self._writer.record(*events)
-            work.ledger_s += self._clock.monotonic() - begun
+        lent = work.place.lent() if work.place else contextlib.nullcontext()
+        with self._telemetry.span(LEDGER, {"aiomigrate.events": len(events)}):
+            async with lent:
+                begun = self._clock.monotonic()
+                await self._writer.record(*events)
+                work.ledger_s += self._clock.monotonic() - begun
 
     async def _finish(self, work: Work, waited_s: float, log: Any) -> StepReport:
         script = work.script

@@ -92,6 +92,7 @@ from aiomigrate.report import (
     error_line,
 )
 from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
+from aiomigrate.telemetry import RUN, Telemetry
 from aiomigrate.timing import RunTiming, runs_of
 from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo, unsettled
 
@@ -140,6 +141,7 @@ class MigrationManager:
         keep_savepoints: float = 7 * 86400.0,
         on_unsafe_store: OnUnsafeStore = OnUnsafeStore.ERROR,
         on_progress: Callable[[Progress], None] | None = None,
+        telemetry: Telemetry | None = None,
         logger: Any = None,
         clock: Clock | None = None,
     ) -> None:
@@ -165,6 +167,7 @@ class MigrationManager:
             on_unsafe_store: What to do about an object store that loses commits (it ignores
                 conditional writes), which is tried when the ledger is founded.
             on_progress: Called in the event loop with each `Progress`.
+            telemetry: Told of everything that takes time, as `aiomigrate.otel.OpenTelemetry()`.
             logger: A structlog logger; by default `structlog.get_logger("aiomigrate")`.
             clock: Clocks, for tests.
 
@@ -207,6 +210,7 @@ class MigrationManager:
             on_destructive=on_destructive,
             keep_s=keep_savepoints,
             on_progress=self._tell,
+            telemetry=telemetry or Telemetry(),
         )
         self._on_progress = on_progress
         self._listeners: set[MemoryObjectSendStream[Progress]] = set()
@@ -392,7 +396,8 @@ class MigrationManager:
             LeaseError: The lease could not be had or kept.
             StoreError: LanceDB failed.
         """
-        fast = await self._upgrade(tables=tables, to=to)
+        with self._run_span("upgrade"):
+            fast = await self._upgrade(tables=tables, to=to)
         if not (background and fast.deferred):
             return fast
         try:
@@ -401,6 +406,10 @@ class MigrationManager:
             exc.report = fast.followed_by(exc.report)
             raise
         return fast.followed_by(later)
+
+    def _run_span(self, doing: str) -> contextlib.AbstractContextManager[object]:
+        facts = {"db.namespace": self.database, "db.operation.name": doing}
+        return self._options.telemetry.span(RUN, facts)
 
     async def _upgrade(self, *, tables: Collection[str] | None, to: Target) -> Report:
         """Runs what an application's start waits for."""
@@ -526,6 +535,10 @@ class MigrationManager:
             LeaseError: The lease could not be had or kept.
             StoreError: LanceDB failed.
         """
+        with self._run_span("background"):
+            return await self._run_background(tables=tables, to=to)
+
+    async def _run_background(self, *, tables: Collection[str] | None, to: Target) -> Report:
         run_id = secrets.token_hex(4)
         log = self._log.bind(run_id=run_id, background=True)
         begun, started_at = self._clock.monotonic(), self._clock.wall()
@@ -598,6 +611,12 @@ class MigrationManager:
             LeaseError: The lease could not be had or kept.
             StoreError: LanceDB failed.
         """
+        with self._run_span("rollback"):
+            return await self._rollback(line, to, allow_destructive=allow_destructive)
+
+    async def _rollback(
+        self, line: str | Mapping[str, int], to: int | None, *, allow_destructive: bool
+    ) -> Report:
         run_id = secrets.token_hex(4)
         log = self._log.bind(run_id=run_id)
         begun = self._clock.monotonic()

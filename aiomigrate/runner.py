@@ -37,10 +37,11 @@ from aiomigrate.lease import (
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import BACKGROUND_LEASE, Event, HeadRow, Kind, Params, Script, Scripts
 from aiomigrate.order import Key
-from aiomigrate.plan import Direction, OnDestructive, Part, Plan
+from aiomigrate.plan import Direction, OnDestructive, Part, Plan, Step
 from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, newly_covered
 from aiomigrate.report import Going, Outcome, StepReport
 from aiomigrate.rollback import Reverser
+from aiomigrate.telemetry import LEASE, MIGRATION, TABLE, Telemetry
 from aiomigrate.undo import Kept, Undo, contracted, finish, kept_savepoints
 from aiomigrate.version import __version__
 from aiomigrate.writer import Writer
@@ -86,6 +87,7 @@ class RunOptions:
         on_destructive: What to do about steps that discard what is there.
         keep_s: Seconds for which savepoints of such steps are kept.
         on_progress: Told how migrations proceed.
+        telemetry: Told of everything that takes time.
     """
 
     params: Params = field(default_factory=dict)
@@ -95,6 +97,7 @@ class RunOptions:
     on_destructive: OnDestructive = OnDestructive.KEEP
     keep_s: float = 7 * 86400.0
     on_progress: Callable[[Progress], None] | None = None
+    telemetry: Telemetry = field(default_factory=Telemetry)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,16 +206,17 @@ class Runner:
         begun = self._clock.monotonic()
         self._store.abandoned.clear()  # of an earlier run: its lease has to expire first
         await self._ledger.ensure()
-        lease = await acquire(
-            self._ledger,
-            await self._ledger.read_head(),
-            owner=secrets.token_hex(6),
-            phase=self._said(doing),
-            options=self._options.lease,
-            clock=self._clock,
-            log=self._log,
-            is_done=is_done,
-        )
+        with self._options.telemetry.span(LEASE, {"db.operation.name": doing}):
+            lease = await acquire(
+                self._ledger,
+                await self._ledger.read_head(),
+                owner=secrets.token_hex(6),
+                phase=self._said(doing),
+                options=self._options.lease,
+                clock=self._clock,
+                log=self._log,
+                is_done=is_done,
+            )
         self.lease_s = self._clock.monotonic() - begun
         if lease is None:
             return False
@@ -494,6 +498,7 @@ class Runner:
             concurrency=self._options.concurrency,
             keeps=self._options.on_destructive is OnDestructive.KEEP,
             progress=self._tell_running,
+            telemetry=self._options.telemetry,
         )
 
     # ---- before the first migration -------------------------------------------------------------
@@ -585,40 +590,66 @@ class Runner:
             self._tell(step.script, "waiting")
 
         async def run_line(line: str) -> None:
-            for step in lines[line]:
-                script = step.script
-                for key in step.after:
-                    await ended[key].wait()
-                blocked = [k for k in step.after if not self.results[k].outcome.is_done]
-                state = plan.lines[line]
-                unfinished = state.unfinished if step.resumes else None
-                going_on = finish(script, state, seen.journal) if unfinished else None
-                if blocked:
-                    waited_s = self._clock.monotonic() - begun
-                    result = self._skipped(script, blocked[0], waited_s)
-                elif going_on is not None:
-                    self._tell_running(script, "undoing", 0, None)
-                    result = await reverser.run(script, going_on, unfinished, begun)
-                    if step.undo is None and result.outcome.is_done:  # undone at last: once more
-                        result = await executor.run(script, None, begun)
-                elif decide is not None:
-                    self._tell_running(script, "undoing", 0, None)
-                    result = await reverser.run(script, await decide(script, state), None, begun)
-                else:
-                    failed = seen.journal.of(line).failed
-                    is_retry = failed is not None and failed.version == script.version
-                    result = await executor.run(script, unfinished, begun, is_retry=is_retry)
-                self.results[script.key] = result
-                self._running.pop(line, None)
-                self._going.pop(line, None)
-                self._tell(script, result.outcome.value)
-                ended[script.key].set()
+            with self._options.telemetry.span(TABLE, {"db.collection.name": line}):
+                for step in lines[line]:
+                    for key in step.after:
+                        await ended[key].wait()
+                    result = await run_step(step)
+                    self.results[step.key] = result
+                    self._running.pop(line, None)
+                    self._going.pop(line, None)
+                    self._options.telemetry.ended(result)
+                    self._tell(step.script, result.outcome.value)
+                    ended[step.key].set()
+
+        async def run_step(step: Step) -> StepReport:
+            script = step.script
+            if blocked := [k for k in step.after if not self.results[k].outcome.is_done]:
+                return self._skipped(script, blocked[0], self._clock.monotonic() - begun)
+            facts: dict[str, str | int] = {
+                "db.collection.name": script.line,
+                "db.operation.name": plan.direction.value,
+                "aiomigrate.version": script.version,
+                "aiomigrate.description": script.description,
+            }
+            with self._options.telemetry.span(MIGRATION, facts) as span:
+                result = await self._run_step(step, seen, executor, reverser, decide, begun)
+                if not result.outcome.is_done:
+                    span.failed(result.error)
+            return result
 
         async with anyio.create_task_group() as group:
             for number, line in enumerate(lines):
                 group.start_soon(run_line, line)
                 if number % _STARTED_AT_ONCE == 0:
                     await anyio.lowlevel.checkpoint()
+
+    async def _run_step(
+        self,
+        step: Step,
+        seen: Seen,
+        executor: Executor,
+        reverser: Reverser,
+        decide: Decide | None,
+        begun: float,
+    ) -> StepReport:
+        """Runs one migration, or undoes it, once everything that it follows is done."""
+        script = step.script
+        state = seen.plan.lines[script.line]
+        unfinished = state.unfinished if step.resumes else None
+        going_on = finish(script, state, seen.journal) if unfinished else None
+        if going_on is not None:
+            self._tell_running(script, "undoing", 0, None)
+            result = await reverser.run(script, going_on, unfinished, begun)
+            if step.undo is None and result.outcome.is_done:  # undone at last: once more
+                result = await executor.run(script, None, begun)
+            return result
+        if decide is not None:
+            self._tell_running(script, "undoing", 0, None)
+            return await reverser.run(script, await decide(script, state), None, begun)
+        failed = seen.journal.of(script.line).failed
+        is_retry = failed is not None and failed.version == script.version
+        return await executor.run(script, unfinished, begun, is_retry=is_retry)
 
     def _skipped(self, script: Script, cause: Key, waited_s: float) -> StepReport:
         going_back = self.plan is not None and self.plan.direction is Direction.ROLLBACK

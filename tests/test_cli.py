@@ -27,7 +27,7 @@ from aiomigrate.runner import Progress
 
 VERBS = (
     "upgrade", "rollback", "plan", "status", "validate", "history", "stamp", "prune", "new",
-    "unlock", "version",
+    "unlock", "version", "health", "report",
 )  # fmt: skip
 
 CREATE = """\
@@ -950,3 +950,30 @@ class TestRollback:
         assert "--allow-destructive" in refused.err
         assert allowed.code == 0
         assert call("prune").out == "No savepoint to delete.\n"
+
+
+def test_health_by_exit_code(call: Call, scripts: Callable[..., None]) -> None:
+    """3 before, 0 at target, 1 when the last attempt failed, and why; JSON tells the same."""
+    scripts(CREATE)
+    before = call("health")
+    call("upgrade")
+    ready, told = call("health"), call("health", "--json").json
+    scripts(CREATE, FAILS)
+    call("upgrade")
+    failed = call("health")
+
+    assert (before.code, ready.code, failed.code) == (3, 0, 1)
+    assert "pending: not at target, and nobody is at work" in before.out
+    assert ready.out.startswith("ready: at target")
+    assert (told["state"], told["ready"]) == ("ready", True)
+    assert "ValueError: boom" in failed.out
+
+
+def test_shells_complete_verbs(folder: Path) -> None:
+    """As a shell asks for it."""
+    env = {**os.environ, "_AIOMIGRATE_COMPLETE": "complete_bash", "COMP_CWORD": "1",
+           "COMP_WORDS": "aiomigrate he"}  # fmt: skip
+    script = Path(sys.executable).with_name("aiomigrate")
+    done = subprocess.run([script], env=env, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["health"]
