@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiomigrate.errors import ConfigurationError
-from aiomigrate.render import seconds
+from aiomigrate.render import bytes_text, seconds
 from aiomigrate.timing import RunTiming, Span, waits
 
 _SLOWEST = 12
@@ -132,8 +132,8 @@ def _page(run: RunTiming, database: str, drawn: str) -> str:
 
 
 def _table(run: RunTiming) -> str:
-    header = ("line", "version", "outcome", "began", "waited", "ran", "ledger", "rows", "commits",
-              "retries", "description")  # fmt: skip
+    header = ("line", "version", "outcome", "began", "waited", "ran", "ledger", "rows", "bytes",
+              "commits", "retries", "description")  # fmt: skip
     texts = {"line", "outcome", "description"}
 
     def cell(tag: str, name: str, value: str) -> str:
@@ -145,7 +145,8 @@ def _table(run: RunTiming) -> str:
         values = (
             span.line, str(span.version), span.outcome, seconds(span.began_s),
             seconds(span.waited_s), seconds(span.ran_s), seconds(span.ledger_s), str(span.rows),
-            str(span.commits), str(span.retries), span.error or span.description,
+            "" if span.size is None else bytes_text(span.size), str(span.commits),
+            str(span.retries), span.error or span.description,
         )  # fmt: skip
         rows.append("".join(cell("td", n, v) for n, v in zip(header, values, strict=True)))
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

@@ -241,7 +241,14 @@ class LiveView:
     def __init__(self) -> None:
         """Shows nothing before it is entered."""
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.table import Column
 
         self._rows: dict[Key, Any] = {}
@@ -258,6 +265,7 @@ class LiveView:
                 table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=Console(highlight=False, markup=False, emoji=False),
             transient=True,
             expand=True,
@@ -297,6 +305,9 @@ class LiveView:
             self._rows[key] = self._live.add_task(f"{key[0]} {key[1]}", total=None, doing="")
         counted = progress.total if progress.total and progress.total > 1 else None
         count = f"{progress.done}/{counted} " if counted else ""
+        elapsed_s = time.monotonic() - self._begun[key]
+        if counted and progress.done and elapsed_s > 1:
+            count += f"({progress.done / elapsed_s:.0f}/s) "
         self._live.update(
             self._rows[key],
             completed=progress.done,

@@ -28,6 +28,7 @@ from aiomigrate.errors import (
     MigrationTimeoutError,
     OperationError,
     OverwriteLostError,
+    StoreError,
     TableVersionGoneError,
     UnresolvedError,
 )
@@ -129,8 +130,7 @@ class Executor:
         place = Place(self._places, limit, self._clock)
         # What is quickly done lets others in while it waits for the journal: then many announce
         # themselves in one commit.
-        is_quick = not any(o.traits.rewriting or isinstance(o, Run) for o in script.operations)
-        work = Work(script, place=place if is_quick else None)
+        work = Work(script, place=place if _is_quick(script) else None)
         waited_s = 0.0
         try:
             async with place:  # not held while waiting for the journal at the end
@@ -324,6 +324,10 @@ class Executor:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
+        if not _is_quick(script):
+            with contextlib.suppress(StoreError):
+                there = [t for t in work.tables.values() if t.state is not None]
+                work.size = sum([await t.table.size() for t in there])
         report = self.report(work, Outcome.APPLIED, waited_s, ran_s)
         was = {t.name: t.was for t in work.tables.values()}
         destroyed = destroys(script, was) if self._keeps else ()
@@ -348,6 +352,7 @@ class Executor:
             rows=report.rows,
             commits=report.commits,
             retries=report.retries,
+            size=work.size,
             detail={key: value for key, value in told.items() if value},
         )
         if cleanup or told["branches"] or script.runs_code:
@@ -446,6 +451,7 @@ class Executor:
             rows=sum(t.rows for t in tables),
             commits=sum(t.commits for t in tables),
             retries=sum(t.retries for t in tables),
+            size=work.size,
             tables=work.versions(),
             told=work.told(),
             resumed=work.resumed,
@@ -529,6 +535,11 @@ class Executor:
             if not touched.commits and live != touched.version:
                 found.append(touched.name)
         return found
+
+
+def _is_quick(script: Script) -> bool:
+    """Returns whether a migration neither rewrites rows nor runs code."""
+    return not any(o.traits.rewriting or isinstance(o, Run) for o in script.operations)
 
 
 def _check(script: Script, tables: Mapping[str, Touched]) -> None:

@@ -586,6 +586,11 @@ class Table:
         stats: Any = await self._read("stats", self.handle.stats)
         return int(stats["fragment_stats"]["num_fragments"])
 
+    async def size(self) -> int:
+        """Returns of how many bytes the data files of this version consist."""
+        stats: Any = await self._read("stats", self.handle.stats)
+        return int(stats["total_bytes"])
+
     async def add(self, data: pa.Table) -> int:
         """Appends rows."""
         result = await self._commit("add", lambda: self.handle.add(data))

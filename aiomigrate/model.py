@@ -342,7 +342,7 @@ class Event:
         ledger_s: Seconds spent waiting for the journal.
         rows: Rows changed.
         commits: Commits made on touched tables.
-        size: Bytes written, where known.
+        size: Bytes of data that its tables held afterwards, where that was measured.
         retries: Commits tried again after a conflict.
         host: Host name.
         pid: Process id.

@@ -53,6 +53,7 @@ class Work:
         branches: Savepoint branch by table.
         held_back: Events to be written with the next commit's announcement, which needs them.
         ledger_s: Seconds spent waiting for the journal.
+        size: Bytes of data that its tables hold afterwards, `None` where that is not measured.
         started_s: Monotonic time when it began.
     """
 
@@ -66,6 +67,7 @@ class Work:
     branches: dict[str, str] = field(default_factory=dict)
     held_back: list[Event] = field(default_factory=list)
     ledger_s: float = 0.0
+    size: int | None = None
     started_s: float = 0.0
 
     @property

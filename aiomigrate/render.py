@@ -18,6 +18,15 @@ def seconds(value: float) -> str:
     return f"{value // 60:.0f} min {value % 60:.0f} s"
 
 
+def bytes_text(value: float) -> str:
+    """Returns a size for people: `812 B`, `3.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Returns aligned columns; `right` are the indexes of right-aligned ones."""
     widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
@@ -176,8 +185,8 @@ def status_text(status: Status) -> str:
 
 def timing_text(run: RunTiming) -> str:
     """Returns a run as a table of timings in the order of beginning, and where its time went."""
-    header = ("began", "line", "version", "outcome", "waited", "ran", "ledger", "rows", "commits",
-              "retries", "")  # fmt: skip
+    header = ("began", "line", "version", "outcome", "waited", "ran", "ledger", "rows", "bytes",
+              "commits", "retries", "")  # fmt: skip
     critical = set(run.critical)
     rows = [
         (
@@ -189,6 +198,7 @@ def timing_text(run: RunTiming) -> str:
             seconds(span.ran_s),
             seconds(span.ledger_s),
             str(span.rows),
+            "" if span.size is None else bytes_text(span.size),
             str(span.commits),
             str(span.retries),
             "*" if span.key in critical else "",
@@ -201,7 +211,7 @@ def timing_text(run: RunTiming) -> str:
         f"{len(run.spans)} migrations in {seconds(run.total_s)}: {seconds(run.lease_s)} for the "
         f"lease, {seconds(run.worked_s)} of work, {run.concurrency:.1f} at once."
     )
-    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9))
+    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10))
     return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
 
 

@@ -38,7 +38,8 @@ class Span:
         ran_s: Its operations.
         ledger_s: Waited for the journal, between them.
         rows: Rows changed.
-        size: Bytes written, `None` where unknown.
+        size: Bytes of data that its tables hold afterwards, `None` where that was not measured (of
+            migrations that neither rewrite rows nor run code).
         commits: Commits on touched tables.
         retries: Commits tried again.
         error: Why it failed, in a line.

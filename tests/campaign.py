@@ -123,6 +123,13 @@ MAKERS: Sequence[Maker] = (
     lambda chance, number, names: op.SetNullable("id"),
     lambda chance, number, names: op.Rebuild(marked),
     lambda chance, number, names: op.Optimize(),
+    lambda chance, number, names: op.AddColumns(
+        {f"q{number}": pa.int64()}, sql={f"q{number}": "n + 3"}
+    ),
+    lambda chance, number, names: op.SetMetadata("n", {"unit": str(number)}),
+    lambda chance, number, names: op.SetNotNull("n"),
+    lambda chance, number, names: op.DropIndex("n"),
+    lambda chance, number, names: op.CreateTable(SCHEMA, table=f"extra_{number}"),
 )
 
 
@@ -186,7 +193,7 @@ def _after(
     operation: Operation, table: str, states: dict[str, TableState | None]
 ) -> dict[str, TableState | None]:
     for simple in operation.on(table).expand():
-        states = simple.fold(states)
+        states = simple.fold({**dict.fromkeys(simple.tables), **states})
     return states
 
 

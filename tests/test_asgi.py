@@ -302,6 +302,61 @@ async def test_probes_answer_from_memory(database: Path, monkeypatch: pytest.Mon
     assert "wrong on purpose" in failing.snapshot()["background_error"]
 
 
+async def started_and_stopped(app: Any) -> list[str]:
+    """Takes an application through the lifespan of ASGI, as a server does; returns its answers."""
+    asked = iter(["lifespan.startup", "lifespan.shutdown"])
+    answers: list[str] = []
+
+    async def receive() -> Any:
+        return {"type": next(asked)}
+
+    async def send(message: Any) -> None:
+        answers.append(message["type"])
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
+    return answers
+
+
+@pytest.mark.parametrize("framework", ["starlette", "fastapi", "litestar"])
+async def test_frameworks_take_it_as_their_lifespan(database: Path, framework: str) -> None:
+    """In one line; the database is at target once the application has started."""
+    start = lifespan(database, migrations=scenario.few_migrations(), logger=quiet_logger())
+    module = pytest.importorskip(framework)
+    app: Any
+    if framework == "starlette":
+        app = Starlette(lifespan=start)
+    elif framework == "fastapi":
+        app = module.FastAPI(lifespan=start)
+        app.mount("/health", start.health)
+    else:
+        app = module.Litestar(lifespan=[start])
+    assert await started_and_stopped(app) == [
+        "lifespan.startup.complete", "lifespan.shutdown.complete",
+    ]  # fmt: skip
+    async with manager(database, scenario.few_migrations()) as migrating:
+        assert (await migrating.get_status()).is_at_target
+
+
+def test_a_plain_script_awaits_it(tmp_path: Path) -> None:
+    """Under `asyncio.run`, as the README has it."""
+    (tmp_path / "migrations").mkdir()
+    (tmp_path / "migrations" / "001_t.py").write_text(
+        "import pyarrow as pa\nfrom aiomigrate import Migration, op\n"
+        "m = Migration(table='t', version=1, operations=["
+        "op.CreateTable(pa.schema([('a', pa.int8())]))])\n"
+    )
+    code = (
+        "import asyncio\nfrom aiomigrate import MigrationManager\n"
+        "async def main():\n"
+        "    async with MigrationManager('data/db') as manager:\n"
+        "        report = await manager.initialize()\n"
+        "    print(report.lines)\nasyncio.run(main())"
+    )
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "{'t': 1}" in ran.stdout
+
+
 async def test_the_applications_own_lifespan_comes_after_and_goes_first(database: Path) -> None:
     """It sees the database at target; what it yields is yielded; handles it gives are fresh."""
     order: list[str] = []

@@ -142,6 +142,8 @@ async def test_real_runs_are_timed(database: Path) -> None:
         ["applied"] * 4, ["rolled back"], ["applied", "failed"],
     ]  # fmt: skip
     assert took["a", 1].ran_s >= 0.2
+    assert took["c", 1].size is None
+    assert took["a", 1].size is not None
     assert took["b", 1].began_s >= took["a", 1].ended_s - 0.01
     assert took["b", 1].waited_s >= 0.19
     assert first.critical == (("a", 1), ("b", 1), ("b", 2))

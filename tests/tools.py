@@ -17,11 +17,22 @@ from aiomigrate import Migration, MigrationManager
 from aiomigrate.lance import Store
 from aiomigrate.operations.base import TableState
 
-# Taken out of the environment, where the command would take them for misspelt settings.
-FIXTURES = os.environ.pop("AIOMIGRATE_FIXTURES", None)
+
+def _taken(name: str) -> str | None:
+    """Takes a setting of the tests out of the environment, where the command would refuse it.
+
+    Kept under another name for the processes that run a part of the tests.
+    """
+    value = os.environ.pop(f"AIOMIGRATE_{name}", None) or os.environ.get(f"TESTS_{name}")
+    if value is not None:
+        os.environ[f"TESTS_{name}"] = value
+    return value
+
+
+FIXTURES = _taken("FIXTURES")
 """Folder of the archives that the predecessor itself has written, if there are any."""
 
-SEED = int(os.environ.pop("AIOMIGRATE_SEED", "20261123"))
+SEED = int(_taken("SEED") or "20261123")
 """Of whatever is sampled; CI and developers may choose another."""
 
 TABLE = "things"
