@@ -231,17 +231,17 @@ async def check_times(tmp_path: Path, upgrade: Upgrade, *, number: int) -> None:
 
 async def test_sampled_kill_points_recover_to_the_undisturbed_end(tmp_path: Path) -> None:
     """A SIGKILL before or after sampled commits leaves nothing that the next run does not mend."""
-    await check_points(tmp_path, sample=24)
+    await check_points(tmp_path, sample=12)
 
 
 async def test_sampled_kill_points_of_an_adoption_recover_to_the_undisturbed_end(
     tmp_path: Path,
 ) -> None:
     """The same while a database of the predecessor's first release is adopted and upgraded."""
-    await check_points(tmp_path, await prepared("note application", tmp_path), sample=8)
+    await check_points(tmp_path, await prepared("note application", tmp_path), sample=4)
 
 
-@pytest.mark.parametrize(("name", "number"), [("scenario", 5), ("note application", 3)])
+@pytest.mark.parametrize(("name", "number"), [("scenario", 4), ("note application", 1)])
 async def test_sampled_kills_at_random_times_recover_to_the_undisturbed_end(
     tmp_path: Path, name: str, number: int
 ) -> None:

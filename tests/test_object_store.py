@@ -137,7 +137,7 @@ async def test_four_processes_far_away(uri: str, store: ObjectStore, tmp_path: P
     await check(uri, store, end)
 
 
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", [1, pytest.param(3, marks=pytest.mark.campaign)])
 async def test_a_killed_process_is_succeeded(
     uri: str, store: ObjectStore, tmp_path: Path, at: int
 ) -> None:
@@ -200,11 +200,11 @@ async def insist(uri: str, store: ObjectStore, attempts: int) -> int:
     "fault",
     [
         pytest.param("500", marks=pytest.mark.campaign),
-        "503",
+        pytest.param("503", marks=pytest.mark.campaign),
         pytest.param("429", marks=pytest.mark.campaign),
         pytest.param("before", marks=pytest.mark.campaign),
         "after",
-        "truncated",
+        pytest.param("truncated", marks=pytest.mark.campaign),
     ],
 )
 async def test_faults_of_the_network(

