@@ -102,6 +102,17 @@ async def failing(ctx: Context) -> None:
     raise ValueError(WRONG)
 
 
+WAKES_S = 3 * TTL_S
+"""How long `widening` waits before its commit: a paused holder can wake meanwhile."""
+
+
+async def widening(ctx: Context) -> None:
+    """A function that changes the schema, late, and fails."""
+    await asyncio.sleep(WAKES_S)
+    await ctx.apply(op.AddColumns({"wide": pa.int64()}))
+    raise ValueError(WRONG)
+
+
 FUNCTIONS = (seeded, seeded, slow, failing)
 
 Maker = Callable[[random.Random, int, list[str]], Operation]
@@ -146,8 +157,14 @@ class Set:
     written: str
 
 
+PAUSED = "paused"
+"""Begins the seed of a `paused_round`."""
+
+
 def made(seed: str) -> Set:
     """Returns the migrations of a seed: some tables, with some migrations each."""
+    if seed.startswith(PAUSED):
+        return Set([Migration(table="table_0", version=1, up=widening)], "")
     chance = random.Random(seed)
     tables = [f"table_{n}" for n in range(chance.randint(1, 3))]
     written = chance.choice([tables[0], ""])
@@ -291,7 +308,9 @@ Written = tuple[Sequence[str], Sequence[str]]
 
 
 async def one_round(seed: str, folder: Path, plant: str = "") -> str:
-    """Runs one round; returns what is wrong, or nothing."""
+    """Runs one round; returns what is wrong, or nothing. Every fifth is `paused_round`."""
+    if random.Random(f"{seed} kind").random() < 0.2:
+        return await paused_round(seed, folder, plant)
     chance = random.Random(f"{seed} faults")
     planned = made(seed)
     tables = sorted({m.table for m in planned.migrations if m.table})
@@ -319,6 +338,49 @@ async def one_round(seed: str, folder: Path, plant: str = "") -> str:
         for told in (*expected["tables"].values(), *end["tables"].values()):
             told["branches"] = 0
     return _differing(expected, end, planned.written, written)
+
+
+async def paused_round(seed: str, folder: Path, plant: str) -> str:
+    """Pauses a holder right before a change of the schema, and wakes it at the worst time.
+
+    Its successor has returned the table and runs the function again, whose change has not come.
+    """
+    uri = folder / "paused"
+    connection = await lancedb.connect_async(uri)
+    await connection.create_table("table_0", FIRST)
+    connection.close()
+    mark = folder / "stopped"
+    fault = Fault("stop", at=1, when="before", verb="add_columns", signal_file=str(mark))
+    holder = start(run_in_process, str(uri), f"{PAUSED} {seed}", fault, plant)
+    with anyio.move_on_after(30):
+        while not mark.exists():  # noqa: ASYNC110 - it happens in another process
+            await anyio.sleep(0.05)
+    failures: list[str] = []
+
+    async def succeed() -> None:
+        failures.append(await _last(uri, f"{PAUSED} {seed}", plant))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(succeed)
+        with anyio.move_on_after(30):
+            while not await _is_begun_again(uri):  # noqa: ASYNC110 - it happens in another process
+                await anyio.sleep(0.05)
+        await anyio.sleep(random.Random(seed).uniform(0, WAKES_S / 3))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder.pid or 0, signal.SIGCONT)
+    await _ended(holder)
+    if WRONG not in failures[0] or "so it was not undone" in failures[0]:
+        return f"a paused holder woke: {failures[0]}"
+    end = await scenario.snapshot(uri)
+    fields = set(end["tables"]["table_0"]["shape"]["fields"])
+    return "" if fields == set(SCHEMA.names) else f"a paused holder woke: columns {sorted(fields)}"
+
+
+async def _is_begun_again(uri: Path) -> bool:
+    """Returns whether a migration was started under a later lease than the first."""
+    async with MigrationManager(uri, migrations=[], logger=quiet_logger()) as manager:
+        events = await manager.history()
+    return any(event.kind == "started" and event.epoch > 1 for event in events)
 
 
 async def _disturbed(
