@@ -166,7 +166,7 @@ async def killed_and_finished(database: Path, *, rows: int, kills: int) -> None:
 
 async def test_killed_a_few_times(database: Path) -> None:
     """P2 and the bill, on a sample of the whole below."""
-    await killed_and_finished(database, rows=12_000, kills=3)
+    await killed_and_finished(database, rows=8_000, kills=2)
 
 
 @pytest.mark.campaign
