@@ -582,12 +582,15 @@ class Runner:
         self, seen: Seen, executor: Executor, reverser: Reverser, decide: Decide | None = None
     ) -> None:
         plan = seen.plan
-        ended = {step.key: anyio.Event() for step in plan.steps}
+        ended: dict[Key, anyio.Event] = {}
         begun = self._clock.monotonic()
         lines: dict[str, list[Any]] = {}
-        for step in plan.steps:
+        for number, step in enumerate(plan.steps):
+            ended[step.key] = anyio.Event()
             lines.setdefault(step.script.line, []).append(step)
             self._tell(step.script, "waiting")
+            if number % _STARTED_AT_ONCE == 0:
+                await anyio.lowlevel.checkpoint()
 
         async def run_line(line: str) -> None:
             with self._options.telemetry.span(TABLE, {"db.collection.name": line}):
@@ -744,7 +747,7 @@ class Runner:
 
 
 _STARTED_AT_ONCE = 64
-"""How many lines begin before the event loop is let in between."""
+"""How many lines and migrations begin before the event loop is let in between."""
 
 
 async def _never(_: Head) -> bool:
