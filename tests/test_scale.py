@@ -126,7 +126,7 @@ async def test_many_tables(database: Path) -> None:
 
 @pytest.mark.campaign
 async def test_thousands_of_tables(database: Path) -> None:
-    """2,000 tables x 5 from nothing: completes, bounded; the event loop is kept for moments only."""
+    """2,000 tables x 5 from nothing: completes, bounded; keeps the event loop for moments only."""
     watch = await applied_and_at_target(database, 2000)
 
     assert watch.files < 200
