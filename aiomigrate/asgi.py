@@ -22,7 +22,7 @@ import structlog
 from aiomigrate import events as ev
 from aiomigrate.errors import AiomigrateError, ConfigurationError
 from aiomigrate.manager import MigrationManager, OnPending
-from aiomigrate.report import Outcome, Report
+from aiomigrate.report import Going, Outcome, Report
 from aiomigrate.runner import Progress
 
 App = Any
@@ -94,12 +94,17 @@ class Lifespan:
         """
         background = {}
         for line, version in sorted(self._left):
-            going = self._going.get(line)
-            share = going.done / going.total if going and going.total else None
+            told = self._going.get(line)
+            going = Going(
+                line=line,
+                version=version,
+                done=told.done if told else 0,
+                total=told.total if told else None,
+            )
             background[line] = {
                 "version": version,
-                "state": going.state if going else "pending",
-                "percent": None if share is None else round(min(100.0, 100 * share), 1),
+                "state": told.state if told else "pending",
+                "percent": None if going.percent is None else round(going.percent, 1),
             }
         return {
             "state": self._state,

@@ -171,9 +171,7 @@ def _bars(go: Any, spans: Sequence[Span], where: Sequence[str], *, in_time: bool
     waited = waits(spans) if in_time else [span.waited_s for span in spans]
     hover = [_hover(span) for span in spans]
 
-    def bar(
-        name: str, base: Sequence[float], long: Sequence[float], colour: Any, **more: Any
-    ) -> Any:
+    def bar(name: str, base: Sequence[float], long: Sequence[float], colour: Any) -> Any:
         return go.Bar(
             name=name, y=where, x=long, base=base, orientation="h", marker={"color": colour},
             hovertext=hover, hoverinfo="text",

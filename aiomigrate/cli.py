@@ -280,7 +280,6 @@ class Call:
             "on_destructive": OnDestructive(chosen.on_destructive),
             "keep_savepoints": chosen.keep_savepoints,
             "on_unsafe_store": OnUnsafeStore(chosen.on_unsafe_store),
-            "on_progress": self.tracker,
         }
 
     def manager(self) -> MigrationManager:
@@ -291,7 +290,7 @@ class Call:
         """
         from aiomigrate.manager import MigrationManager
 
-        return MigrationManager(self.settings.uri, **self.options())
+        return MigrationManager(self.settings.uri, on_progress=self.tracker, **self.options())
 
 
 def _verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callable[..., Exit]]:
@@ -677,15 +676,13 @@ def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) ->
         nonlocal done
         done += 1
         applied = len(one.report.applied) if one.report else 0
-        came = f"{applied} applied" if one.is_ok else f"failed: {one.error.what}"  # type: ignore[union-attr]
+        came = f"{applied} applied" if one.error is None else f"failed: {one.error.what}"
         if applied or not one.is_ok:
             output.say(f"[{done}/{len(uris)}] {one.database}: {came}")
 
     async def work() -> ManyReport:
-        options = call.options()
-        options.pop("on_progress")
         return await migrate_all(
-            uris, at_once=at_once, background=background, on_done=told, **options
+            uris, at_once=at_once, background=background, on_done=told, **call.options()
         )
 
     async def main() -> Exit:
@@ -1046,9 +1043,6 @@ def _history_text(call: Call, events: Collection[Event], line: str | None) -> st
     return text
 
 
-# ---- verbs without a database -------------------------------------------------------------------
-
-
 class _Format(enum.StrEnum):
     """How a timing report is shown."""
 
@@ -1126,6 +1120,9 @@ def _chosen_run(runs: Collection[RunTiming], wanted: str | None) -> RunTiming:
         f"{'No run begins' if not fitting else 'Several runs begin'} with {wanted!r}.",
         f"The last ones are {named}.",
     )
+
+
+# ---- verbs without a database -------------------------------------------------------------------
 
 
 @_verb(_folder_options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from aiomigrate.model import Event, Kind
@@ -172,13 +172,6 @@ class RunTiming:
         return timing_text(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ended:
-    event: Event
-    ended: dt.datetime
-    took: dt.timedelta = field(default_factory=dt.timedelta)
-
-
 def runs_of(
     events: Iterable[Event], depends_on: Mapping[Key, Collection[Key]] | None = None
 ) -> tuple[RunTiming, ...]:
@@ -203,31 +196,23 @@ def runs_of(
 def _run(
     run_id: str, events: Sequence[Event], depends_on: Mapping[Key, Collection[Key]]
 ) -> RunTiming:
-    ended = [
-        _Ended(
-            event=event,
-            ended=event.at,
-            took=dt.timedelta(seconds=(event.ran_s or 0.0) + (event.ledger_s or 0.0)),
-        )
-        for event in events
-        if event.kind in _ENDS
-    ]
+    ended = [event for event in events if event.kind in _ENDS]
     opened = next((event for event in events if event.kind == Kind.OPENED), None)
     lease_s = (opened.waited_s or 0.0) if opened is not None else 0.0
-    first = min(one.ended - one.took for one in ended)
+    first = min(_began(event) for event in ended)
     started_at = first if opened is None else min(first, opened.at)
     started_at -= dt.timedelta(seconds=lease_s)
     spans = tuple(
         sorted(
-            (_span(one, started_at) for one in ended),
+            (_span(event, started_at) for event in ended),
             key=lambda span: (span.began_s, span.line, span.version),
         )
     )
     return RunTiming(
         run_id=run_id,
         started_at=started_at,
-        host=ended[0].event.host or "",
-        pid=ended[0].event.pid or 0,
+        host=ended[0].host or "",
+        pid=ended[0].pid or 0,
         lease_s=lease_s,
         total_s=max(span.ended_s for span in spans),
         spans=spans,
@@ -235,14 +220,18 @@ def _run(
     )
 
 
-def _span(one: _Ended, started_at: dt.datetime) -> Span:
-    event = one.event
+def _began(event: Event) -> dt.datetime:
+    """Returns when the migration began that an event tells the end of."""
+    return event.at - dt.timedelta(seconds=(event.ran_s or 0.0) + (event.ledger_s or 0.0))
+
+
+def _span(event: Event, started_at: dt.datetime) -> Span:
     return Span(
         line=event.line or "",
         version=event.version or 0,
         description=event.description or "",
         outcome=_ENDS[event.kind],
-        began_s=max(0.0, (one.ended - one.took - started_at).total_seconds()),
+        began_s=max(0.0, (_began(event) - started_at).total_seconds()),
         waited_s=event.waited_s or 0.0,
         ran_s=event.ran_s or 0.0,
         ledger_s=event.ledger_s or 0.0,
