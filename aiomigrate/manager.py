@@ -298,7 +298,7 @@ class MigrationManager:
                 raise exc from None
             discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
             self._scripts = scripts
-            self._at_target = at_target(self._scripts)
+            self._at_target = await anyio.to_thread.run_sync(at_target, scripts)
         return self._scripts
 
     # ---- changing -------------------------------------------------------------------------------
@@ -1186,9 +1186,10 @@ class MigrationManager:
                         mismatched[line] = f"table {name} is missing"
                     elif found := differences(shape, state.shape()):
                         mismatched[line] = f"table {name}: {'; '.join(found)}"
-        return reconcile(
-            head.rows, journal, scripts, on_ahead=self._on_ahead, mismatched=mismatched
+        decide_lines = functools.partial(
+            reconcile, head.rows, journal, scripts, on_ahead=self._on_ahead, mismatched=mismatched
         )
+        return await anyio.to_thread.run_sync(decide_lines)
 
     async def _estimated(self, store: Store, plan: Plan) -> Plan:
         """Returns the plan with what its costly operations will cost, which takes reading rows."""

@@ -317,7 +317,7 @@ class Runner:
             executor = self._executor(writer)
             await self._settle(seen, writer, lease, executor)
             await self._run_plan(seen, executor, self._reverser(writer, executor))
-            if any(self._completes(key) for key in self.results):
+            if any(step.script.contracts and self._is_done(step) for step in seen.plan.steps):
                 await writer.sync()
                 seen = await look()
             await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
@@ -453,9 +453,9 @@ class Runner:
         await self.hold(work, is_done=_never, doing="pruning")
         return tuple(found)
 
-    def _completes(self, key: Key) -> bool:
-        script = self._scripts.get(*key)
-        return script is not None and bool(script.contracts) and self.results[key].outcome.is_done
+    def _is_done(self, step: Step) -> bool:
+        result = self.results.get(step.key)
+        return result is not None and result.outcome.is_done
 
     async def _prune(
         self, seen: Seen, writer: Writer, executor: Executor, *, older_than_s: float

@@ -23,6 +23,7 @@ from aiomigrate.ledger import Ledger, lease_row_name
 from aiomigrate.model import NOT_YET, Event, HeadRow
 
 _MAX_GATHER_S = 0.05
+_STAMPED_AT_ONCE = 64
 
 
 @dataclass(eq=False)
@@ -250,7 +251,9 @@ class Writer:
     async def _append(self, batch: list[_Request]) -> None:
         now = self._clock.wall()
         events = []
-        for request in batch:
+        for number, request in enumerate(batch, 1):
+            if number % _STAMPED_AT_ONCE == 0:  # so that hundreds do not keep the event loop
+                await anyio.lowlevel.checkpoint()
             for event in request.events:
                 events.append(
                     replace(

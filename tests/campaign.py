@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         pa.field("n", pa.int64()),
         pa.field("small", pa.int32()),
         pa.field("text", pa.string()),
+        pa.field("vector", pa.list_(pa.float32(), 4)),
     ]
 )
 FIRST = pa.table(
@@ -61,6 +62,7 @@ FIRST = pa.table(
         "n": list(range(ROWS)),
         "small": pa.array(range(ROWS), pa.int32()),
         "text": [f"text {n}" for n in range(ROWS)],
+        "vector": [[n, n % 7, 1, 0] for n in range(ROWS)],
     },
     SCHEMA,
 )
@@ -73,6 +75,18 @@ async def marked(batch: pa.RecordBatch) -> pa.RecordBatch:
     """A rebuild's function: leaves rows as they are."""
     await asyncio.sleep(0)
     return batch
+
+
+async def tripled(batch: pa.RecordBatch) -> list[int]:
+    """A backfill's function."""
+    await asyncio.sleep(0.01)
+    return [3 * n for n in batch["n"].to_pylist()]
+
+
+async def embedded(texts: Sequence[str]) -> list[list[float]]:
+    """A model: the same text has the same vector, near texts have near ones."""
+    await asyncio.sleep(0.01)
+    return [[float(len(text)), *map(float, text.encode()[-3:])] for text in texts]
 
 
 async def seeded(ctx: Context) -> None:
@@ -115,10 +129,15 @@ async def widening(ctx: Context) -> None:
 
 FUNCTIONS = (seeded, seeded, slow, failing)
 
+PACE = op.Pace(batch_rows=8, concurrency=2, chunk_rows=8)
+
 Maker = Callable[[random.Random, int, list[str]], Operation]
 """Makes an operation from chance, a number of its own, and the columns there are."""
 
 MAKERS: Sequence[Maker] = (
+    *3 * (lambda chance, number, names: op.Backfill(
+        _one_of(chance, names, "c"), tripled, key="id", source="n", pace=PACE
+    ),),
     lambda chance, number, names: op.AddColumns({f"c{number}": pa.int64()}),
     lambda chance, number, names: op.AddColumns({f"s{number}": pa.list_(pa.int32())}),
     lambda chance, number, names: op.Update(sql={"n": "n + 1"}, where="n >= 0"),
@@ -140,8 +159,26 @@ MAKERS: Sequence[Maker] = (
     lambda chance, number, names: op.SetMetadata("n", {"unit": str(number)}),
     lambda chance, number, names: op.SetNotNull("n"),
     lambda chance, number, names: op.DropIndex("n"),
+    lambda chance, number, names: op.Reembed(
+        source="text", function=embedded, dimension=4, model=f"model@{number}", key="id",
+        keep=f"old_{number}", index=False, gate=op.Gate(min_overlap=0), readers_name_column=True,
+        pace=PACE,
+    ),
     lambda chance, number, names: op.CreateTable(SCHEMA, table=f"extra_{number}"),
+)  # fmt: skip
+
+OF_EXTRAS: Sequence[Callable[[str, str, int], Operation]] = (
+    lambda table, extra, number: op.CopyInto(
+        table, key="id", where="n >= 0", table=extra, batch_rows=8
+    ),
+    lambda table, extra, number: op.RenameTable(to=f"renamed_{number}", table=extra),
+    lambda table, extra, number: op.Update(sql={"n": "n + 1"}, table=extra),
 )
+"""Make operations on a table that an earlier migration has made."""
+
+
+def _one_of(chance: random.Random, names: Sequence[str], prefix: str) -> str:
+    return chance.choice([name for name in names if name.startswith(prefix)])
 
 
 @dataclass(frozen=True)
@@ -197,10 +234,13 @@ def _fitting(
     for _ in range(20):
         state = states[table]
         assert state is not None
-        names = [f.name for f in state.fields() if f.name not in ("id", "n", "text", "small")]
-        maker = chance.choice(MAKERS)
+        names = [f.name for f in state.fields() if f.name not in SCHEMA.names]
+        extras = [name for name, known in states.items() if known is not None and name != table]
         with contextlib.suppress(OperationError, IndexError):
-            one = maker(chance, number, names)
+            if extras and chance.random() < 0.3:
+                one = chance.choice(OF_EXTRAS)(table, chance.choice(extras), number)
+            else:
+                one = chance.choice(MAKERS)(chance, number, names)
             _after(one, table, states)
             return one
     return None
