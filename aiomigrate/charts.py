@@ -16,7 +16,7 @@ from aiomigrate.timing import RunTiming, Span, waits
 
 _SLOWEST = 12
 _COLOURS = {"applied": "#2f80c2", "failed": "#d1495b", "rolled back": "#8e6bbf"}
-_WAITED, _LEDGER, _MARK = "#b9bec6", "#f0a43a", "#19b38a"
+_WAITED, _DEPENDED, _LEDGER, _MARK = "#b9bec6", "#8b93a1", "#f0a43a", "#19b38a"
 _ROW_PX, _HEAD_PX = 26, 110
 
 _STYLE = """
@@ -132,8 +132,8 @@ def _page(run: RunTiming, database: str, drawn: str) -> str:
 
 
 def _table(run: RunTiming) -> str:
-    header = ("line", "version", "outcome", "began", "waited", "ran", "ledger", "rows", "bytes",
-              "commits", "retries", "description")  # fmt: skip
+    header = ("line", "version", "outcome", "began", "for others", "for a slot", "ran", "ledger",
+              "rows", "bytes", "commits", "retries", "description")  # fmt: skip
     texts = {"line", "outcome", "description"}
 
     def cell(tag: str, name: str, value: str) -> str:
@@ -144,7 +144,8 @@ def _table(run: RunTiming) -> str:
     for span in run.spans:
         values = (
             span.line, str(span.version), span.outcome, seconds(span.began_s),
-            seconds(span.waited_s), seconds(span.ran_s), seconds(span.ledger_s), str(span.rows),
+            seconds(span.depended_s), seconds(span.queued_s), seconds(span.ran_s),
+            seconds(span.ledger_s), str(span.rows),
             "" if span.size is None else bytes_text(span.size), str(span.commits),
             str(span.retries), span.error or span.description,
         )  # fmt: skip
@@ -156,8 +157,8 @@ def _hover(span: Span) -> str:
     lines = [
         f"<b>{html.escape(span.line)} {span.version}</b> {span.outcome}",
         html.escape((span.error or span.description)[:120]),
-        f"waited {seconds(span.waited_s)}, ran {seconds(span.ran_s)}",
-        f"ledger {seconds(span.ledger_s)}",
+        f"waited {seconds(span.depended_s)} for others, {seconds(span.queued_s)} for a slot",
+        f"ran {seconds(span.ran_s)}, ledger {seconds(span.ledger_s)}",
         f"{span.rows} rows, {span.commits} commits, {span.retries} retries",
     ]
     return "<br>".join(line for line in lines if line)
@@ -178,9 +179,14 @@ def _bars(go: Any, spans: Sequence[Span], where: Sequence[str], *, in_time: bool
         )  # fmt: skip
 
     began = [span.began_s if in_time else span.waited_s for span in spans]
+    depended = [min(s.depended_s, w) for s, w in zip(spans, waited, strict=True)]
+    queued = [w - d for w, d in zip(waited, depended, strict=True)]
     running = [_COLOURS.get(span.outcome, _COLOURS["applied"]) for span in spans]
     return [
-        bar("waited", [b - w for b, w in zip(began, waited, strict=True)], waited, _WAITED),
+        bar("waited for others", [b - w for b, w in zip(began, waited, strict=True)], depended,
+            _DEPENDED),
+        bar("waited for a slot", [b - q for b, q in zip(began, queued, strict=True)], queued,
+            _WAITED),
         bar("ran", began, [s.ran_s for s in spans], running),
         bar("ledger", [b + s.ran_s for b, s in zip(began, spans, strict=True)],
             [s.ledger_s for s in spans], _LEDGER),

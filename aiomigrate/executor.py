@@ -108,6 +108,7 @@ class Executor:
         unfinished: Unfinished | None,
         ready_at: float,
         *,
+        depended_s: float = 0.0,
         is_retry: bool = False,
     ) -> StepReport:
         """Runs one migration to its end: applied, or undone and failed.
@@ -119,6 +120,7 @@ class Executor:
             script: The migration.
             unfinished: What an earlier attempt left, if it did not end.
             ready_at: Monotonic time since when its wait counts.
+            depended_s: Seconds of that wait that were for what it depends on.
             is_retry: Whether an earlier attempt failed: what it could not remove is looked for.
 
         Raises:
@@ -130,12 +132,11 @@ class Executor:
         place = Place(self._places, limit, self._clock)
         # What is quickly done lets others in while it waits for the journal: then many announce
         # themselves in one commit.
-        work = Work(script, place=place if _is_quick(script) else None)
-        waited_s = 0.0
+        work = Work(script, place=place if _is_quick(script) else None, depended_s=depended_s)
         try:
             async with place:  # not held while waiting for the journal at the end
                 work.started_s = self._clock.monotonic()
-                waited_s = work.started_s - ready_at
+                work.waited_s = work.started_s - ready_at
                 log.debug(ev.STEP_STARTED, description=script.description)
                 if self._timeout_s is not None:
                     limit.deadline = anyio.current_time() + self._timeout_s
@@ -153,23 +154,23 @@ class Executor:
             if self._writer.error is not None:
                 raise  # not ours any more: hands off
             with anyio.CancelScope(shield=True):
-                await self._undo(work, None, waited_s, log)
+                await self._undo(work, None, log)
             raise
         except Exception as exc:
             if isinstance(exc, LeaseLostError) or self._writer.error is not None:
                 raise
             failure = exc
         finally:
-            waited_s += place.waited_s
+            work.waited_s += place.waited_s
             work.started_s += place.waited_s
             for touched in work.tables.values():
                 touched.ended = True  # a task that the function left behind may write no more
         result: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
-                result = await self._finish(work, waited_s, log)
+                result = await self._finish(work, log)
             else:
-                result = await self._undo(work, failure, waited_s, log)
+                result = await self._undo(work, failure, log)
         return result
 
     def _too_slow(self, script: Script) -> Exception:
@@ -320,7 +321,7 @@ class Executor:
                 await self._writer.record(*events)
                 work.ledger_s += self._clock.monotonic() - begun
 
-    async def _finish(self, work: Work, waited_s: float, log: Any) -> StepReport:
+    async def _finish(self, work: Work, log: Any) -> StepReport:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
@@ -328,7 +329,7 @@ class Executor:
             with contextlib.suppress(StoreError):
                 there = [t for t in work.tables.values() if t.state is not None]
                 work.size = sum([await t.table.size() for t in there])
-        report = self.report(work, Outcome.APPLIED, waited_s, ran_s)
+        report = self.report(work, Outcome.APPLIED, ran_s)
         was = {t.name: t.was for t in work.tables.values()}
         destroyed = destroys(script, was) if self._keeps else ()
         told: dict[str, Any] = {
@@ -336,6 +337,7 @@ class Executor:
             "branches": {t: b for t, b in work.branches.items() if t not in destroyed},
             "kept": {t: b for t, b in work.branches.items() if t in destroyed},
             "told": work.told(),
+            "depended_s": work.depended_s,
         }
         applied = event_of(
             script,
@@ -346,7 +348,7 @@ class Executor:
             algorithm=ALGORITHM,
             source=script.source,
             tables=work.facts(),
-            waited_s=waited_s,
+            waited_s=work.waited_s,
             ran_s=ran_s,
             ledger_s=work.ledger_s,
             rows=report.rows,
@@ -435,9 +437,7 @@ class Executor:
         digest = self._digest_at(line, version)
         return self._writer.lease.row(line, version, at=self._clock.wall(), digest=digest)
 
-    def report(
-        self, work: Work, outcome: Outcome, waited_s: float, ran_s: float, **more: Any
-    ) -> StepReport:
+    def report(self, work: Work, outcome: Outcome, ran_s: float, **more: Any) -> StepReport:
         """Returns what came of a migration."""
         tables = work.tables.values()
         return StepReport(
@@ -445,7 +445,8 @@ class Executor:
             version=work.script.version,
             description=work.script.description,
             outcome=outcome,
-            waited_s=waited_s,
+            depended_s=work.depended_s,
+            waited_s=work.waited_s,
             ran_s=ran_s,
             ledger_s=work.ledger_s,
             rows=sum(t.rows for t in tables),
@@ -460,9 +461,7 @@ class Executor:
 
     # ---- back -----------------------------------------------------------------------------------
 
-    async def _undo(
-        self, work: Work, exc: Exception | None, waited_s: float, log: Any
-    ) -> StepReport:
+    async def _undo(self, work: Work, exc: Exception | None, log: Any) -> StepReport:
         """Returns every table to where it was, if all commits since are ours, and records it."""
         script = work.script
         outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
@@ -500,7 +499,7 @@ class Executor:
                 algorithm=ALGORITHM,
                 source=script.source,
                 tables={t: {"before": b, "after": a} for t, (b, a) in work.versions().items()},
-                waited_s=waited_s,
+                waited_s=work.waited_s,
                 ran_s=ran_s,
                 error=trace or why,
                 detail=detail,
@@ -524,7 +523,7 @@ class Executor:
         if under_way:
             why = f"{why} A commit to {', '.join(sorted(under_way))} is still under way."
             remedy = "Run again: the next run looks how far it came."
-        return self.report(work, outcome, waited_s, ran_s, error=why, remedy=remedy)
+        return self.report(work, outcome, ran_s, error=why, remedy=remedy)
 
     async def _moved(self, work: Work) -> list[str]:
         """Returns the tables that were committed to since, though not by the migration."""

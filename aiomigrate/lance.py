@@ -17,7 +17,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
@@ -351,14 +351,23 @@ class Store:
             TableExistsError: There is one already.
             StoreError: LanceDB failed.
         """
-        mode: Literal["create", "overwrite"] = "overwrite" if overwrite else "create"
-        handle = await self.call(
-            mode,
-            name,
-            lambda: self.connection.create_table(name, rows, schema=schema, mode=mode),
-            mutates=True,
-        )
-        return Table(self, name, handle)
+        data = pa.Table.from_batches([], schema) if rows is None else rows
+        return await self._create(name, data.to_reader(), overwrite=overwrite)
+
+    async def _create(self, name: str, reader: pa.RecordBatchReader, *, overwrite: bool) -> Table:
+        """Creates a table past lancedb's Python half.
+
+        That one takes NULL and NaN for bad vectors, and computes the vectors of a batch that has
+        none where the table has embedding functions (both measured).
+        """
+        mode = "overwrite" if overwrite else "create"
+        inner: Any = self.connection._inner  # noqa: SLF001 - there is no other way in 0.40
+
+        async def run() -> Any:
+            return await inner.create_table(name, mode, reader, namespace_path=[])
+
+        made = await self.call(mode, name, run, mutates=True)
+        return Table(self, name, lancedb.AsyncTable(made))
 
     async def create_from(
         self,
@@ -394,19 +403,13 @@ class Store:
                     yield batch
 
             reader = pa.RecordBatchReader.from_batches(schema, pull())
-            mode: Literal["create", "overwrite"] = "overwrite" if overwrite else "create"
             try:
-                handle = await self.call(
-                    mode,
-                    name,
-                    lambda: self.connection.create_table(name, reader, schema=schema, mode=mode),
-                    mutates=True,
-                )
+                table = await self._create(name, reader, overwrite=overwrite)
             except StoreError as exc:
                 refused = exc  # raised outside: a portal wraps what leaves it
         if refused is not None:
             raise (failures[0] if failures else refused) from (refused if failures else None)
-        return Table(self, name, handle)
+        return table
 
     async def drop(self, name: str) -> None:
         """Drops a table, or the remains of one; nothing happens when there is none."""
@@ -608,7 +611,7 @@ class Table:
     async def insert_new(self, key: str, data: pa.Table) -> tuple[int, int]:
         """Inserts the rows whose key is not there; returns (rows, table_version)."""
         merge = self.handle.merge_insert(key).when_not_matched_insert_all()
-        result = await self._commit("insert_new", lambda: merge.execute(data))
+        result = await self._commit("insert_new", lambda: self._merged(merge, data))
         return int(result.num_inserted_rows), int(result.version)
 
     async def replace_matching(self, key: str, data: pa.Table, condition: str) -> int:
@@ -621,7 +624,7 @@ class Table:
         """Updates the rows of equal key and inserts the others; returns (rows, table_version)."""
         merge = self.handle.merge_insert(key).when_matched_update_all()
         merge = merge.when_not_matched_insert_all()
-        result = await self._commit("merge", lambda: merge.execute(data))
+        result = await self._commit("merge", lambda: self._merged(merge, data))
         return int(result.num_updated_rows + result.num_inserted_rows), int(result.version)
 
     async def merge_columns(self, key: str, data: pa.Table, *, by_index: bool) -> tuple[int, int]:
@@ -633,21 +636,21 @@ class Table:
         disturb it; each merge reads all keys (measured: 30 s without success against 0.6 s).
 
         Without a condition on them: with one, and an index on the key, LanceDB 0.40 panics
-        ("Incorrect number of arrays for StructArray fields", measured). And past lancedb's Python
-        half, which takes NULL for a bad vector, and for a table with embedding functions computes
+        ("Incorrect number of arrays for StructArray fields", measured).
+        """
+        merge = self.handle.merge_insert(key).when_matched_update_all()
+        result = await self._commit("merge", lambda: self._merged(merge, data, use_index=by_index))
+        return int(result.num_updated_rows), int(result.version)
+
+    async def _merged(self, merge: Any, data: pa.Table, **changed: Any) -> Any:
+        """Executes a merge past lancedb's Python half.
+
+        That one takes NULL for a bad vector, and for a table with embedding functions computes
         their column from data that is not there (measured).
         """
-        merge: Any = self.handle.merge_insert(key).when_matched_update_all()
         inner: Any = self.handle._inner  # noqa: SLF001 - there is no other way in 0.40
-        told = {name: getattr(merge, f"_{name}", None) for name in _MERGE}
-        told["use_index"] = by_index
-
-        async def run() -> Any:
-            reader = pa.RecordBatchReader.from_batches(data.schema, data.to_batches())
-            return await inner.execute_merge_insert(reader, told)
-
-        result = await self._commit("merge", run)
-        return int(result.num_updated_rows), int(result.version)
+        told = {name: getattr(merge, f"_{name}", None) for name in _MERGE} | changed
+        return await inner.execute_merge_insert(data.to_reader(), told)
 
     async def nearest(
         self, column: str, vector: Sequence[float], rows: int, key: str, where: str

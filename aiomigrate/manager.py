@@ -93,7 +93,7 @@ from aiomigrate.report import (
 )
 from aiomigrate.runner import FailedElsewhereError, Progress, Runner, RunOptions, Seen
 from aiomigrate.telemetry import RUN, Telemetry
-from aiomigrate.timing import RunTiming, runs_of
+from aiomigrate.timing import RunTiming, concurrency_of, critical_path, runs_of, spans_of
 from aiomigrate.undo import Kept, Undo, decide, kept_savepoints, to_undo, unsettled
 
 if TYPE_CHECKING:
@@ -577,6 +577,10 @@ class MigrationManager:
         return result
 
     def _ended(self, report: Report, begun: float, **facts: Any) -> Report:
+        if facts.get("steps") and self._scripts is not None:
+            spans = spans_of(facts["steps"])
+            facts["critical"] = critical_path(spans, _follows(self._scripts))
+            facts["concurrency"] = concurrency_of(spans)
         return replace(report, total_s=self._clock.monotonic() - begun, **facts)
 
     async def rollback(
@@ -1021,10 +1025,7 @@ class MigrationManager:
             LedgerError: The journal cannot be read or trusted.
             StoreError: LanceDB failed.
         """
-        follows = {
-            script.key: tuple(script.depends_on.items()) for script in (await self.scripts()).all
-        }
-        return runs_of(await self.history(), follows)
+        return runs_of(await self.history(), _follows(await self.scripts()))
 
     async def history(self, line: str | None = None) -> tuple[Event, ...]:
         """Returns the journal's valid events in order, of one line or all. Writes nothing.
@@ -1231,6 +1232,11 @@ class MigrationManager:
             if (why := await sketch.refusal(trial.statement, schema)) is not None:
                 raise trial.refused(why)
         return checked
+
+
+def _follows(scripts: Scripts) -> dict[tuple[str, int], tuple[tuple[str, int], ...]]:
+    """Returns what each migration follows besides its own line."""
+    return {script.key: tuple(script.depends_on.items()) for script in scripts.all}
 
 
 _PROGRESS_KEPT = 1000

@@ -52,6 +52,8 @@ class Work:
         savepoints: table_version of each table when it was first begun, where it is resumed.
         branches: Savepoint branch by table.
         held_back: Events to be written with the next commit's announcement, which needs them.
+        depended_s: Seconds spent waiting for what it depends on.
+        waited_s: Seconds spent waiting for that and for its place.
         ledger_s: Seconds spent waiting for the journal.
         size: Bytes of data that its tables hold afterwards, `None` where that is not measured.
         started_s: Monotonic time when it began.
@@ -66,6 +68,8 @@ class Work:
     savepoints: Mapping[str, int] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     held_back: list[Event] = field(default_factory=list)
+    depended_s: float = 0.0
+    waited_s: float = 0.0
     ledger_s: float = 0.0
     size: int | None = None
     started_s: float = 0.0

@@ -185,8 +185,8 @@ def status_text(status: Status) -> str:
 
 def timing_text(run: RunTiming) -> str:
     """Returns a run as a table of timings in the order of beginning, and where its time went."""
-    header = ("began", "line", "version", "outcome", "waited", "ran", "ledger", "rows", "bytes",
-              "commits", "retries", "")  # fmt: skip
+    header = ("began", "line", "version", "outcome", "for others", "for a slot", "ran", "ledger",
+              "rows", "bytes", "commits", "retries", "")  # fmt: skip
     critical = set(run.critical)
     rows = [
         (
@@ -194,7 +194,8 @@ def timing_text(run: RunTiming) -> str:
             span.line,
             str(span.version),
             span.outcome,
-            seconds(span.waited_s),
+            seconds(span.depended_s),
+            seconds(span.queued_s),
             seconds(span.ran_s),
             seconds(span.ledger_s),
             str(span.rows),
@@ -211,7 +212,7 @@ def timing_text(run: RunTiming) -> str:
         f"{len(run.spans)} migrations in {seconds(run.total_s)}: {seconds(run.lease_s)} for the "
         f"lease, {seconds(run.worked_s)} of work, {run.concurrency:.1f} at once."
     )
-    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10))
+    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10, 11))
     return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
 
 

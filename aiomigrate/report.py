@@ -34,7 +34,10 @@ class StepReport:
         version: Its version.
         description: Its description.
         outcome: How it ended.
-        waited_s: Seconds it waited for dependencies and a slot.
+        began_s: Seconds from when the run was planned to its first operation.
+        depended_s: Seconds it waited for what it depends on, since the one before it on its line
+            had ended.
+        waited_s: Seconds it waited for that and for a slot.
         ran_s: Seconds its operations took.
         ledger_s: Seconds it waited for the journal.
         rows: Rows changed.
@@ -54,6 +57,8 @@ class StepReport:
     version: int
     description: str = ""
     outcome: Outcome
+    began_s: float = 0.0
+    depended_s: float = 0.0
     waited_s: float = 0.0
     ran_s: float = 0.0
     ledger_s: float = 0.0
@@ -89,6 +94,8 @@ class Report:
         adopted: Lines that another system had written.
         ledger_commits: Commits made on the two metadata tables.
         deferred: What is left for the background (line and version), in order.
+        critical: The migrations that its end waited for, first to last.
+        concurrency: How many were at work at once, on average; 0 where there were none.
     """
 
     run_id: str
@@ -101,6 +108,8 @@ class Report:
     adopted: tuple[str, ...] = ()
     ledger_commits: int = 0
     deferred: tuple[tuple[str, int], ...] = ()
+    critical: tuple[tuple[str, int], ...] = ()
+    concurrency: float = 0.0
 
     @property
     def applied(self) -> tuple[StepReport, ...]:
@@ -128,7 +137,14 @@ class Report:
             "applied": len(self.applied),
             "failed": len(self.failed),
             "skipped": len(self.skipped),
+            "worked_s": sum(step.ran_s + step.ledger_s for step in self.steps),
+            "ledger_s": sum(step.ledger_s for step in self.steps),
+            "rows": sum(step.rows for step in self.steps),
+            "commits": sum(step.commits for step in self.steps),
+            "retries": sum(step.retries for step in self.steps),
             "ledger_commits": self.ledger_commits,
+            "concurrency": self.concurrency,
+            "critical": [{"line": line, "version": version} for line, version in self.critical],
             "adopted": list(self.adopted),
             "lines": dict(self.lines),
             "deferred": [{"line": line, "version": version} for line, version in self.deferred],
@@ -146,6 +162,8 @@ class Report:
             steps=(*self.steps, *later.steps),
             adopted=(*self.adopted, *later.adopted),
             ledger_commits=self.ledger_commits + later.ledger_commits,
+            critical=(*self.critical, *later.critical),
+            concurrency=_mean(self, later),
         )
 
     def to_json(self) -> str:
@@ -156,6 +174,13 @@ class Report:
         from aiomigrate.render import report_text  # rendering is a layer above the value it prints
 
         return report_text(self)
+
+
+def _mean(first: Report, second: Report) -> float:
+    """Returns how many migrations were at work at once in two runs, on average."""
+    total_s = first.total_s + second.total_s
+    weighed = first.concurrency * first.total_s + second.concurrency * second.total_s
+    return weighed / total_s if total_s else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

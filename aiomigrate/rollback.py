@@ -46,7 +46,13 @@ class Reverser:
         self._log = log
 
     async def run(
-        self, script: Script, undo: Undo, unfinished: Unfinished | None, ready_at: float
+        self,
+        script: Script,
+        undo: Undo,
+        unfinished: Unfinished | None,
+        ready_at: float,
+        *,
+        depended_s: float = 0.0,
     ) -> StepReport:
         """Undoes one migration, or goes on undoing it.
 
@@ -55,14 +61,15 @@ class Reverser:
             undo: How.
             unfinished: What an interrupted undoing left, for `Way.FINISH`.
             ready_at: Monotonic time since when its wait counts.
+            depended_s: Seconds of that wait that were for what is undone before.
 
         Raises:
             LeaseLostError: Another process has the lease.
             AiomigrateError: The ledger cannot be written.
         """
         log = self._log.bind(table=script.line, version=script.version)
-        work = Work(script, started_s=self._clock.monotonic())
-        waited_s = work.started_s - ready_at
+        work = Work(script, started_s=self._clock.monotonic(), depended_s=depended_s)
+        work.waited_s = work.started_s - ready_at
         failure: Exception | None = None
         try:
             with self._writer.working():
@@ -77,7 +84,7 @@ class Reverser:
         except anyio.get_cancelled_exc_class():
             if self._writer.error is None:
                 with anyio.CancelScope(shield=True):
-                    await self._fail(work, undo, None, waited_s, log)
+                    await self._fail(work, undo, None, log)
             raise
         except Exception as exc:
             if isinstance(exc, LeaseLostError) or self._writer.error is not None:
@@ -89,9 +96,9 @@ class Reverser:
         report: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
-                report = await self._finish(work, undo, waited_s, log)
+                report = await self._finish(work, undo, log)
             else:
-                report = await self._fail(work, undo, failure, waited_s, log)
+                report = await self._fail(work, undo, failure, log)
         return report
 
     async def _begin(self, work: Work, undo: Undo) -> None:
@@ -171,7 +178,7 @@ class Reverser:
             touched.foreign = []  # what was given up is told by the plan
             touched.commits += touched.version != known
 
-    async def _finish(self, work: Work, undo: Undo, waited_s: float, log: Any) -> StepReport:
+    async def _finish(self, work: Work, undo: Undo, log: Any) -> StepReport:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
@@ -188,7 +195,7 @@ class Reverser:
                 algorithm=ALGORITHM,
                 source=script.source,
                 tables=work.facts(),
-                waited_s=waited_s,
+                waited_s=work.waited_s,
                 ran_s=ran_s,
                 ledger_s=work.ledger_s,
                 detail={**detail, "cleanup": cleanup, "branches": dict(undo.branches)},
@@ -196,29 +203,27 @@ class Reverser:
         )
         await self._executor.clean(script.line, script.version, cleanup, undo.branches)
         self._executor.lift(script.line, undo.to)
-        report = self._executor.report(work, Outcome.ROLLED_BACK, waited_s, ran_s)
+        report = self._executor.report(work, Outcome.ROLLED_BACK, ran_s)
         log.info(
             ev.STEP_ROLLED_BACK,
             description=script.description,
             way=undo.way.value,
             to=undo.to,
-            waited_s=round(waited_s, 4),
+            waited_s=round(work.waited_s, 4),
             ran_s=round(ran_s, 4),
             commits=report.commits,
             tables={t: f"{b} -> {a}" for t, (b, a) in report.tables.items()},
         )
         return report
 
-    async def _fail(
-        self, work: Work, undo: Undo, exc: Exception | None, waited_s: float, log: Any
-    ) -> StepReport:
+    async def _fail(self, work: Work, undo: Undo, exc: Exception | None, log: Any) -> StepReport:
         """Puts the migration back as it was applied, where nothing of others is in the way."""
         script = work.script
         outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
         why = "cancelled" if exc is None else failure_text(exc, self._store, work.doing)
         remedy = exc.remedy if isinstance(exc, AiomigrateError) else "Correct it and run again."
         if isinstance(exc, RollbackRefusedError) and not work.ledger_s:
-            return self._executor.report(work, outcome, waited_s, 0.0, error=why, remedy=remedy)
+            return self._executor.report(work, outcome, 0.0, error=why, remedy=remedy)
         is_back = False
         going_on = work.resumed or self._store.abandoned & work.tables.keys()
         if not going_on and undo.way is Way.INVERSE:
@@ -248,4 +253,4 @@ class Reverser:
             remedy = f"{remedy} The next run goes on undoing it."
         ran_s = self._clock.monotonic() - work.started_s
         log.error(ev.STEP_FAILED, error=why, restored=is_back, ran_s=round(ran_s, 4))
-        return self._executor.report(work, outcome, waited_s, ran_s, error=why, remedy=remedy)
+        return self._executor.report(work, outcome, ran_s, error=why, remedy=remedy)

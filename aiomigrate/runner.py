@@ -150,6 +150,7 @@ class Runner:
         self._run_id = run_id
         self._clock = clock
         self._log = log
+        self._begun_at = clock.monotonic()
         self._since = clock.wall().isoformat(timespec="seconds")
         self._running: dict[str, str] = {}
         self._going: dict[str, Going] = {}
@@ -594,10 +595,14 @@ class Runner:
 
         async def run_line(line: str) -> None:
             with self._options.telemetry.span(TABLE, {"db.collection.name": line}):
+                free_at = begun
                 for step in lines[line]:
                     for key in step.after:
                         await ended[key].wait()
-                    result = await run_step(step)
+                    result = await run_step(step, free_at, self._clock.monotonic() - free_at)
+                    began_s = free_at - self._begun_at + result.waited_s
+                    result = replace(result, began_s=began_s)
+                    free_at = self._clock.monotonic()
                     self.results[step.key] = result
                     self._running.pop(line, None)
                     self._going.pop(line, None)
@@ -605,10 +610,10 @@ class Runner:
                     self._tell(step.script, result.outcome.value)
                     ended[step.key].set()
 
-        async def run_step(step: Step) -> StepReport:
+        async def run_step(step: Step, free_at: float, depended_s: float) -> StepReport:
             script = step.script
             if blocked := [k for k in step.after if not self.results[k].outcome.is_done]:
-                return self._skipped(script, blocked[0], self._clock.monotonic() - begun)
+                return self._skipped(script, blocked[0], depended_s)
             facts: dict[str, str | int] = {
                 "db.collection.name": script.line,
                 "db.operation.name": plan.direction.value,
@@ -616,7 +621,9 @@ class Runner:
                 "aiomigrate.description": script.description,
             }
             with self._options.telemetry.span(MIGRATION, facts) as span:
-                result = await self._run_step(step, seen, executor, reverser, decide, begun)
+                result = await self._run_step(
+                    step, seen, executor, reverser, decide, free_at, depended_s
+                )
                 if not result.outcome.is_done:
                     span.failed(result.error)
             return result
@@ -634,7 +641,8 @@ class Runner:
         executor: Executor,
         reverser: Reverser,
         decide: Decide | None,
-        begun: float,
+        free_at: float,
+        depended_s: float,
     ) -> StepReport:
         """Runs one migration, or undoes it, once everything that it follows is done."""
         script = step.script
@@ -643,18 +651,23 @@ class Runner:
         going_on = finish(script, state, seen.journal) if unfinished else None
         if going_on is not None:
             self._tell_running(script, "undoing", 0, None)
-            result = await reverser.run(script, going_on, unfinished, begun)
+            result = await reverser.run(
+                script, going_on, unfinished, free_at, depended_s=depended_s
+            )
             if step.undo is None and result.outcome.is_done:  # undone at last: once more
-                result = await executor.run(script, None, begun)
+                result = await executor.run(script, None, free_at, depended_s=depended_s)
             return result
         if decide is not None:
             self._tell_running(script, "undoing", 0, None)
-            return await reverser.run(script, await decide(script, state), None, begun)
+            undo = await decide(script, state)
+            return await reverser.run(script, undo, None, free_at, depended_s=depended_s)
         failed = seen.journal.of(script.line).failed
         is_retry = failed is not None and failed.version == script.version
-        return await executor.run(script, unfinished, begun, is_retry=is_retry)
+        return await executor.run(
+            script, unfinished, free_at, depended_s=depended_s, is_retry=is_retry
+        )
 
-    def _skipped(self, script: Script, cause: Key, waited_s: float) -> StepReport:
+    def _skipped(self, script: Script, cause: Key, depended_s: float) -> StepReport:
         going_back = self.plan is not None and self.plan.direction is Direction.ROLLBACK
         why = f"{cause[0]} {cause[1]} was not {'undone' if going_back else 'applied'}."
         self._log.warning(ev.STEP_SKIPPED, table=script.line, version=script.version, error=why)
@@ -663,7 +676,8 @@ class Runner:
             version=script.version,
             description=script.description,
             outcome=Outcome.SKIPPED,
-            waited_s=waited_s,
+            depended_s=depended_s,
+            waited_s=depended_s,
             error=why,
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiomigrate.model import Event, Kind
-from aiomigrate.report import error_line
+from aiomigrate.report import StepReport, error_line
 
 Key = tuple[str, int]
 
@@ -34,7 +34,8 @@ class Span:
         description: Its description.
         outcome: `applied`, `failed` or `rolled back`.
         began_s: From the beginning of the run to its first operation.
-        waited_s: Waited before that, for what it depends on and for a slot.
+        depended_s: Waited before that for what it depends on, since the one before it on its line.
+        waited_s: Waited for that and for a slot.
         ran_s: Its operations.
         ledger_s: Waited for the journal, between them.
         rows: Rows changed.
@@ -50,6 +51,7 @@ class Span:
     description: str = ""
     outcome: str = "applied"
     began_s: float = 0.0
+    depended_s: float = 0.0
     waited_s: float = 0.0
     ran_s: float = 0.0
     ledger_s: float = 0.0
@@ -63,6 +65,11 @@ class Span:
     def key(self) -> Key:
         """Line and version."""
         return (self.line, self.version)
+
+    @property
+    def queued_s(self) -> float:
+        """Waited for a slot."""
+        return max(0.0, self.waited_s - self.depended_s)
 
     @property
     def took_s(self) -> float:
@@ -107,10 +114,7 @@ class RunTiming:
     @property
     def concurrency(self) -> float:
         """How many migrations were at work at once, on average; 0 where there were none."""
-        if not self.spans:
-            return 0.0
-        elapsed = max(s.ended_s for s in self.spans) - min(s.began_s for s in self.spans)
-        return self.worked_s / elapsed if elapsed > 0 else 1.0
+        return concurrency_of(self.spans)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as a JSON-ready dictionary."""
@@ -155,15 +159,20 @@ class RunTiming:
         ]
         for span, waited_s in zip(self.spans, waits(self.spans), strict=True):
             shared = {"ph": "X", "pid": 1, "tid": number[span.line]}
-            waiting = {"name": f"wait {span.line} {span.version}", "cat": "wait",
-                       "ts": round((span.began_s - waited_s) * 1e6),
-                       "dur": round(waited_s * 1e6)}  # fmt: skip
+            depended_s = min(span.depended_s, waited_s)
+            since_s = span.began_s - waited_s
+            waiting = [
+                {**shared, "name": f"wait for {what}", "cat": "wait", "ts": round(at * 1e6),
+                 "dur": round(long * 1e6)}
+                for what, at, long in (("others", since_s, depended_s),
+                                       ("a slot", since_s + depended_s, waited_s - depended_s))
+                if long > 0
+            ]  # fmt: skip
             args = {name: getattr(span, name) for name in _TRACED}
             working = {"name": f"{span.line} {span.version}", "cat": span.outcome,
                        "ts": round(span.began_s * 1e6), "dur": round(span.took_s * 1e6),
                        "args": args}  # fmt: skip
-            events += [{**shared, **waiting}] if waited_s > 0 else []
-            events.append({**shared, **working})
+            events += [*waiting, {**shared, **working}]
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def __str__(self) -> str:
@@ -232,6 +241,7 @@ def _span(event: Event, started_at: dt.datetime) -> Span:
         description=event.description or "",
         outcome=_ENDS[event.kind],
         began_s=max(0.0, (_began(event) - started_at).total_seconds()),
+        depended_s=event.detail.get("depended_s", 0.0),
         waited_s=event.waited_s or 0.0,
         ran_s=event.ran_s or 0.0,
         ledger_s=event.ledger_s or 0.0,
@@ -241,6 +251,25 @@ def _span(event: Event, started_at: dt.datetime) -> Span:
         retries=event.retries or 0,
         error=error_line(event.error),
     )
+
+
+def spans_of(steps: Iterable[StepReport]) -> tuple[Span, ...]:
+    """Returns the migrations of a fresh report in time, those that ran, as they began."""
+    shared = [name for name in Span.__slots__ if name != "outcome"]
+    spans = [
+        Span(outcome=step.outcome.value, **{name: getattr(step, name) for name in shared})
+        for step in steps
+        if step.outcome.is_done or step.ran_s
+    ]
+    return tuple(sorted(spans, key=lambda span: (span.began_s, span.line, span.version)))
+
+
+def concurrency_of(spans: Sequence[Span]) -> float:
+    """Returns how many migrations were at work at once, on average; 0 where there were none."""
+    if not spans:
+        return 0.0
+    elapsed = max(s.ended_s for s in spans) - min(s.began_s for s in spans)
+    return sum(span.took_s for span in spans) / elapsed if elapsed > 0 else 1.0
 
 
 def waits(spans: Sequence[Span]) -> tuple[float, ...]:
@@ -267,12 +296,16 @@ def critical_path(
     """
     if not spans:
         return ()
+    by_line: dict[str, list[Span]] = {}
+    for span in spans:
+        by_line.setdefault(span.line, []).append(span)
     at = max(spans, key=lambda span: (span.ended_s, span.key))
     path = [at]
     while True:
         follows = set(depends_on.get(at.key, ()))
+        lines = {at.line, *(line for line, _ in follows)}
         before = [
-            span for span in spans
+            span for line in lines for span in by_line.get(line, ())
             if span not in path
             and span.ended_s <= at.ended_s
             and ((span.line == at.line and span.version < at.version) or span.key in follows)

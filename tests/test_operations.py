@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lancedb.embeddings import TextEmbeddingFunction, register
 
-from aiomigrate import Migration, MigrationFailedError, OnDestructive, op
+from aiomigrate import Context, Migration, MigrationFailedError, OnDestructive, op
 from aiomigrate.applier import witness_name
 from aiomigrate.errors import (
     AiomigrateError,
@@ -1369,3 +1369,49 @@ async def test_a_rebuild_writes_the_metadata_that_is_right(database: Path) -> No
     assert [sorted(metadata) for metadata in told] == [
         [b"embedding_functions", b"owner"], [b"owner"], [b"owner"],
     ]  # fmt: skip
+
+
+async def test_rows_without_a_vector_are_kept_as_they_are(database: Path) -> None:
+    """NULL and NaN in vector columns pass through every operation that writes rows anew.
+
+    lancedb's Python half refuses such vectors when it creates tables and merges, and computes
+    those of tables with embedding functions itself: we go past it.
+    """
+    schema = pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("vector", pa.list_(pa.float32(), 2)),
+            pa.field("long", pa.list_(pa.float32(), 12)),
+        ]
+    )
+    rows = [{"id": "a", "vector": None, "long": None},
+            {"id": "b", "vector": [float("nan"), 1.0], "long": [0.5] * 12}]  # fmt: skip
+
+    async def as_it_is(batch: pa.RecordBatch) -> pa.RecordBatch:
+        return batch
+
+    async def more(ctx: Context) -> None:
+        table = ctx.table("renamed")
+        await table.add([{"id": "c", "vector": None, "long": None}])
+        await table.merge([{"id": "c", "vector": None}, {"id": "d", "vector": None}], on="id")
+
+    steps = [
+        Migration(table="t", version=1, operations=[op.CreateTable(schema, rows=rows)]),
+        Migration(table="t", version=2, operations=[op.Rebuild(as_it_is)]),
+        Migration(table="t", version=3, operations=[op.RenameTable(to="renamed")]),
+        Migration(line="t", version=4, up=more, touches=("renamed",)),
+        Migration(table="copy", version=1, depends_on={"t": 4},
+                  operations=[op.CreateTable(schema), op.CopyInto("renamed", key="id")]),
+    ]  # fmt: skip
+    async with manager(database, steps) as migrating:
+        await migrating.initialize()
+
+    connection = await lancedb.connect_async(database)
+    for name in ("renamed", "copy"):
+        found = (await (await connection.open_table(name)).query().to_arrow()).sort_by("id")
+        assert found["id"].to_pylist() == ["a", "b", "c", "d"]
+        vectors = found["vector"].to_pylist()
+        assert [v is None for v in vectors] == [True, False, True, True]
+        assert str(vectors[1]) == "[nan, 1.0]"
+        assert found["long"].to_pylist() == [None, [0.5] * 12, None, None]
+    connection.close()

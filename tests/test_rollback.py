@@ -685,3 +685,27 @@ async def test_looking_at_a_rollback_writes_nothing(database: Path) -> None:
     assert plan.to_dict()["direction"] == "rollback"
     assert "return things to table_version" in str(plan)
     assert not (database.parent / "none").exists()
+
+
+async def test_code_of_a_line_that_is_no_table_is_applied_and_undone(database: Path) -> None:
+    """`Migration(line=..., touches=..., up=..., down=...)` is planned, run and rolled back."""
+
+    async def up(ctx: Context) -> None:
+        await ctx.table("a").add([{"id": "x"}])
+
+    async def down(ctx: Context) -> None:
+        await ctx.table("a").delete("id = 'x'")
+
+    schema = pa.schema([pa.field("id", pa.string())])
+    migrations = [
+        Migration(table="a", version=1, operations=[op.CreateTable(schema)]),
+        Migration(line="chores", version=1, touches=["a"], depends_on={"a": 1}, up=up, down=down),
+        Migration(line="chores", version=2, touches=["a"], up=up),
+    ]
+    async with manager(database, migrations) as migrating:
+        await migrating.initialize()
+        assert len(await rows_of(database, "a")) == 2
+        await migrating.rollback("chores", to=0)
+        assert await rows_of(database, "a") == []
+        await migrating.upgrade()
+        assert len(await rows_of(database, "a")) == 2

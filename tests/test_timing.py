@@ -83,6 +83,7 @@ spans = st.lists(
         line=st.sampled_from("abc"),
         version=st.integers(1, 9),
         began_s=st.floats(0, 100),
+        depended_s=st.floats(0, 100),
         waited_s=st.floats(0, 100),
         ran_s=st.floats(0, 100),
         ledger_s=st.floats(0, 10),
@@ -145,11 +146,46 @@ async def test_real_runs_are_timed(database: Path) -> None:
     assert took["c", 1].size is None
     assert took["a", 1].size is not None
     assert took["b", 1].began_s >= took["a", 1].ended_s - 0.01
-    assert took["b", 1].waited_s >= 0.19
+    assert took["b", 1].depended_s >= 0.19
+    assert took["b", 1].waited_s >= took["b", 1].depended_s
+    assert took["b", 2].depended_s < 0.05  # since the one before it on its line had ended
     assert first.critical == (("a", 1), ("b", 1), ("b", 2))
     assert first.total_s >= 0.4
     assert 0 < first.lease_s < first.total_s
     assert "a 1 > b 1 > b 2" in str(first)
+
+
+async def test_a_report_tells_the_same_as_the_history(database: Path) -> None:
+    """Waits by cause, totals, critical path and concurrency: fresh, and read back later."""
+
+    async def slow(ctx: Context) -> None:
+        await anyio.sleep(0.2)
+
+    steps = [
+        Migration(table="a", version=1, operations=[op.CreateTable(T), op.Run(slow)]),
+        Migration(table="b", version=1, operations=[op.CreateTable(T)], depends_on={"a": 1}),
+        Migration(table="c", version=1, operations=[op.CreateTable(T), op.Run(slow)]),
+    ]
+    async with manager(database, steps, concurrency=1) as migrating:
+        report = await migrating.upgrade()
+        (run,) = await migrating.timings()
+    told, fresh = run.to_dict(), report.to_dict()
+    waits = {s.line: (s.depended_s, s.waited_s - s.depended_s) for s in report.steps}
+
+    assert report.critical == run.critical
+    assert report.critical[-1] == max((s.ended_s, s.key) for s in run.spans)[1]
+    assert report.concurrency == pytest.approx(run.concurrency, abs=0.3)
+    assert 0 < report.concurrency < 1.5
+    assert waits["a"][0] < 0.05
+    assert waits["b"][0] >= 0.19
+    assert max(waits["a"][1], waits["c"][1]) >= 0.19  # one of them had to wait for the slot
+    assert waits["c"][0] < 0.05
+    for name in ("rows", "commits", "retries"):
+        assert fresh[name] == told[name]
+    assert fresh["worked_s"] == pytest.approx(told["worked_s"], abs=0.1)
+    by_line = {span.line: span for span in run.spans}
+    for step in report.steps:
+        assert by_line[step.line].depended_s == pytest.approx(step.depended_s)
 
 
 async def test_the_page_holds_everything_and_nothing_of_others(database: Path) -> None:

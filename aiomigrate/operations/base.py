@@ -382,7 +382,9 @@ class Operation:
             OperationError: The operation cannot be applied to such tables.
         """
         after = dict(states)
-        name = self.table or ""
+        name = self.table
+        if name is None:  # code that belongs to no table
+            return after
         if states[name] is not None or self.when_missing is not Missing.SKIP:
             after[name] = self.evolve(states[name])
         return after
