@@ -91,6 +91,7 @@ class Executor:
         self._progress = progress
         self._telemetry = telemetry
         self._keeps = keeps
+        self._just_left: dict[str, tuple[float, Touched]] = {}
         self.applier = Applier(store, writer.check, progress=progress, log=log)
         lease = writer.lease
         self.recovery = Recovery(
@@ -216,10 +217,30 @@ class Executor:
                 announce=self._announcer(work),
                 others=work.tables,
             )
-            await touched.open()
+            await touched.open(self._left(work, name))
             if name in work.savepoints:
                 await touched.resume_from(work.savepoints[name])
             work.tables[name] = touched
+
+    def _left(self, work: Work, name: str) -> Touched | None:
+        """Returns a table as a migration has just left it, for one that does not wait for it.
+
+        Only for what is quickly done, and for a moment: its first commit tells if others came
+        between, as it does of those that come right after a look.
+        """
+        left_at, touched = self._just_left.pop(name, (0.0, None))
+        is_fresh = self._clock.monotonic() - left_at < _JUST_S
+        return touched if is_fresh and _is_quick(work.script) and not work.savepoints else None
+
+    def _leave(self, work: Work) -> None:
+        now = self._clock.monotonic()
+        for name, (left_at, _) in list(self._just_left.items()):  # oldest first
+            if now - left_at < _JUST_S:
+                break
+            del self._just_left[name]
+        for touched in work.tables.values():
+            if touched.state is not None:
+                self._just_left[touched.name] = (now, touched)
 
     async def _start(self, work: Work) -> None:
         script = work.script
@@ -365,6 +386,7 @@ class Executor:
             # A crash that loses it costs a look: what is done is found done. And nothing is
             # committed before it is durable: that would be announced, later in the same journal.
             self._writer.follow(applied, self._head_row(script.line, script.version))
+            self._leave(work)
         report = replace(report, ledger_s=work.ledger_s)
         log.info(
             ev.STEP_APPLIED,
@@ -566,6 +588,7 @@ def in_hand(operation: Operation) -> str:
     return words if len(words) <= _WORDS else f"{words[:_WORDS]}..."
 
 
+_JUST_S = 1.0
 _WORDS = 80
 
 

@@ -501,9 +501,15 @@ class Table:
         await other._read("checkout", lambda: other.handle.checkout(table_version))  # noqa: SLF001 - same class
         return other
 
-    async def state(self) -> TableState:
-        """Returns schema and indexes."""
+    async def state(self, *, indexed: bool = True) -> TableState:
+        """Returns schema and indexes.
+
+        Args:
+            indexed: Whether there may be indexes: else nothing is asked for them.
+        """
         schema = await self._read("schema", self.handle.schema)
+        if not indexed:
+            return TableState(schema)
         configs = await self._read("list_indices", self.handle.list_indices)
         indexes = tuple(
             Index(

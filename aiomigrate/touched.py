@@ -106,9 +106,17 @@ class Touched:
         self._table: Table | None = None
         self._state: TableState | None = None
 
-    async def open(self) -> None:
-        """Opens the table at its latest version and reads its state; it may not exist."""
-        await self._look()
+    async def open(self, known: Touched | None = None) -> None:
+        """Opens the table at its latest version and reads its state; it may not exist.
+
+        Args:
+            known: The same table as a migration left it a moment ago, whose handle is taken over
+                as it is: a commit that others made since is found by the next one of ours.
+        """
+        if known is None:
+            await self._look()
+        else:
+            self._table, self.version, self._state = known.table, known.version, known.state
         self.before = 0 if self._state is None else self.version
         self.was = self._state
 
@@ -158,8 +166,19 @@ class Touched:
         return None if self._state is None else self._state.shape()
 
     async def _commit(
-        self, effect: Mapping[str, Any], run: Callable[[Table], Awaitable[int]]
+        self,
+        effect: Mapping[str, Any],
+        run: Callable[[Table], Awaitable[int]],
+        *,
+        indexes: bool = False,
     ) -> None:
+        """Makes one commit.
+
+        Args:
+            effect: What it does, for the journal.
+            run: Makes it.
+            indexes: Whether it makes an index.
+        """
         table = self.table
         # Not again when another commit came first: with a handle this fresh it may succeed, and
         # since that commit is foreign, the base matters no more.
@@ -168,9 +187,11 @@ class Touched:
             self._announced = effect
         await self._may_write()
         table.on_commit = self._note
+        base = self.version
         await run(table)
         self._announced = None
-        self._state = await table.state()
+        indexed = bool(self._known().indexes) or indexes or self.version != base + 1
+        self._state = await table.state(indexed=indexed)
 
     async def _tell(self, base: int, effect: Mapping[str, Any]) -> None:
         self._refuse_if_ended()
@@ -239,7 +260,7 @@ class Touched:
         self._table = table
         self.version = version
         self.commits += 1
-        self._state = await table.state()
+        self._state = await table.state(indexed=False)
 
     async def drop(self) -> None:
         """Drops the table, or what a drop that was killed has left of it."""
@@ -415,7 +436,9 @@ class Touched:
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index."""
         after = with_index(self._known(), index)
-        await self._commit(shape_effect(after), lambda t: t.create_index(index, options))
+        await self._commit(
+            shape_effect(after), lambda t: t.create_index(index, options), indexes=True
+        )
 
     async def cover_key(self, key: str) -> None:
         """Builds the index on a key anew, for all rows that are there."""

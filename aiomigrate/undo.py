@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -508,21 +508,32 @@ def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Op
         was: The state of each table before it.
     """
     concerned = {table for operation in script.operations for table in operation.tables}
-    states: Mapping[str, TableState | None]
-    states = {table: _marked(state) for table, state in was.items() if table in concerned}
-    found: list[Operation] = []
+    found = {table: state for table, state in was.items() if table in concerned}
+    if not any(before is not None and o.discards(before) for o, before in _before(script, found)):
+        return ()
+    marked = {table: _marked(state) for table, state in found.items()}
+    return tuple(
+        operation
+        for operation, before in _before(script, marked)
+        if before is not None
+        and operation.discards(before)
+        and _has_any(before)
+        and not _is_subsumed(operation, before)
+    )
+
+
+def _before(
+    script: Script, states: Mapping[str, TableState | None]
+) -> Iterator[tuple[Operation, TableState | None]]:
+    """Yields each operation with its table before it, as far as that can be predicted."""
     for operation in script.operations:
-        before = states.get(operation.table or "")
-        discards = before is not None and operation.discards(before) and _has_any(before)
-        if discards and not _is_subsumed(operation, before):
-            found.append(operation)
+        yield operation, states.get(operation.table or "")
         if any(table not in states for table in operation.tables):
             continue
         try:
             states = operation.fold(states)
         except OperationError:
             continue  # after a function or a crash, what is there is not what was predicted
-    return tuple(found)
 
 
 def keeps_savepoint(

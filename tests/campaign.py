@@ -34,7 +34,14 @@ import anyio
 import lancedb
 import pyarrow as pa
 
-from aiomigrate import Context, Migration, MigrationFailedError, MigrationManager, op
+from aiomigrate import (
+    Context,
+    Migration,
+    MigrationFailedError,
+    MigrationManager,
+    OnDestructive,
+    op,
+)
 from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, OperationError
 from aiomigrate.operations.base import Operation, TableState
@@ -188,10 +195,12 @@ class Set:
     Attributes:
         migrations: All of them.
         written: The table that a foreign writer appends to, empty for none.
+        on_destructive: Whether tables may be dropped, and no savepoints are kept.
     """
 
     migrations: list[Migration]
     written: str
+    on_destructive: OnDestructive = OnDestructive.KEEP
 
 
 PAUSED = "paused"
@@ -205,6 +214,7 @@ def made(seed: str) -> Set:
     chance = random.Random(seed)
     tables = [f"table_{n}" for n in range(chance.randint(1, 3))]
     written = chance.choice([tables[0], ""])
+    allows = chance.random() < 0.3
     numbers = itertools.count()
     result: list[Migration] = []
     for table in tables:
@@ -221,10 +231,19 @@ def made(seed: str) -> Set:
                 if (one := _fitting(chance, next(numbers), table, states)) is not None:
                     operations.append(one)
                     states = _after(one, table, states)
+            extras = _extras(table, states)
+            if allows and extras and chance.random() < 0.5:
+                operations.append(op.DropTable(table=chance.choice(extras)))
+                states = _after(operations[-1], table, states)
             result.append(
                 Migration(table=table, version=version, operations=operations, depends_on=before)
             )
-    return Set(result, written)
+    return Set(result, written, OnDestructive.ALLOW if allows else OnDestructive.KEEP)
+
+
+def _extras(table: str, states: dict[str, TableState | None]) -> list[str]:
+    """Returns the tables that earlier migrations of a line have made."""
+    return [name for name, known in states.items() if known is not None and name != table]
 
 
 def _fitting(
@@ -235,7 +254,7 @@ def _fitting(
         state = states[table]
         assert state is not None
         names = [f.name for f in state.fields() if f.name not in SCHEMA.names]
-        extras = [name for name, known in states.items() if known is not None and name != table]
+        extras = _extras(table, states)
         with contextlib.suppress(OperationError, IndexError):
             if extras and chance.random() < 0.3:
                 one = chance.choice(OF_EXTRAS)(table, chance.choice(extras), number)
@@ -279,12 +298,14 @@ def faults_of(chance: random.Random) -> list[Fault]:
 async def run_in_process(uri: str, seed: str, fault: Fault, plant: str) -> None:
     """Runs a seed's migrations with a fault; what it ends with does not matter."""
     PLANTS[plant]()
+    planned = made(seed)
     manager_type = faulty_manager(fault)
     store_type: Any = manager_type._store_type
     with contextlib.suppress(AiomigrateError, MigrationFailedError):
         async with manager_type(
             uri,
-            migrations=made(seed).migrations,
+            migrations=planned.migrations,
+            on_destructive=planned.on_destructive,
             logger=quiet_logger(),
             lease_ttl=TTL_S,
             clock=Clock(wall=store_type.wall),
@@ -491,7 +512,11 @@ async def _last(uri: Path, seed: str, plant: str) -> str:
 async def _run(uri: Path, planned: Set) -> None:
     with anyio.fail_after(120):
         async with MigrationManager(
-            uri, migrations=planned.migrations, logger=quiet_logger(), lease_ttl=TTL_S
+            uri,
+            migrations=planned.migrations,
+            on_destructive=planned.on_destructive,
+            logger=quiet_logger(),
+            lease_ttl=TTL_S,
         ) as manager:
             await manager.initialize()
 

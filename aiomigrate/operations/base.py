@@ -77,6 +77,9 @@ class TableState:
     schema: pa.Schema
     indexes: tuple[Index, ...] = ()
     _shape: list[Mapping[str, Any]] = field(default_factory=list, init=False, repr=False)
+    _after: list[tuple[Operation, TableState | None]] = field(
+        default_factory=list, init=False, repr=False
+    )
 
     def shape(self) -> Mapping[str, Any]:
         """Returns a JSON value that is equal for equal shapes: order, names, metadata aside.
@@ -88,6 +91,19 @@ class TableState:
             indexes = sorted({str(index) for index in self.indexes})
             self._shape.append({"fields": fields, "indexes": indexes})
         return self._shape[0]
+
+    def after(self, operation: Operation) -> TableState | None:
+        """Predicts this table after an operation, once however often it is asked.
+
+        Raises:
+            OperationError: The operation cannot be applied to such a table.
+        """
+        for known, after in self._after:
+            if known is operation:
+                return after
+        after = operation.evolve(self)
+        self._after.append((operation, after))
+        return after
 
     def fields(self) -> list[pa.Field[Any]]:
         """Returns the table's fields without those of ours."""
@@ -386,7 +402,7 @@ class Operation:
         if name is None:  # code that belongs to no table
             return after
         if states[name] is not None or self.when_missing is not Missing.SKIP:
-            after[name] = self.evolve(states[name])
+            after[name] = _evolved(self, states[name])
         return after
 
     def describe(self) -> str:
@@ -411,7 +427,7 @@ class Operation:
         """Returns whether the effect is already there, so that nothing is to be done."""
         if not self.shows:
             return False
-        after = self.evolve(state)
+        after = _evolved(self, state)
         if state is None or after is None:
             return state is after
         return after.same(state)
@@ -423,7 +439,7 @@ class Operation:
             state: The table as it is, perhaps halfway.
             witness: The column that belongs to this operation.
         """
-        return self.evolve(state)
+        return _evolved(self, state)
 
     async def apply(self, target: Target) -> int:
         """Makes the change; called only when not `done`. Returns the rows changed."""
@@ -588,3 +604,7 @@ def remembered(state: TableState | None, name: str) -> Mapping[str, Any] | None:
     text = (state.schema.field(position).metadata or {}).get(_MEMORY, b"{}")
     found = json.loads(text)
     return found if isinstance(found, dict) else {}
+
+
+def _evolved(operation: Operation, state: TableState | None) -> TableState | None:
+    return operation.evolve(None) if state is None else state.after(operation)
