@@ -2,7 +2,8 @@
 
 `lifespan(...)` is what Starlette, FastAPI and Litestar take as a lifespan: it brings the database
 to its target before the first request, runs what is marked for the background in a task of its
-own, and drains that on shutdown. Its `health` is an ASGI application that answers from memory.
+own, and drains that on shutdown. Its `around` does so for any other framework. Its `health` is an
+ASGI application that answers from memory.
 
 Not for looking at a database that others migrate: that is `MigrationManager.health`.
 """
@@ -29,6 +30,7 @@ App = Any
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 Inner = Callable[[App], AbstractAsyncContextManager[Any]]
 
 
@@ -137,6 +139,36 @@ class Lifespan:
 
     # ---- at work --------------------------------------------------------------------------------
 
+    def around(self, application: Application) -> Application:
+        """Returns an ASGI application that migrates before another one starts.
+
+        In place of the framework's own `lifespan=`: for frameworks that have none, and for a start
+        that fails to be told in our two lines alone, without the framework's traceback.
+
+        Args:
+            application: Any ASGI application, of any framework; it need not know lifespans.
+        """
+
+        async def migrated(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "lifespan":
+                await application(scope, receive, send)
+                return
+            startup = await receive()
+            begun = False
+            try:
+                async with self(application) as state:
+                    if isinstance(state, Mapping) and "state" in scope:
+                        scope["state"].update(state)
+                    begun = True
+                    await _live(application, scope, startup, receive, send)
+            except AiomigrateError as exc:
+                if begun:
+                    raise
+                told = f"{exc.what}\n{exc.remedy}"
+                await send({"type": "lifespan.startup.failed", "message": told})
+
+        return migrated
+
     @asynccontextmanager
     async def __call__(self, app: App) -> AsyncIterator[Any]:
         """Is the context of an application, as frameworks ask for it.
@@ -196,6 +228,36 @@ class Lifespan:
             if progress.state == Outcome.APPLIED:
                 self._left.discard((progress.line, progress.version))
                 await self.refresh()
+
+
+async def _live(
+    application: Application,
+    scope: Scope,
+    startup: Mapping[str, Any],
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Lets an application live from its startup, which was received already, to its shutdown."""
+    waiting = [startup]
+    spoke = False
+
+    async def receiving() -> Mapping[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    async def sending(message: Mapping[str, Any]) -> None:
+        nonlocal spoke
+        spoke = True
+        await send(message)
+
+    try:
+        await application(scope, receiving, sending)
+    except Exception:
+        if spoke:
+            raise
+    if not spoke:  # it knows no lifespan, which ASGI has it tell by returning or raising
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 def lifespan(

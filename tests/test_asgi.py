@@ -221,6 +221,61 @@ async def test_a_broken_migration_stops_the_server(tmp_path: Path) -> None:
     assert await table.count_rows("id = 'half'") == 0
 
 
+async def test_a_failure_is_told_in_two_lines(tmp_path: Path) -> None:
+    """Around an application instead of in it: no frame of anybody, and nothing is served."""
+    folder = write_app(tmp_path, BROKEN)
+    with (folder / "app.py").open("a") as script:
+        script.write("\napp = start.around(Starlette(routes=[Route('/', total)]))\n")
+    with serving(folder) as server:
+        code = await server.ended(None, within_s=30)
+        said = server.said()
+    told = said[said.index("ERROR") :].splitlines()
+
+    assert code != 0
+    assert "Traceback" not in said
+    assert "Migration rows 3 failed" in told[0]
+    assert "Correct the migration and run again." in told[1]
+    assert "Application startup failed" in told[2]
+
+
+@pytest.mark.parametrize("kind", ["starlette", "raises", "returns"])
+async def test_any_application_is_migrated_first(database: Path, kind: str) -> None:
+    """Whether it knows lifespans or not: at target before it starts, closed after it ended."""
+    heard: list[str] = []
+
+    async def bare(scope: Any, receive: Any, send: Any) -> None:
+        if kind == "raises":
+            raise NotImplementedError(scope["type"])
+
+    @contextlib.asynccontextmanager
+    async def own(app: Any) -> AsyncIterator[dict[str, int]]:
+        heard.append("own start" if start.report else "too early")
+        yield {"answer": 42}
+        heard.append("own end")
+
+    inner = Starlette(lifespan=own) if kind == "starlette" else bare
+    step = Migration(table="t", version=1, operations=[op.CreateTable(T)])
+    start = lifespan(database, migrations=[step], logger=quiet_logger())
+    to_send = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Any:
+        return to_send.pop(0)
+
+    async def send(message: Any) -> None:
+        heard.append(message["type"])
+
+    scope = {"type": "lifespan", "state": {}}
+    await start.around(inner)(scope, receive, send)
+
+    there = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert [h for h in heard if h.startswith("lifespan")] == there
+    if kind == "starlette":
+        assert heard[0] == "own start"
+        assert scope["state"] == {"answer": 42}
+    assert start.report is not None
+    assert len(start.report.applied) == 1
+
+
 async def test_a_background_migration_is_drained_and_resumed(tmp_path: Path) -> None:
     """SIGTERM in its midst: the server ends in time, and the next start pays only for the rest."""
     folder = write_app(tmp_path)
