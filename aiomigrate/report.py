@@ -430,8 +430,12 @@ class Validation:
 
 
 def error_line(error: str | None) -> str:
-    """Returns the telling line of an error: the last of a traceback, else the first."""
-    lines = [line.strip() for line in (error or "").splitlines() if line.strip()]
+    """Returns the telling line of an error: of a traceback that which names its last exception."""
+    lines = [line.rstrip() for line in (error or "").splitlines() if line.strip()]
     if not lines:
         return ""
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    if not lines[0].startswith("Traceback"):
+        return lines[0].strip()
+    last = max(i for i, line in enumerate(lines) if line.startswith("Traceback"))
+    # Frames are indented; the exception is not, nor is what follows of a message of several lines.
+    return next((line for line in lines[last + 1 :] if not line[0].isspace()), lines[-1].strip())

@@ -818,12 +818,20 @@ class TestTerminal:
         assert not re.search(r"\x1b\[(?:[\d;]*;)?[39]\d", plain)
 
 
+TRACE = "Traceback (most recent call last):"
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (None, ""),
         ("boom\nmore", "boom"),
-        ("Traceback (most recent call last):\n  File x\nValueError: boom\n", "ValueError: boom"),
+        (f"{TRACE}\n  File x\nValueError: boom\n", "ValueError: boom"),
+        (f"{TRACE}\n  File x\nValueError: boom\nmore", "ValueError: boom"),
+        (
+            f"{TRACE}\n  File x\nKeyError: 1\n\nThen:\n\n{TRACE}\n  File y\nOSError: a\nb",
+            "OSError: a",
+        ),
     ],
 )
 def test_error_line(error: str | None, line: str) -> None:
