@@ -1348,11 +1348,6 @@ def _stamps(scripts: Scripts, tables: Collection[str] | None, to: Target) -> dic
     return result
 
 
-def _last_line(error: str) -> str:
-    lines = error.strip().splitlines()
-    return lines[-1] if lines else "unknown"
-
-
 def _failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFailedError:
     bad = [step for step in report.steps if step.outcome is not Outcome.APPLIED]
     step = next(iter(report.failed), bad[0])
@@ -1368,7 +1363,7 @@ def _failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFa
     )
     return MigrationFailedError(
         f"Migration {step.line} {step.version} failed{where}: "
-        f"{_last_line(step.error).rstrip('.')}{more}. "
+        f"{error_line(step.error).rstrip('.')}{more}. "
         f"{len(report.applied)} applied, {len(report.skipped)} skipped.",
         step.remedy or "Correct the migration and run again; what was applied stays.",
         report=report,

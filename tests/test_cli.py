@@ -77,7 +77,7 @@ FAILS = """\
 from aiomigrate import Migration
 
 async def up(ctx):
-    raise ValueError("boom")
+    raise ValueError("boom\\nand what follows")
 
 memos = Migration(table="memos", version=2, description="fails", up=up)
 users = Migration(table="users", version=2, description="after", up=up, depends_on={"memos": 2})
@@ -327,7 +327,7 @@ class TestExitCodes:
         assert "skipped  users 2: memos 2 was not applied." in result.out
         assert "aiomigrate history memos -v" in result.out
         assert "Traceback" not in result.out + result.err
-        assert 'raise ValueError("boom")' in call("history", "memos", "-v").out
+        assert 'raise ValueError("boom' in call("history", "memos", "-v").out
 
     def test_verbose_failure_has_the_traceback(
         self, call: Call, scripts: Callable[..., None]
@@ -338,7 +338,7 @@ class TestExitCodes:
         result = call("upgrade", "-v")
 
         assert result.code == 1
-        assert 'raise ValueError("boom")' in result.err
+        assert 'raise ValueError("boom' in result.err
         assert "step.started" in result.err
 
     @pytest.mark.parametrize(
