@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import json
 import os
 import signal
 import sys
@@ -29,7 +28,9 @@ from aiomigrate.console import (
     Tracker,
     configure_logs,
     history_rows,
+    json_text,
     show_report,
+    silence,
 )
 from aiomigrate.errors import AiomigrateError, ConfigurationError, MigrationFailedError
 
@@ -82,6 +83,9 @@ def run(argv: list[str]) -> int:
         The exit code.
     """
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    if not sys.stdout.isatty():
+        # Else typer colours its help in CI, into files and pipes too.
+        os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
     try:
         return int(app(argv or ["--help"], prog_name="aiomigrate", standalone_mode=False) or 0)
     except usage_error as exc:
@@ -91,9 +95,9 @@ def run(argv: list[str]) -> int:
         message = exc.format_message()  # type: ignore[attr-defined] # of click's UsageError
         output.error(message, f"`{path} --help` lists what it takes, with an example.")
         return Exit.USAGE
-    except BrokenPipeError:  # the reader of a pipe has gone, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.FAILED
+    except BrokenPipeError:  # of `--help`: what verbs say goes through `Output`
+        silence(sys.stdout)
+        return Exit.OK
 
 
 # ---- options, in groups that verbs share --------------------------------------------------------
@@ -334,8 +338,6 @@ def _guarded(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[s
         output.document(lambda: {"interrupted": "SIGINT", "what": what})
         output.error(what, "`aiomigrate status` tells where it is." if begun else "Run it again.")
         return Exit.INTERRUPTED
-    except BrokenPipeError:
-        raise
     except AiomigrateError as exc:
         _show_error(output, exc)
         return Exit.USAGE if isinstance(exc, ConfigurationError) else Exit.FAILED
@@ -1085,9 +1087,9 @@ def report(
         runs = await manager.timings()
         chosen = _chosen_run(runs, run)
         if call.output.as_json or form is _Format.JSON:
-            text = json.dumps(chosen.to_dict(), ensure_ascii=False)
+            text = json_text(chosen.to_dict())
         elif form is _Format.TRACE:
-            text = json.dumps(chosen.to_trace(), ensure_ascii=False)
+            text = json_text(chosen.to_trace())
         elif form is _Format.HTML:
             from aiomigrate.charts import report_html
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import structlog
 import typer
@@ -69,8 +69,7 @@ class Output:
     def document(self, value: Callable[[], object]) -> None:
         """Shows the one JSON document; only with `--json`."""
         if self.as_json:
-            text = json.dumps(value(), ensure_ascii=False, default=str)
-            self._write(self.scrub(text))
+            self._write(self.scrub(json_text(value())))
 
     def deliver(self, text: str, path: Path | None) -> None:
         """Shows a text that was asked for in a form of its own, or writes it to a file.
@@ -94,17 +93,39 @@ class Output:
         return redirect_stdout(sys.stderr) if self.as_json else nullcontext()
 
     def _write(self, text: str) -> None:
-        typer.echo(text, file=self._out if self.as_json else None)
+        _echo(text, self._out if self.as_json else sys.stdout)
 
     def note(self, text: str) -> None:
         """Says something on stderr."""
-        typer.echo(self.scrub(text), err=True)
+        _echo(self.scrub(text), sys.stderr)
 
     def error(self, what: str, remedy: str, *, trace: BaseException | None = None) -> None:
         """Says what happened and what to do, in two lines; with `-v` the traceback first."""
         if trace is not None and self.verbose:
             self.note("".join(traceback.format_exception(trace)).rstrip())
         self.note(f"Error: {_one_line(what)}\n{_one_line(remedy)}")
+
+
+def json_text(value: object) -> str:
+    """Returns a value as a JSON document, escaped where stdout cannot hold every character."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    return json.dumps(value, ensure_ascii=not encoding.startswith("utf"), default=str)
+
+
+def _echo(text: str, stream: TextIO) -> None:
+    """Writes a line; without a reader it is dropped, for no migration fails by that."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    except BrokenPipeError:
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Sends what is still written to a stream whose reader has gone, such as `head`, nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _one_line(text: str) -> str:
@@ -118,10 +139,14 @@ class _Stderr:
     """The stderr of the moment, which a live display may have replaced."""
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        try:
+            return sys.stderr.write(text)
+        except BrokenPipeError:
+            silence(sys.stderr)
+            return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        pass  # a line is written at once
 
 
 def configure_logs(output: Output) -> None:

@@ -546,6 +546,51 @@ class TestJson:
         assert len({e["run_id"] for e in logs}) == 1
 
 
+class TestPipes:
+    @pytest.mark.parametrize("options", [(), ("--json",)])
+    def test_without_a_reader(
+        self, folder: Path, scripts: Callable[..., None], options: Any
+    ) -> None:
+        """A reader that goes, such as `head -1`, is no reason to fail: what was asked is done."""
+        scripts(CREATE)
+        reader, writer = os.pipe()
+        os.close(reader)
+
+        done = subprocess.run(
+            command("upgrade", *options), stdout=writer, stderr=writer, check=False
+        )
+
+        os.close(writer)
+        assert done.returncode == 0
+        again = subprocess.run(command("status", "--check"), stdout=subprocess.DEVNULL, check=False)
+        assert again.returncode == 0
+
+    def test_without_the_characters(self, folder: Path, scripts: Callable[..., None]) -> None:
+        """Where stdout is ASCII, what it cannot hold is escaped, in JSON as JSON has it."""
+        scripts(CREATE.replace("create memos", "naïve"))
+        env = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+
+        def shown(*args: str) -> str:
+            done = subprocess.run(
+                command(*args), env=env, capture_output=True, text=True, check=True
+            )
+            return done.stdout
+
+        assert "na\\xefve" in shown("plan")
+        steps = json.loads(shown("plan", "--json"))["steps"]
+        assert [step["description"] for step in steps] == ["naïve", "create users"]
+
+    def test_no_colours(self, folder: Path, scripts: Callable[..., None]) -> None:
+        """What is written to a file has none, in CI's own environment neither."""
+        scripts(CREATE)
+        env = {**os.environ, "CI": "true", "GITHUB_ACTIONS": "true"}
+
+        for args in (["--help"], ["upgrade", "--help"], ["plan"], ["upgrade"], ["report"]):
+            done = subprocess.run(command(*args), env=env, capture_output=True, check=True)
+
+            assert b"\x1b" not in done.stdout + done.stderr
+
+
 class TestSecrets:
     def test_never_shown(self, call: Call, scripts: Callable[..., None]) -> None:
         """Neither user information of the URI nor storage options reach any output."""
