@@ -91,9 +91,11 @@ def run(argv: list[str]) -> int:
     except usage_error as exc:
         context = getattr(exc, "ctx", None)
         path = context.command_path if context is not None else "aiomigrate"
-        output = Output(as_json=False, verbose=False)
-        message = exc.format_message()  # type: ignore[attr-defined] # of click's UsageError
-        output.error(message, f"`{path} --help` lists what it takes, with an example.")
+        output = Output(as_json="--json" in argv, verbose=False)
+        what = exc.format_message()  # type: ignore[attr-defined] # of click's UsageError
+        remedy = f"`{path} --help` lists what it takes, with an example."
+        output.document(lambda: {"error": {"type": "UsageError", "what": what, "remedy": remedy}})
+        output.error(what, remedy)
         return Exit.USAGE
     except BrokenPipeError:  # of `--help`: what verbs say goes through `Output`
         silence(sys.stdout)
@@ -1084,6 +1086,10 @@ def report(
     """
 
     async def work(manager: MigrationManager) -> Exit:
+        if call.output.as_json and form not in (_Format.TABLE, _Format.JSON):
+            raise ConfigurationError(
+                f"--json is --format json; --format {form} is something else.", "Pass one of them."
+            )
         runs = await manager.timings()
         chosen = _chosen_run(runs, run)
         if call.output.as_json or form is _Format.JSON:

@@ -527,10 +527,15 @@ class TestJson:
         assert result.err.splitlines()[-2].startswith("Error: ")
 
     def test_usage(self, call: Call) -> None:
-        """A configuration that cannot be is a document too."""
+        """A configuration that cannot be is a document too, and so is a mistyped option or verb."""
         result = call("status", "--json", "--uri", "db://cloud")
 
         assert result.json["error"]["type"] == "UnsupportedDatabaseError"
+        for args in (["plan", "--json", "--too"], ["plam", "--json"], ["new", "--json"]):
+            mistyped = call(*args)
+            assert (mistyped.code, mistyped.json["error"]["type"]) == (2, "UsageError")
+        both = call("report", "--json", "--format", "trace")
+        assert (both.code, both.json["error"]["type"]) == (2, "ConfigurationError")
 
     def test_logs_are_lines_on_stderr(self, call: Call, scripts: Callable[..., None]) -> None:
         """Elsewhere than on a terminal each log is a JSON object; one tells of each migration."""
