@@ -56,8 +56,8 @@ class Exit(enum.IntEnum):
 
 
 _EPILOG = """\
-Exit codes: 0 at target (or done); 1 failed; 2 usage or configuration; 3 not at target (status,
-validate and plan with --check); 130 and 143 interrupted by Ctrl-C or SIGTERM.
+Exit codes: 0 at target (or done); 1 failed; 2 usage or configuration; 3 not at target (health;
+status, validate and plan with --check); 130 and 143 interrupted by Ctrl-C or SIGTERM.
 
 Settings come from the command line, else from AIOMIGRATE_URI, AIOMIGRATE_MIGRATIONS, ..., else
 from tool.aiomigrate in the nearest pyproject.toml, else the database is ./data/app.lancedb and
@@ -706,7 +706,9 @@ def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) ->
 
 
 def _at_target(manager: MigrationManager, planned: Plan) -> str:
-    lines = [f"Everything is at target: nothing to do. ({manager.database})"]
+    left = ", ".join(f"{line} {version}" for line, version in planned.deferred)
+    but = f" but for work in the background ({left})" if left else ""
+    lines = [f"Everything is at target{but}: nothing to do. ({manager.database})"]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in planned.warnings)])
 
 
@@ -794,10 +796,11 @@ async def _rollback(
     output = call.output
     planned = await manager.plan_rollback(targets, allow_destructive=give_up)
     output.say(manager.database)
-    output.say(f"{planned}\n")
+    output.say(str(planned))
     if dry_run or planned.is_empty:
         output.document(planned.to_dict)
         return Exit.OK
+    output.say("")
     if ask and (output.as_json or not sys.stdin.isatty()):
         raise ConfigurationError(
             "rollback asks before it undoes anything, and there is no terminal to ask on.",
@@ -902,7 +905,7 @@ def unlock(
             call.output.note("Looking; a lease that is held is watched for its time to live.")
         holder = await manager.unlock(background=background)
         if holder is None:
-            call.output.say("The lease is free.")
+            call.output.say(f"The lease of {manager.database} is free.")
         else:
             call.output.say(f"The lease of {holder} was dead and has been removed.")
         call.output.document(lambda: {"removed": str(holder) if holder else None})
@@ -1026,19 +1029,22 @@ def history(
     async def work(manager: MigrationManager) -> Exit:
         events = await manager.history(line)
         call.output.document(lambda: [event.to_dict() for event in events])
-        call.output.say(_history_text(call, events, line))
+        call.output.say(_history_text(call, manager, events, line))
         return Exit.OK
 
     return _run(call, work)
 
 
-def _history_text(call: Call, events: Collection[Event], line: str | None) -> str:
+def _history_text(
+    call: Call, manager: MigrationManager, events: Collection[Event], line: str | None
+) -> str:
     from aiomigrate.render import table
 
     inner = ("advanced", "intended")  # how a migration got on; for whoever asks with -v
     shown = [e for e in events if call.output.verbose or (e.line and e.kind not in inner)]
     if not shown:
-        return f"Nothing is recorded of {line!r}." if line else "Nothing is recorded yet."
+        what = f"Nothing is recorded of {line!r}" if line else "Nothing is recorded yet"
+        return f"{what} in {manager.database}."
     text = table(HISTORY_HEADER, history_rows(shown), HISTORY_RIGHT)
     if call.output.verbose:
         for event in shown:

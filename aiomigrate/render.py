@@ -209,8 +209,9 @@ def timing_text(run: RunTiming) -> str:
     path = " > ".join(f"{line} {version}" for line, version in run.critical)
     head = f"run {run.run_id}, {run.started_at:%Y-%m-%d %H:%M:%SZ}, process {run.pid} on {run.host}"
     total = (
-        f"{len(run.spans)} migrations in {seconds(run.total_s)}: {seconds(run.lease_s)} for the "
-        f"lease, {seconds(run.worked_s)} of work, {run.concurrency:.1f} at once."
+        f"{len(run.spans)} migration{'s'[: len(run.spans) != 1]} in {seconds(run.total_s)}: "
+        f"{seconds(run.lease_s)} for the lease, {seconds(run.worked_s)} of work, "
+        f"{run.concurrency:.1f} at once."
     )
     shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10, 11))
     return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
