@@ -162,7 +162,10 @@ def configure_logs(output: Output) -> None:
             return event
         name = event["event"]
         if name == ev.LEASE_WAITING:
-            output.note(f"Waiting up to {event['wait_s']:g} s for {event['holder']}.")
+            output.note(
+                f"Waiting up to {event['wait_s']:g} s for {event['holder']}; "
+                "if it is dead, this goes on once its lease has run out."
+            )
         elif method in ("warning", "error", "critical") and name not in _TOLD:
             return event
         raise structlog.DropEvent

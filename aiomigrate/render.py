@@ -218,7 +218,7 @@ def timing_text(run: RunTiming) -> str:
 
 
 def health_text(health: Health) -> str:
-    """Returns health in one line, and one for each line that is not at target."""
+    """Returns health in one line, one for each line that is not at target, and what to do."""
     status = health.status
     said = {
         HealthState.READY: "ready: at target",
@@ -233,4 +233,10 @@ def health_text(health: Health) -> str:
             continue
         told = f"{name}: {line.current} of {line.target}{_background(line)}"
         out.append(f"{told}: {health.failed[name]}" if name in health.failed else told)
-    return "\n".join(out)
+    remedy = {
+        HealthState.WAITING: "If that process is dead, `aiomigrate upgrade` takes over from it.",
+        HealthState.PENDING: "Run `aiomigrate upgrade`.",
+        HealthState.FAILED: "Correct the cause and run `aiomigrate upgrade`; "
+        "`aiomigrate history -v` has the traceback.",
+    }.get(health.state)
+    return "\n".join([*out, remedy] if remedy else out)

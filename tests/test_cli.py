@@ -1028,6 +1028,8 @@ def test_health_by_exit_code(call: Call, scripts: Callable[..., None]) -> None:
     assert ready.out.startswith("ready: at target")
     assert (told["state"], told["ready"]) == ("ready", True)
     assert "ValueError: boom" in failed.out
+    assert before.out.endswith("\nRun `aiomigrate upgrade`.\n")
+    assert "`aiomigrate history -v`" in failed.out.splitlines()[-1]
 
 
 def test_shells_complete_verbs(folder: Path) -> None:
