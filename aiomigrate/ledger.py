@@ -215,8 +215,8 @@ class Ledger:
     def _unreadable(self, name: str, exc: StoreError) -> LedgerUnreadableError:
         return LedgerUnreadableError(
             f"The metadata table {name!r} exists but cannot be read: {exc.what}",
-            "Nothing was run. If the database can be reached, restore the table (an earlier "
-            "table_version, or a backup).",
+            "Nothing was run. Correct what LanceDB says (space, rights, network); only if that is "
+            "not it, restore the table (an earlier table_version, or a backup).",
         )
 
     # ---- founding and adopting ------------------------------------------------------------------
