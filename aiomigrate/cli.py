@@ -406,6 +406,10 @@ def _deafen() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+_PATIENCE_S = 2.0
+"""After an interruption, silence that looks like a command that hangs."""
+
+
 async def _until_signal(
     work: Callable[[], Awaitable[T]], caught: list[signal.Signals], output: Output
 ) -> T | None:
@@ -419,6 +423,10 @@ async def _until_signal(
     error: Exception | None = None
     result: T | None = None
 
+    async def reassure() -> None:
+        await anyio.sleep(_PATIENCE_S)
+        output.note("Stopping: what is in hand is being ended or undone.")
+
     async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
         try:
             receiver = anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
@@ -430,6 +438,8 @@ async def _until_signal(
                     scope.cancel()
                     if again:
                         output.note("Still undoing what was in hand; nothing is lost by waiting.")
+                    else:
+                        group.start_soon(reassure)
         except NotImplementedError:  # Windows: Ctrl-C cancels everything, as asyncio does it
             task_status.started()
 

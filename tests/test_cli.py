@@ -73,6 +73,20 @@ memos = Migration(table="memos", version=2, description="slow", up=up)
 users = Migration(table="users", version=2, description="after", up=up, depends_on={"memos": 2})
 """
 
+STUBBORN = """\
+import os, signal
+import anyio
+from aiomigrate import Migration
+
+async def up(ctx):
+    os.kill(os.getpid(), signal.SIGINT)
+    with anyio.CancelScope(shield=True):
+        await anyio.sleep(1)
+    await anyio.sleep(60)
+
+memos = Migration(table="memos", version=2, up=up)
+"""
+
 FAILS = """\
 from aiomigrate import Migration
 
@@ -685,6 +699,20 @@ class TestSignals:
         assert "Nothing is locked." in told["what"]
         assert "Traceback" not in err
         assert self._rows("./db", "memos") == 0
+
+    def test_says_that_it_is_stopping(
+        self, call: Call, scripts: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where stopping takes a while, the first Ctrl-C is answered before it is over."""
+        scripts(CREATE, STUBBORN)
+        monkeypatch.setattr(cli, "_PATIENCE_S", 0.1)
+
+        result = call("upgrade")
+
+        assert result.code == 130
+        stopping, what, _ = result.err.splitlines()
+        assert stopping == "Stopping: what is in hand is being ended or undone."
+        assert what.startswith("Interrupted. ")
 
     def _start(self, name: str) -> subprocess.Popen[str]:
         args = command("upgrade", "--uri", f"./{name}")
