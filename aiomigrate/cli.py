@@ -630,9 +630,10 @@ async def _upgrade(
 
     output, part = call.output, Part(chosen)
     if not output.as_json:
-        planned = (await manager.plan(tables=tables or None, to=to)).part(part)
+        whole = await manager.plan(tables=tables or None, to=to)
+        planned = whole.part(part)
         if not (planned.needs_background if part is Part.BACKGROUND else planned.needs_lease):
-            output.say(_at_target(manager, planned))
+            output.say(_at_target(manager, whole))
             return Exit.OK
         output.say(manager.database)
         output.say(f"{planned}\n")

@@ -435,6 +435,19 @@ class TestVerbs:
             "stamped": {"memos": 2, "users": 1}
         }
 
+    def test_at_target_but_for_the_background(
+        self, call: Call, scripts: Callable[..., None]
+    ) -> None:
+        """What was left out is named where there is nothing else to do."""
+        scripts(CREATE)
+        call("upgrade")
+        scripts(CREATE, ADD.replace("version=2,", "version=2, background=True,"))
+
+        result = call("upgrade", "--skip-background")
+
+        assert "at target but for work in the background (memos 2)" in result.out
+        assert result.out.count("\n") == 1
+
     def test_history(self, call: Call, scripts: Callable[..., None]) -> None:
         """`history` is a table with times and versions, of one line if asked."""
         scripts(CREATE, ADD)
