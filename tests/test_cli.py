@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from aiomigrate import cli
+from aiomigrate import cli, config
 from aiomigrate.cli import interruption
 from aiomigrate.console import Output, Tracker, error_line
 from aiomigrate.model import Event, Kind
@@ -1081,3 +1081,121 @@ def test_shells_complete_verbs(folder: Path) -> None:
     done = subprocess.run([script], env=env, capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == ["health"]
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def documented_keys() -> dict[str, set[str]]:
+    """The keys of each JSON document as README's table has them, less what is explained."""
+    section = README.partition("### The JSON documents")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", section, re.MULTILINE)
+    return {
+        name.replace("`", ""): set(re.findall(r"`(\w+)`", re.sub(r"\([^()]*\)", "", keys)))
+        for name, keys in rows
+    }
+
+
+class TestDocumentation:
+    def test_json_documents(self, call: Call, scripts: Callable[..., None], folder: Path) -> None:
+        """Every verb prints with --json exactly the keys that README has of it."""
+        keys = documented_keys()
+        scripts(CREATE, ADD, DROP)
+
+        def shown(*args: str, code: int = 0) -> Any:
+            result = call(*args, "--json")
+            assert result.code == code, result
+            return result.json
+
+        plan = shown("plan")
+        upgrade = shown("upgrade")
+        undo = shown("rollback", "memos", "--dry-run")
+        status, health = shown("status"), shown("health")
+        many = shown("upgrade", "--glob", "data/*")
+        events, report = shown("history"), shown("report")
+        failed = shown("upgrade", "--table", "typo", code=1)["error"]
+        found = {
+            "upgrade, rollback": [upgrade, shown("rollback", "users", "--yes")],
+            "each of their steps": upgrade["steps"],
+            "upgrade of many": [many],
+            "each of databases": many["databases"],
+            "plan, --dry-run": [plan, undo, shown("upgrade", "--dry-run")],
+            "each steps of a plan": [*plan["steps"], *undo["steps"]],
+            "each of operations": [o for step in plan["steps"] for o in step["operations"]],
+            "status": [status],
+            "each of its lines": status["lines"].values(),
+            "health": [{key: health[key] for key in health if key not in status} | {"status": 0}],
+            "validate": [shown("validate")],
+            "report": [report, shown("report", "--format", "json")],
+            "each of migrations": report["migrations"],
+            "stamp": [shown("stamp", "--to", "latest")],
+            "prune": [shown("prune")],
+            "unlock": [shown("unlock")],
+            "new": [shown("new", "more")],
+            "version": [shown("version")],
+            "what failed": [shown("upgrade", "--uri", "db://cloud", code=2)],
+        }
+
+        assert set(found) | {"document", "interrupted", "each event of history"} == set(keys)
+        for name, documents in found.items():
+            assert documents, name
+            for document in documents:
+                assert (name, set(document)) == (name, keys[name])
+        scripts(CREATE, FAILS)
+        whole = shown("upgrade", "--uri", "./other", code=1)
+        assert set(whole) == keys["upgrade, rollback"] | {"error"}
+        assert {key for event in events for key in event} <= keys["each event of history"]
+        assert keys["each event of history"] == set(Event.__slots__)
+        assert {"type", "what", "remedy"} <= set(failed)
+        assert set(failed) <= {"type", "what", "remedy", "line", "version", "path"}
+        assert keys["interrupted"] == {"interrupted", "what"}
+
+    def test_options(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every option that README shows of a verb is one that its `--help` lists."""
+        monkeypatch.setenv("COLUMNS", "200")
+        helps = {verb: call(verb, "--help").out for verb in VERBS}
+        commands = re.findall(r"aiomigrate (\w+)([^`\n#]*)", README)
+        shown = {
+            (verb, option)
+            for verb, rest in commands if verb in VERBS
+            for option in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", rest)
+        }  # fmt: skip
+
+        assert len(shown) > 10
+        assert [pair for pair in sorted(shown) if f" {pair[1]} " not in helps[pair[0]]] == []
+
+    def test_exit_codes(self, call: Call) -> None:
+        """README and `--help` tell the same ones, of the same verbs, and they are all there are."""
+        told = " ".join(README.partition("**Exit codes**:")[2].split()).partition(". ")[0]
+        helped = " ".join(call("--help").out.split()).partition("Exit codes:")[2]
+        helped = helped.partition(". ")[0]
+
+        for text in (told, helped):
+            assert sorted(map(int, re.findall(r"\b\d+\b", text))) == sorted(cli.Exit)
+            assert {verb for verb in VERBS if re.search(rf"\b{verb}\b", text)} == {
+                "health", "status", "validate", "plan",
+            }  # fmt: skip
+
+    def test_defaults(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The defaults in `upgrade --help` are those of README's table of options, and the real."""
+        monkeypatch.setenv("COLUMNS", "200")
+        text = call("upgrade", "--help").out
+        settings = config.Settings()
+
+        for row in (
+            "| `concurrency` | 16 |",
+            "| `lease_ttl`, `lease_wait` | 30 s, 600 s |",
+            "| `keep_savepoints` | 7 days |",
+            '| `ledger` | `"table_migrations"` |',
+        ):
+            assert row in README
+        told = dict(re.findall(r"--([a-z-]+) .*Default: (.+?)\. ", text))
+        assert told["uri"].endswith(settings.uri.removeprefix("./"))
+        assert told["migrations"].endswith(str(settings.migrations).removeprefix("./"))
+        assert told["ledger"] == settings.ledger
+        assert told["on-destructive"] == settings.on_destructive
+        assert int(told["concurrency"]) == settings.concurrency
+        assert (int(told["lease-ttl"]), int(told["lease-wait"])) == (30, 600)
+        assert (settings.lease_ttl, settings.lease_wait) == (30, 600)
+        assert (told["keep-savepoints"], settings.keep_savepoints) == ("a week", 7 * 86400)
+        assert (told["timeout"], settings.timeout) == ("none", None)
