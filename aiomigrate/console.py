@@ -432,20 +432,35 @@ def _rich_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
 
     console = Console(highlight=False, markup=False, emoji=False)
     table = [tuple(header), *rows]
-    width = sum(max(len(row[i]) + 2 for row in table) for i in range(len(header)))
-    gap = 1 if width <= console.width else 0  # besides the one of the box
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    gap = 1 if sum(widths) + 2 * len(header) <= console.width else 0  # besides the one of the box
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
-    for position, name in enumerate(header):
+    columns = _fitting(header, widths, console.width)
+    for position in columns:
         shown.add_column(
-            name,
+            header[position],
             justify="right" if position in right else "left",
             no_wrap=position > 0,  # in a narrow terminal only the line's name is folded
             overflow="fold",
         )
     for row in table[1:]:
         style = _STYLES.get(row[2].removesuffix(" (resumed)"), "")
-        shown.add_row(*(Text(cell, style=style if i == 2 else "") for i, cell in enumerate(row)))
+        shown.add_row(*(Text(row[i], style=style if i == 2 else "") for i in columns))
     console.print(shown)
+
+
+_SPARED = ("ledger", "waited", "commits", "table_version", "rows")
+"""What a narrow terminal is not shown of a run, first what says least; `report` has it all."""
+
+
+def _fitting(header: Sequence[str], widths: Sequence[int], room: int) -> list[int]:
+    """Returns the columns that fit beside a folded name of the line."""
+    columns = list(range(len(header)))
+    for name in _SPARED:
+        if min(widths[0], 12) + sum(widths[i] + 1 for i in columns[1:]) + 2 <= room:
+            break
+        columns.remove(header.index(name))
+    return columns
 
 
 HISTORY_HEADER = (

@@ -912,6 +912,17 @@ class TestTerminal:
         assert not re.search(r"\x1b\[(?:[\d;]*;)?[39]\d", plain)
 
 
+def test_a_narrow_terminal(folder: Path, scripts: Callable[..., None]) -> None:
+    """It is shown fewer columns of the timings, rather than nothing of the lines' names."""
+    scripts(CREATE)
+
+    shown = Terminal.start("upgrade", NO_COLOR="1", COLUMNS="44").shown()
+
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", shown)
+    assert re.search(r" line +version +outcome +ran\b", shown)
+    assert re.search(r" memos +1 +applied ", shown)
+
+
 TRACE = "Traceback (most recent call last):"
 
 
