@@ -110,12 +110,17 @@ def _database_options(
     uri: Annotated[
         str | None,
         typer.Option(
-            help="Path or URI of the database. Default: ./data/app.lancedb.", show_default=False
+            metavar="URI",
+            help="Path or URI of the database. Default: ./data/app.lancedb.",
+            show_default=False,
         ),
     ] = None,
     ledger: Annotated[
         str | None,
-        typer.Option(help="Name of the table that records versions. Default: table_migrations."),
+        typer.Option(
+            metavar="NAME",
+            help="Name of the table that records versions. Default: table_migrations.",
+        ),
     ] = None,
     storage_options: Annotated[
         list[str] | None,
@@ -130,7 +135,8 @@ def _database_options(
 def _folder_options(
     *,
     migrations: Annotated[
-        str | None, typer.Option(help="Folder of the migrations. Default: ./migrations.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder of the migrations. Default: ./migrations."),
     ] = None,
 ) -> None:
     """Which migrations."""
@@ -152,7 +158,9 @@ def _ahead_options(
     *,
     on_ahead: Annotated[
         str | None,
-        typer.Option(metavar="error|warn", help="When the database is newer than the code."),
+        typer.Option(
+            metavar="error|warn", help="When the database is newer than the code. Default: error."
+        ),
     ] = None,
 ) -> None:
     """What to make of a newer database."""
@@ -172,6 +180,7 @@ def _destructive_options(
         bool,
         typer.Option(
             "--allow-destructive",
+            metavar="",
             help="The same as --on-destructive allow.",
             show_default=False,
         ),
@@ -198,7 +207,9 @@ def _lease_options(
     ] = None,
     on_unsafe_store: Annotated[
         str | None,
-        typer.Option(metavar="error|warn", help="When the object store loses commits."),
+        typer.Option(
+            metavar="error|warn", help="When the object store loses commits. Default: error."
+        ),
     ] = None,
 ) -> None:
     """How the lease is taken."""
@@ -220,11 +231,14 @@ def _running_options(
 def _output_options(
     *,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)
+        bool,
+        typer.Option("--json", metavar="", help="One JSON document on stdout.", show_default=False),
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("-v", "--verbose", help="Debug logs and tracebacks.", show_default=False),
+        typer.Option(
+            "-v", "--verbose", metavar="", help="Debug logs and tracebacks.", show_default=False
+        ),
     ] = False,
 ) -> None:
     """What is shown."""
@@ -243,7 +257,8 @@ _To = Annotated[
     ),
 ]
 _Check = Annotated[
-    bool, typer.Option("--check", help="Exit with 3 when not at target.", show_default=False)
+    bool,
+    typer.Option("--check", metavar="", help="Exit with 3 when not at target.", show_default=False),
 ]
 
 
@@ -560,19 +575,25 @@ def upgrade(
     table: _Tables = None,
     to: _To = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan only.", show_default=False)
+        bool, typer.Option("--dry-run", metavar="", help="Show the plan only.", show_default=False)
     ] = False,
     skip_background: Annotated[
         bool,
         typer.Option(
             "--skip-background",
+            metavar="",
             help="Leave out what is marked to run in the background, and what comes after it.",
             show_default=False,
         ),
     ] = False,
     background_only: Annotated[
         bool,
-        typer.Option("--background-only", help="Do only that.", show_default=False),
+        typer.Option(
+            "--background-only",
+            metavar="",
+            help="Do only what --skip-background leaves out.",
+            show_default=False,
+        ),
     ] = False,
     uris_from: Annotated[
         Path | None,
@@ -593,7 +614,8 @@ def upgrade(
         ),
     ] = None,
     at_once: Annotated[
-        int, typer.Option("--at-once", min=1, help="How many of many databases at once.")
+        int,
+        typer.Option("--at-once", metavar="N", min=1, help="How many of many databases at once."),
     ] = 8,
 ) -> Exit:
     """Bring the database to its target: run what is pending, each migration once.
@@ -753,15 +775,16 @@ def rollback(
         bool,
         typer.Option(
             "--allow-destructive",
+            metavar="",
             help="Give up what others committed since, where nothing else undoes a migration.",
             show_default=False,
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan only.", show_default=False)
+        bool, typer.Option("--dry-run", metavar="", help="Show the plan only.", show_default=False)
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask.", show_default=False)
+        bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.", show_default=False)
     ] = False,
 ) -> Exit:
     """Undo applied migrations: by their inverses, or by returning tables to where they were.
@@ -900,7 +923,10 @@ def unlock(
     background: Annotated[
         bool,
         typer.Option(
-            "--background", help="The lease of work in the background.", show_default=False
+            "--background",
+            metavar="",
+            help="The lease of work in the background.",
+            show_default=False,
         ),
     ] = False,
 ) -> Exit:
@@ -1094,7 +1120,9 @@ def report(
     ] = _Format.TABLE,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="File to write; default: stdout.", show_default=False),
+        typer.Option(
+            "--output", metavar="FILE", help="File to write; default: stdout.", show_default=False
+        ),
     ] = None,
 ) -> Exit:
     """Show where the time of a run went: what waited for what, what was slow. Writes nothing.

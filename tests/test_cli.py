@@ -187,6 +187,8 @@ class TestHelp:
 
             assert result.code == 0
             assert f"Example: aiomigrate {verb}" in result.out
+            # What typer makes of a type says nothing, and of a flag that it takes a value.
+            assert re.findall(r"--(?!help)[\w-]+ .*<(?:bool|str|path)>", result.out) == []
 
     def test_exit_codes_are_documented(self, call: Call) -> None:
         """`--help` lists the verbs and says what the exit codes mean; so does no argument."""
@@ -1210,3 +1212,5 @@ class TestDocumentation:
         assert (settings.lease_ttl, settings.lease_wait) == (30, 600)
         assert (told["keep-savepoints"], settings.keep_savepoints) == ("a week", 7 * 86400)
         assert (told["timeout"], settings.timeout) == ("none", None)
+        assert (told["on-ahead"], told["on-unsafe-store"]) == ("error", "error")
+        assert (settings.on_ahead, settings.on_unsafe_store) == ("error", "error")
