@@ -157,21 +157,22 @@ class RunTiming:
             {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": line}}
             for line, tid in number.items()
         ]
+        free: dict[str, int] = {}  # slices of a thread that overlap by a rounding are not drawn
         for span, waited_s in zip(self.spans, waits(self.spans), strict=True):
+            earliest = free.get(span.line, 0)
+            asked = max(earliest, round((span.began_s - waited_s) * 1e6))
+            began = max(asked, round(span.began_s * 1e6))
+            free[span.line] = ended = max(began, round(span.ended_s * 1e6))
             shared = {"ph": "X", "pid": 1, "tid": number[span.line]}
-            depended_s = min(span.depended_s, waited_s)
-            since_s = span.began_s - waited_s
+            passed = min(began, asked + round(min(span.depended_s, waited_s) * 1e6))
             waiting = [
-                {**shared, "name": f"wait for {what}", "cat": "wait", "ts": round(at * 1e6),
-                 "dur": round(long * 1e6)}
-                for what, at, long in (("others", since_s, depended_s),
-                                       ("a slot", since_s + depended_s, waited_s - depended_s))
-                if long > 0
-            ]  # fmt: skip
+                {**shared, "name": f"wait for {what}", "cat": "wait", "ts": at, "dur": until - at}
+                for what, at, until in (("others", asked, passed), ("a slot", passed, began))
+                if until > at
+            ]
             args = {name: getattr(span, name) for name in _TRACED}
             working = {"name": f"{span.line} {span.version}", "cat": span.outcome,
-                       "ts": round(span.began_s * 1e6), "dur": round(span.took_s * 1e6),
-                       "args": args}  # fmt: skip
+                       "ts": began, "dur": ended - began, "args": args}  # fmt: skip
             events += [*waiting, {**shared, **working}]
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 

@@ -108,6 +108,25 @@ def test_any_spans_have_a_path_and_a_trace(drawn: list[Span]) -> None:
     assert json.loads(json.dumps(run.to_dict()))["migrations"] == run.to_dict()["migrations"]
 
 
+@given(spans)
+def test_a_trace_is_one_that_viewers_draw(drawn: list[Span]) -> None:
+    """Whole microseconds, a name for each thread, and no two slices of a thread overlap."""
+    drawn.sort(key=lambda span: span.began_s)
+    run = RunTiming(run_id="r", started_at=AT, lease_s=0.5, spans=tuple(drawn))
+    trace = run.to_trace()["traceEvents"]
+    named = {e["tid"] for e in trace if e["ph"] == "M" and e["name"] == "thread_name"}
+    ended: dict[int, int] = {}
+
+    assert {e["ph"] for e in trace} == {"M", "X"}
+    assert all({"ph", "pid", "tid", "name"} <= set(e) for e in trace)
+    assert all(e["args"]["name"] for e in trace if e["ph"] == "M")
+    for event in (e for e in trace if e["ph"] == "X"):
+        assert event["tid"] in named
+        assert type(event["ts"]) is type(event["dur"]) is int
+        assert event["ts"] >= ended.get(event["tid"], 0)
+        ended[event["tid"]] = event["ts"] + event["dur"]
+
+
 async def ran(database: Path) -> tuple[RunTiming, ...]:
     """Runs migrations that wait for one another, one of which fails; returns the timings."""
 
