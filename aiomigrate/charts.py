@@ -93,7 +93,8 @@ def report_html(run: RunTiming, earlier: Sequence[RunTiming], *, database: str) 
     draw(
         "Timeline",
         "Grey is waiting (for what comes first, or for a slot), blue the operations (red where "
-        "they failed), orange the journal; a green frame marks what the end waited for.",
+        "they failed, violet where they were undone), orange the journal; a green frame marks "
+        "what the end waited for.",
         _timeline(go, run),
     )
     draw("Slowest", "The migrations that took longest.", _slowest(go, run))
