@@ -1,13 +1,14 @@
 """The timing report as one HTML file: what waited for what, what was slow, how it changed.
 
 Needs the extra `report` (Plotly, whose script is put into the file, so that it opens anywhere and
-asks no one). Not for deciding what a run's times are: that is `timing`.
+asks no one). The benchmarks draw on the same page. Not for deciding what a run's times are: that is
+`timing`.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from aiomigrate.errors import ConfigurationError
@@ -15,8 +16,9 @@ from aiomigrate.render import bytes_text, seconds
 from aiomigrate.timing import RunTiming, Span, waits
 
 _SLOWEST = 12
-_COLOURS = {"applied": "#2f80c2", "failed": "#d1495b", "rolled back": "#8e6bbf"}
-_WAITED, _DEPENDED, _LEDGER, _MARK = "#b9bec6", "#8b93a1", "#f0a43a", "#19b38a"
+BLUE = "#2f80c2"
+_COLOURS = {"applied": BLUE, "failed": "#d1495b", "rolled back": "#8e6bbf"}
+_WAITED, _DEPENDED, _LEDGER, MARK = "#b9bec6", "#8b93a1", "#f0a43a", "#19b38a"
 _ROW_PX, _HEAD_PX = 26, 110
 
 _STYLE = """
@@ -57,6 +59,96 @@ paint();
 """
 
 
+class Page:
+    """A page of plots that opens anywhere and asks no one: heading, facts, sections."""
+
+    def __init__(self, title: str, heading: str) -> None:
+        """Holds nothing yet.
+
+        Raises:
+            ConfigurationError: Plotly is not installed.
+        """
+        try:
+            import plotly.graph_objects
+            import plotly.io
+        except ModuleNotFoundError as exc:
+            raise ConfigurationError(
+                "The HTML report needs Plotly, which is not installed.",
+                "pip install 'aiomigrate[report]', or choose another --format.",
+            ) from exc
+        self.go: Any = plotly.graph_objects
+        self._draw: Any = plotly.io.to_html
+        self._title = title
+        self._heading = heading
+        self._has_script = False
+        self._parts: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Adds a paragraph of HTML."""
+        self._parts.append(f"<p>{text}</p>")
+
+    def tell(self, facts: Mapping[str, str]) -> None:
+        """Adds short facts in boxes."""
+        told = (
+            f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+            for name, value in facts.items()
+        )
+        self._parts.append(f"<dl>{''.join(told)}</dl>")
+
+    def head(self, title: str) -> None:
+        """Begins a section."""
+        self._parts.append(f"<h2>{html.escape(title)}</h2>")
+
+    def show(self, table: str) -> None:
+        """Adds a table, made by `table`, that may be wider than the page."""
+        self._parts.append(f'<div class="wide">{table}</div>')
+
+    def draw(self, figure: Any) -> None:
+        """Adds a plot, made by `figure`."""
+        drawn = self._draw(
+            figure,
+            full_html=False,
+            include_plotlyjs=not self._has_script,
+            config={"responsive": True, "displaylogo": False, "displayModeBar": False},
+        )
+        self._has_script = True
+        self._parts.append(drawn)
+
+    def figure(self, traces: Sequence[Any], rows: int, **layout: Any) -> Any:
+        """Returns a figure of horizontal bars, boxes or lines, as high as it has rows."""
+        return _figure(self.go, traces, rows, **layout)
+
+    def text(self) -> str:
+        """Returns the page."""
+        return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(self._heading)}</h1>
+{"".join(self._parts)}
+<script>{_SCRIPT}</script></body></html>
+"""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: Collection[str]) -> str:
+    """Returns a table as HTML.
+
+    Args:
+        header: Its columns.
+        rows: A value for each column.
+        words: The columns that hold words, not numbers; the last of them may be long.
+    """
+    long = [name for name in header if name in words][-1:]
+
+    def cell(tag: str, name: str, value: str) -> str:
+        kind = " class='text why'" if name in long else " class='text'"
+        return f"<{tag}{kind if name in words else ''}>{html.escape(value)}</{tag}>"
+
+    lines = ["".join(cell("th", name, name) for name in header)]
+    lines += ["".join(cell("td", n, v) for n, v in zip(header, r, strict=True)) for r in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
 def report_html(run: RunTiming, earlier: Sequence[RunTiming], *, database: str) -> str:
     """Returns a run's timing report as one self-contained HTML page.
 
@@ -68,90 +160,54 @@ def report_html(run: RunTiming, earlier: Sequence[RunTiming], *, database: str) 
     Raises:
         ConfigurationError: Plotly is not installed.
     """
-    try:
-        import plotly.graph_objects as go
-        import plotly.io
-    except ModuleNotFoundError as exc:
-        raise ConfigurationError(
-            "The HTML report needs Plotly, which is not installed.",
-            "pip install 'aiomigrate[report]', or choose another --format.",
-        ) from exc
-
-    parts: list[str] = []
-
-    def draw(title: str, note: str, figure: Any) -> None:
-        if figure is None:
-            return
-        drawn = plotly.io.to_html(
-            figure,
-            full_html=False,
-            include_plotlyjs=not any("Plotly.newPlot" in part for part in parts),
-            config={"responsive": True, "displaylogo": False, "displayModeBar": False},
-        )
-        parts.append(f"<h2>{title}</h2><p>{note}</p>{drawn}")
-
-    draw(
-        "Timeline",
+    page = Page(f"aiomigrate run {run.run_id}", f"Run {run.run_id}")
+    when = f"{run.started_at:%Y-%m-%d %H:%M:%S} UTC"
+    page.say(f"{html.escape(database)}<br>{when}, process {run.pid} on {html.escape(run.host)}")
+    page.tell(
+        {
+            "total": seconds(run.total_s),
+            "waited for the lease": seconds(run.lease_s),
+            "work, added up": seconds(run.worked_s),
+            "at once, on average": f"{run.concurrency:.1f}",
+            "migrations": str(len(run.spans)),
+            "failed": str(sum(span.outcome == "failed" for span in run.spans)),
+        }
+    )
+    path = " → ".join(html.escape(f"{line} {version}") for line, version in run.critical)
+    page.say(f"The end waited for: {path}")
+    page.head("Timeline")
+    page.say(
         "Grey is waiting (for what comes first, or for a slot), blue the operations (red where "
         "they failed, violet where they were undone), orange the journal; a green frame marks "
-        "what the end waited for.",
-        _timeline(go, run),
+        "what the end waited for."
     )
-    draw("Slowest", "The migrations that took longest.", _slowest(go, run))
-    draw(
-        "Trend",
-        "How long each run was at work, and each migration that ran more than once.",
-        _trend(go, [*earlier, run]),
-    )
-    return _page(run, database, "".join(parts))
-
-
-def _page(run: RunTiming, database: str, drawn: str) -> str:
-    facts = {
-        "total": seconds(run.total_s),
-        "waited for the lease": seconds(run.lease_s),
-        "work, added up": seconds(run.worked_s),
-        "at once, on average": f"{run.concurrency:.1f}",
-        "migrations": str(len(run.spans)),
-        "failed": str(sum(span.outcome == "failed" for span in run.spans)),
-    }
-    told = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    path = " → ".join(html.escape(f"{line} {version}") for line, version in run.critical)
-    when = f"{run.started_at:%Y-%m-%d %H:%M:%S} UTC"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>aiomigrate run {html.escape(run.run_id)}</title><style>{_STYLE}</style></head><body>
-<h1>Run {html.escape(run.run_id)}</h1>
-<p>{html.escape(database)}<br>{when}, process {run.pid} on {html.escape(run.host)}</p>
-<dl>{told}</dl>
-<p>The end waited for: {path}</p>
-{drawn}
-<h2>Migrations</h2><div class="wide">{_table(run)}</div>
-<script>{_SCRIPT}</script></body></html>
-"""
+    page.draw(_timeline(page.go, run))
+    page.head("Slowest")
+    page.say("The migrations that took longest.")
+    page.draw(_slowest(page.go, run))
+    if (trend := _trend(page.go, [*earlier, run])) is not None:
+        page.head("Trend")
+        page.say("How long each run was at work, and each migration that ran more than once.")
+        page.draw(trend)
+    page.head("Migrations")
+    page.show(_table(run))
+    return page.text()
 
 
 def _table(run: RunTiming) -> str:
     header = ("line", "version", "outcome", "began", "for others", "for a slot", "ran", "ledger",
               "rows", "bytes", "commits", "retries", "description")  # fmt: skip
-    texts = {"line", "outcome", "description"}
-
-    def cell(tag: str, name: str, value: str) -> str:
-        kind = " class='text why'" if name == "description" else " class='text'"
-        return f"<{tag}{kind if name in texts else ''}>{html.escape(value)}</{tag}>"
-
-    rows = ["".join(cell("th", name, name) for name in header)]
-    for span in run.spans:
-        values = (
+    rows = (
+        (
             span.line, str(span.version), span.outcome, seconds(span.began_s),
             seconds(span.depended_s), seconds(span.queued_s), seconds(span.ran_s),
             seconds(span.ledger_s), str(span.rows),
             "" if span.size is None else bytes_text(span.size), str(span.commits),
             str(span.retries), span.error or span.description,
-        )  # fmt: skip
-        rows.append("".join(cell("td", n, v) for n, v in zip(header, values, strict=True)))
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        )
+        for span in run.spans
+    )  # fmt: skip
+    return table(header, rows, words=("line", "outcome", "description"))
 
 
 def _hover(span: Span) -> str:
@@ -223,7 +279,7 @@ def _timeline(go: Any, run: RunTiming) -> Any:
     frame = go.Bar(
         name="the end waited for it", y=[_short(s.line) for s in marked],
         x=[s.took_s for s in marked], base=[s.began_s for s in marked], orientation="h",
-        marker={"color": "rgba(0,0,0,0)", "line": {"color": _MARK, "width": 2}}, hoverinfo="skip",
+        marker={"color": "rgba(0,0,0,0)", "line": {"color": MARK, "width": 2}}, hoverinfo="skip",
     )  # fmt: skip
     bars = _bars(go, run.spans, where, in_time=True)
     if run.lease_s:
