@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from aiomigrate import Migration, MigrationManager, op
+from benchmarks.measure import peak_mb
 
 TABLE = "notes"
 DIMENSION = 256
@@ -178,7 +178,7 @@ async def main(how: str, path: str, rows: int, latency_ms: float) -> None:
     told = {
         "took_s": took,
         "written": written / (rows * DIMENSION * 4),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb(),
         "lag_ms": worst * 1000,
     }
     print(json.dumps(told))

@@ -6,14 +6,17 @@ say much. Nothing here knows what is measured: for that see `cases`.
 
 from __future__ import annotations
 
+import enum
 import gc
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -25,38 +28,72 @@ Prepare = Callable[[], Awaitable[Measured]]
 """Makes one run ready, untimed, and returns what is to be timed."""
 
 
+class Unit(enum.StrEnum):
+    """What a contender's samples are numbers of."""
+
+    SECONDS = "s"
+    MEGABYTES = "MB"
+    PERCENT = "%"
+    COUNT = "count"
+    SHARE = "x"
+
+    def text(self, value: float) -> str:
+        """Returns a value as a person reads it."""
+        if self is Unit.SECONDS:
+            return f"{value:.2f} s" if abs(value) >= 10 else f"{value * 1000:.4g} ms"
+        if self is Unit.COUNT:
+            return f"{value:g}"
+        return f"{value:.2f} {self}" if abs(value) < 100 else f"{value:.0f} {self}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A bound on the ratio of two contenders' medians.
+    """One bound on what was measured: on a ratio, on a difference, or on a figure by itself.
 
     Attributes:
-        of: The contender that is judged.
-        against: The contender it is compared with.
-        at_most: Upper bound of `of / against`, if there is one.
-        at_least: Lower bound of `against / of`: how many times faster, if there is one.
+        of: The contender that is judged, by its median.
+        against: The contender it is compared with; none where the figure is bounded by itself.
+        at_most: Upper bound of `of / against`.
+        at_least: Lower bound of `against / of`: how many times faster.
+        within: Upper bound of `of - against`, or of `of` where there is no `against`, in the unit
+            of its samples.
     """
 
     of: str
-    against: str
+    against: str | None = None
     at_most: float | None = None
     at_least: float | None = None
+    within: float | None = None
 
-    def __str__(self) -> str:
-        if self.at_most is not None:
-            return f"<= {self.at_most:g} x {self.against}"
-        return f">= {self.at_least:g} x faster than {self.against}"
+    def __post_init__(self) -> None:
+        bounds = (self.at_most, self.at_least, self.within)
+        assert sum(bound is not None for bound in bounds) == 1, "one bound"
+        assert self.within is not None or self.against is not None, "a ratio has two sides"
 
-    def ratio(self, medians: Mapping[str, float]) -> float:
-        """Returns the ratio that the bound is about."""
-        ratio = medians[self.of] / medians[self.against]
-        return ratio if self.at_most is not None else 1 / ratio
+    def measured(self, medians: Mapping[str, float]) -> float:
+        """Returns the figure that the bound is about."""
+        value = medians[self.of]
+        if self.against is None:
+            return value
+        if self.within is not None:
+            return value - medians[self.against]
+        ratio = value / medians[self.against]
+        return ratio if self.at_least is None else 1 / ratio
 
     def is_met(self, medians: Mapping[str, float]) -> bool:
-        """Returns whether the ratio is within the bound."""
-        ratio = self.ratio(medians)
-        if self.at_most is not None:
-            return ratio <= self.at_most
-        return self.at_least is None or ratio >= self.at_least
+        """Returns whether the figure is within the bound."""
+        value = self.measured(medians)
+        if self.at_least is not None:
+            return value >= self.at_least
+        bound = self.within if self.at_most is None else self.at_most
+        return bound is not None and value <= bound
+
+    def edge(self, medians: Mapping[str, float]) -> float:
+        """Returns the median of `of` at which the target is just met."""
+        other = 0.0 if self.against is None else medians[self.against]
+        if self.within is not None:
+            return other + self.within
+        return other * self.at_most if self.at_most is not None else other / (self.at_least or 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,26 +103,51 @@ class Result:
     Attributes:
         name: The benchmark.
         what: One sentence on what was measured.
-        samples: Seconds of every run, by contender, in the order they were made.
+        samples: The figure of every run, by contender, in the order they were made.
+        units: Of those contenders whose samples are not seconds.
         targets: What the medians are held against.
-        facts: Figures worth keeping that are not times.
+        facts: Figures worth keeping that no target is about.
     """
 
     name: str
     what: str
     samples: Mapping[str, Sequence[float]]
     targets: Sequence[Target]
+    units: Mapping[str, Unit] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def medians(self) -> dict[str, float]:
-        """Median seconds by contender."""
-        return {name: statistics.median(times) for name, times in self.samples.items()}
+        """Median by contender."""
+        return {name: statistics.median(values) for name, values in self.samples.items()}
 
     @property
-    def is_met(self) -> bool:
-        """Whether every target is met."""
-        return all(target.is_met(self.medians) for target in self.targets)
+    def missed(self) -> list[Target]:
+        """The targets that are not met."""
+        return [target for target in self.targets if not target.is_met(self.medians)]
+
+    @property
+    def missed_counts(self) -> list[Target]:
+        """Those of them that are about counts, which no busy machine excuses."""
+        return [target for target in self.missed if self.unit(target.of) is Unit.COUNT]
+
+    def unit(self, contender: str) -> Unit:
+        """Returns what a contender's samples are numbers of."""
+        return self.units.get(contender, Unit.SECONDS)
+
+    def bound(self, target: Target) -> str:
+        """Returns a target as text."""
+        if target.at_most is not None:
+            return f"<= {target.at_most:.4g} x {target.against}"
+        if target.at_least is not None:
+            return f">= {target.at_least:g} x faster than {target.against}"
+        limit = self.unit(target.of).text(target.within or 0)
+        return f"<= {limit}" if target.against is None else f"<= {limit} over {target.against}"
+
+    def reached(self, target: Target) -> str:
+        """Returns what a target's figure came to, as text."""
+        value = target.measured(self.medians)
+        return f"{value:.2f} x" if target.within is None else self.unit(target.of).text(value)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as a JSON-ready dictionary."""
@@ -93,16 +155,18 @@ class Result:
         return {
             "name": self.name,
             "what": self.what,
-            "medians_s": medians,
-            "samples_s": {name: list(times) for name, times in self.samples.items()},
+            "units": {name: str(self.unit(name)) for name in self.samples},
+            "medians": medians,
+            "samples": {name: list(values) for name, values in self.samples.items()},
             "targets": [
                 {
-                    "target": str(target),
+                    "target": self.bound(target),
                     "of": target.of,
                     "against": target.against,
-                    "ratio": target.ratio(medians),
+                    "measured": target.measured(medians),
                     "at_most": target.at_most,
                     "at_least": target.at_least,
+                    "within": target.within,
                     "met": target.is_met(medians),
                 }
                 for target in self.targets
@@ -112,7 +176,11 @@ class Result:
 
 
 async def interleaved(
-    contenders: Mapping[str, Prepare], *, rounds: int, warmups: int = 1
+    contenders: Mapping[str, Prepare],
+    *,
+    rounds: int,
+    warmups: int = 1,
+    after: Callable[[str], Awaitable[None]] | None = None,
 ) -> dict[str, list[float]]:
     """Lets every contender run once per round, in turns.
 
@@ -122,6 +190,7 @@ async def interleaved(
         contenders: By name.
         rounds: How many runs of each are kept.
         warmups: Rounds before those, whose times are thrown away.
+        after: Called with the contender's name after each run that is kept, untimed.
 
     Returns:
         Seconds by contender, in the order of the rounds.
@@ -138,7 +207,24 @@ async def interleaved(
             took = time.perf_counter() - begun
             if number >= 0:
                 samples[name].append(took)
+                if after is not None:
+                    await after(name)
     return samples
+
+
+def peak_mb() -> float:
+    """Returns the peak memory of this process in MB.
+
+    Not `ru_maxrss` where there is better: on Linux that begins with what the parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 async def machine() -> dict[str, Any]:

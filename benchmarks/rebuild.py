@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from aiomigrate import Migration, MigrationManager, op
+from benchmarks.measure import peak_mb
 
 TABLE = "vectors"
 DIMENSION = 384
@@ -95,8 +95,7 @@ async def main(how: str, path: str, rows: int) -> None:
         await connection.create_table(TABLE, reader, schema=SCHEMA)
         return
     told = await (ours(path) if how == "ours" else floor(path))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({**told, "peak_mb": peak}))
+    print(json.dumps({**told, "peak_mb": peak_mb()}))
 
 
 if __name__ == "__main__":

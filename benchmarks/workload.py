@@ -2,17 +2,20 @@
 
 Four metadata-only versions per table, each one LanceDB call: create, add a column, add another,
 rename one. Here they are given to aiomigrate; `floor` and `peer` make the same calls by hand.
+`grown` is another, as long as you like. aiomigrate is imported where it is given something, so that
+it is no part of the floor's process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lancedb
 import pyarrow as pa
 
-from aiomigrate import Migration, op
+if TYPE_CHECKING:
+    from aiomigrate import Migration
 
 SCHEMA = pa.schema(
     [
@@ -36,6 +39,8 @@ def table_names(count: int) -> list[str]:
 
 def migrations(names: Sequence[str], versions: int = VERSIONS) -> list[Migration]:
     """Returns the history of these tables up to a version, as aiomigrate is given it."""
+    from aiomigrate import Migration, op
+
     operations: Mapping[int, op.Operation] = {
         1: op.CreateTable(SCHEMA),
         2: op.AddColumns(TAGS),
@@ -47,6 +52,30 @@ def migrations(names: Sequence[str], versions: int = VERSIONS) -> list[Migration
         for name in names
         for version in range(1, versions + 1)
     ]
+
+
+def grown(name: str, versions: int) -> list[Migration]:
+    """Returns a line of one table: made by version 1, a NULL column more by each that follows."""
+    from aiomigrate import Migration, op
+
+    return [
+        Migration(
+            table=name,
+            version=version,
+            operations=[op.CreateTable(SCHEMA) if version == 1 else op.AddColumns(column(version))],
+        )
+        for version in range(1, versions + 1)
+    ]
+
+
+def column(version: int) -> Mapping[str, pa.DataType]:
+    """Returns the column that a version of `grown` adds."""
+    return {f"column_{version}": pa.string()}
+
+
+async def grow(table: lancedb.AsyncTable, version: int) -> None:
+    """Makes a version of `grown`, from 2 on, by hand."""
+    await table.add_columns([pa.field(name, kind) for name, kind in column(version).items()])
 
 
 async def create(connection: lancedb.AsyncConnection, name: str) -> lancedb.AsyncTable:

@@ -1,0 +1,207 @@
+"""What the benchmarks have in common: how much is measured, where, and managers that do not print.
+
+What is measured is in `starts`, `runs`, `remote`, `bulk` and `footprint`; `cases` lists it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from aiomigrate import Migration, MigrationManager, OnUnsafeStore, Report
+from benchmarks import floor, workload
+from benchmarks.measure import Measured, Prepare, Result
+
+HEAD = "table_migrations"
+JOURNAL = f"{HEAD}_history"
+CONCURRENCY = 16
+
+# What an application does that logs errors only: the library's own logging stays in the figures,
+# the terminal's does not.
+LOG = structlog.wrap_logger(
+    None, wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        rounds: Runs kept of each contender.
+        warmups: Rounds before those that are thrown away.
+        starts: Runs kept of each contender where one takes milliseconds.
+        tables: Tables of the large database of `flat-tables`, and of `memory`.
+        events: Journal events of the large database of `flat-events`.
+        lines: Tables of `first-run`.
+        together: Tables of `together`.
+        latency_s: Of each request of the object store.
+        simulated_s: Seconds that the run of `overhead` takes on its clock.
+        rows: Rows of `rebuild`, and three times as many.
+        filled: Rows of `backfill`; its memory is told at `rows` and three times as many.
+        is_quick: Whether it is too little to judge times by.
+    """
+
+    rounds: int = 7
+    warmups: int = 1
+    starts: int = 35
+    tables: int = 1024
+    events: int = 5000
+    lines: int = 64
+    together: int = 256
+    latency_s: float = 0.05
+    simulated_s: int = 3600
+    rows: int = 1_000_000
+    filled: int = 600_000
+    is_quick: bool = False
+
+
+FULL = Size()
+QUICK = Size(
+    rounds=1,
+    warmups=0,
+    starts=5,
+    tables=64,
+    events=200,
+    lines=16,
+    simulated_s=120,
+    rows=20_000,
+    filled=20_000,
+    is_quick=True,
+)
+
+Case = Callable[[Size], Awaitable[Result]]
+"""One benchmark."""
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Makes a folder and removes it."""
+    folder = Path(tempfile.mkdtemp(prefix="aiomigrate-benchmark-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Scratch:
+    """A folder with a path of its own for every run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+
+    def fresh(self) -> str:
+        """Returns the path of a database that does not exist yet, and removes the one before."""
+        shutil.rmtree(self._folder / f"{self._count}", ignore_errors=True)
+        self._count += 1
+        return str(self._folder / f"{self._count}")
+
+    async def copy(self, made: str | Path) -> str:
+        """Returns the path of a copy of a database, and removes the one before."""
+        path = self.fresh()
+        await anyio.to_thread.run_sync(shutil.copytree, made, path)
+        return path
+
+
+async def manager_of(
+    path: str, migrations: Sequence[Migration], **options: Any
+) -> MigrationManager:
+    """Returns a manager, its migrations loaded, not connected yet."""
+    manager = MigrationManager(
+        path, migrations=migrations, concurrency=CONCURRENCY, logger=LOG, **options
+    )
+    await manager.scripts()
+    return manager
+
+
+async def migrated(path: str, migrations: Sequence[Migration], **options: Any) -> Report:
+    """Brings a database to the target."""
+    async with await manager_of(path, migrations, **options) as manager:
+        return await manager.initialize()
+
+
+async def grown(
+    path: str, names: Sequence[str], version: int, options: Mapping[str, str] | None = None
+) -> None:
+    """Makes tables of `workload.grown` by hand, and records them as they are."""
+    await floor.grow(path, names, range(1, version + 1), concurrency=CONCURRENCY, options=options)
+    steps = [one for name in names for one in workload.grown(name, version)]
+    # The object store of the tests now and then lets two of many racing commits through. Here
+    # none race: each table has one writer.
+    async with await manager_of(
+        path, steps, storage_options=options, on_unsafe_store=OnUnsafeStore.WARN
+    ) as manager:
+        await manager.stamp()
+
+
+def initializing(
+    where: Callable[[], Awaitable[str]],
+    migrations: Sequence[Migration],
+    reports: list[Report],
+    **options: Any,
+) -> Prepare:
+    """Returns how to prepare runs of ours, each on a database that `where` makes ready.
+
+    Args:
+        where: Returns the database.
+        migrations: All of them.
+        reports: Every run's report is appended.
+        options: Of the manager.
+    """
+
+    async def prepare() -> Measured:
+        manager = await manager_of(await where(), migrations, **options)
+
+        async def run() -> None:
+            async with manager:
+                reports.append(await manager.initialize())
+
+        return run
+
+    return prepare
+
+
+def start(path: str, migrations: Sequence[Migration], **options: Any) -> Prepare:
+    """Returns how to prepare one start of ours with nothing to do."""
+
+    async def prepare() -> Measured:
+        manager = await manager_of(path, migrations, **options)
+
+        async def run() -> None:
+            async with manager:
+                report = await manager.initialize()
+            assert not report.steps
+
+        return run
+
+    return prepare
+
+
+def same(run: Measured) -> Prepare:
+    """Returns how to prepare what needs no preparation."""
+
+    async def prepare() -> Measured:
+        return run
+
+    return prepare
+
+
+async def told_by(module: str, *arguments: object) -> dict[str, float]:
+    """Runs a module in a process of its own; returns the JSON of its last line, if it wrote any."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    done = await anyio.run_process(command, stderr=None)
+    lines = done.stdout.decode().splitlines()
+    return json.loads(lines[-1]) if lines else {}
