@@ -170,14 +170,14 @@ class Touched:
         effect: Mapping[str, Any],
         run: Callable[[Table], Awaitable[int]],
         *,
-        indexes: bool = False,
+        look: bool = False,
     ) -> None:
         """Makes one commit.
 
         Args:
             effect: What it does, for the journal.
             run: Makes it.
-            indexes: Whether it makes an index.
+            look: Whether to ask for indexes even where there were none before.
         """
         table = self.table
         # Not again when another commit came first: with a handle this fresh it may succeed, and
@@ -190,7 +190,7 @@ class Touched:
         base = self.version
         await run(table)
         self._announced = None
-        indexed = bool(self._known().indexes) or indexes or self.version != base + 1
+        indexed = bool(self._known().indexes) or look or self.version != base + 1
         self._state = await table.state(indexed=indexed)
 
     async def _tell(self, base: int, effect: Mapping[str, Any]) -> None:
@@ -413,7 +413,8 @@ class Touched:
         """Drops columns."""
         gone: dict[str, paths.Change] = {name: lambda _: None for name in names}
         after = self._known().with_schema(paths.changed(self._known().schema, gone))
-        await self._commit(shape_effect(after), lambda t: t.drop_columns(names))
+        # LanceDB drops the last column that holds data, and fails at the next look only.
+        await self._commit(shape_effect(after), lambda t: t.drop_columns(names), look=True)
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
         """Renames columns, changes their nullability or their type, in one commit."""
@@ -436,9 +437,7 @@ class Touched:
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index."""
         after = with_index(self._known(), index)
-        await self._commit(
-            shape_effect(after), lambda t: t.create_index(index, options), indexes=True
-        )
+        await self._commit(shape_effect(after), lambda t: t.create_index(index, options), look=True)
 
     async def cover_key(self, key: str) -> None:
         """Builds the index on a key anew, for all rows that are there."""
