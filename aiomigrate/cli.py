@@ -69,7 +69,8 @@ app = typer.Typer(
     help="Crash-safe, exactly-once migrations for LanceDB.",
     epilog=_EPILOG.replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"),
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # importing rich for it takes longer than all else of `--help`
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -618,7 +619,7 @@ def upgrade(
         typer.Option("--at-once", metavar="N", min=1, help="How many of many databases at once."),
     ] = 8,
 ) -> Exit:
-    """Bring the database to its target: run what is pending, each migration once.
+    """Bring the database to its target, each migration once.
 
     With --uris-from or --glob many databases, of which one that fails holds up no other; run it
     again to go on.
@@ -787,9 +788,10 @@ def rollback(
         bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.", show_default=False)
     ] = False,
 ) -> Exit:
-    """Undo applied migrations: by their inverses, or by returning tables to where they were.
+    """Undo applied migrations, the newest first.
 
-    Shows the plan, and asks. Refuses what would discard commits of others.
+    By their inverses, or by returning tables to where they were. Shows the plan, and asks. Refuses
+    what would discard commits of others.
 
     Example: aiomigrate rollback memos --to 3
     """
@@ -863,9 +865,9 @@ def prune(
         float, typer.Option(metavar="SECONDS", help="Only of migrations applied so long ago.")
     ] = 0.0,
 ) -> Exit:
-    """Delete the savepoints that were kept of destructive migrations, which hold disk space.
+    """Delete the savepoints kept of destructive migrations.
 
-    Each run does so with those that are a week old.
+    They hold disk space. Each run does so with those that are a week old.
 
     Example: aiomigrate prune --older-than 86400
     """
@@ -891,9 +893,9 @@ def prune(
 
 @_verb(_database_options, _folder_options, _param_options, _lease_options)
 def stamp(call: Call, *, table: _Tables = None, to: _To = None) -> Exit:
-    """Record lines at versions without running anything: the baseline of a database.
+    """Record lines at versions without running anything.
 
-    Say which: --table, --to, or `--to latest` for everything.
+    The baseline of a database. Say which: --table, --to, or `--to latest` for everything.
 
     Example: aiomigrate stamp --table memos --to 3
     """
@@ -1125,7 +1127,9 @@ def report(
         ),
     ] = None,
 ) -> Exit:
-    """Show where the time of a run went: what waited for what, what was slow. Writes nothing.
+    """Show where the time of a run went.
+
+    What waited for what, what was slow. Writes nothing.
 
     Example: aiomigrate report --format html --output report.html
     """

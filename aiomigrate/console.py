@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-import structlog
 import typer
 
 from aiomigrate import events as ev
@@ -155,6 +154,8 @@ def configure_logs(output: Output) -> None:
     Warnings and errors, less what the command tells itself; with `--json`, where it tells
     nothing, all that is worth knowing; with `-v` everything.
     """
+    import structlog  # takes as long as all of `--help`
+
     level = "debug" if output.verbose else "info"
 
     def select(_: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -190,6 +191,8 @@ def configure_logs(output: Output) -> None:
 
 
 def _renderer() -> Callable[..., Any]:
+    import structlog
+
     if sys.stderr.isatty():
         return structlog.dev.ConsoleRenderer(
             colors="NO_COLOR" not in os.environ,

@@ -1202,7 +1202,9 @@ class TestDocumentation:
             '| `ledger` | `"table_migrations"` |',
         ):
             assert row in README
-        told = dict(re.findall(r"--([a-z-]+) .*Default: (.+?)\. ", text))
+        options = [" ".join(part.split()) for part in re.split(r"\n  (?=-)", text)]
+        found = [re.match(r"(?:-\w, )?--([a-z-]+) .*Default: (.+?)\.$", each) for each in options]
+        told = dict(match.groups() for match in found if match)
         assert told["uri"].endswith(settings.uri.removeprefix("./"))
         assert told["migrations"].endswith(str(settings.migrations).removeprefix("./"))
         assert told["ledger"] == settings.ledger
