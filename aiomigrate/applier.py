@@ -47,7 +47,12 @@ def witness_name(script: Script, operation: Operation, earlier: Sequence[Operati
         script: The migration.
         operation: The operation.
         earlier: Those before it.
+
+    Returns:
+        The name, empty where it needs none.
     """
+    if not operation.witnessed:
+        return ""
     digest = _mark(operation)
     same = sum(_mark(other) == digest for other in earlier)
     return f"{WITNESS_PREFIX}{script.version}_{digest[:12]}" + (f"_{same}" if same else "")

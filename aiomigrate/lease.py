@@ -19,7 +19,7 @@ import json
 import os
 import platform
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -60,6 +60,7 @@ class Lease:
         owner: This holder's nonce.
         taken_at: Monotonic time before the update that took it: its TTL counts from here.
         waited: Whether another process held it first.
+        head: The head as read right after it was taken.
     """
 
     key: str
@@ -67,6 +68,7 @@ class Lease:
     owner: str
     taken_at: float
     waited: bool
+    head: Head = field(default_factory=Head, repr=False, compare=False)
 
     def row(self, line: str, version: int, *, at: dt.datetime, digest: str) -> HeadRow:
         """Returns a line's head row as this holder writes it."""
@@ -271,11 +273,12 @@ async def take(
         won, refused = None, exc  # unknown: look
     if won == 0:
         return None
-    now = (await ledger.read_head()).leases.get(key)
+    taken = await ledger.read_head()
+    now = taken.leases.get(key)
     if now is None or (now.epoch, now.owner) != (epoch, owner):
         unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
         return refused if unchanged else None
-    return Lease(key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited)
+    return Lease(key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited, head=taken)
 
 
 def _as_seen(row: HeadRow) -> str:

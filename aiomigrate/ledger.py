@@ -197,6 +197,8 @@ class Ledger:
                 # Wiped by a late creator and not healed yet, or never written to.
                 beneath = await self._beneath(table, _has_founding)
                 content = content if beneath is None else beneath
+            elif table is not None and content is not None and _has_founding(content):
+                self._journal = table  # what `ensure` would look for again
         except StoreError as exc:
             raise self._unreadable(self.journal_name, exc) from exc
         if content is None:
@@ -221,20 +223,32 @@ class Ledger:
 
     # ---- founding and adopting ------------------------------------------------------------------
 
-    async def ensure(self) -> None:
+    async def ensure(self) -> Head:
         """Makes both tables, or makes an existing head fit, safely beside others doing the same.
 
         Takes no lease. A crash leaves a state from which the next caller goes on.
+
+        Returns:
+            The head, which has the run lease.
 
         Raises:
             LedgerError: A table cannot be read or made.
             UnsafeStoreError: The store, asked when the journal is founded, loses commits.
         """
-        self._journal = await self._founded(
+        if self._journal is None:
+            await self._found_journal()
+        content = await self._adopt_structure()
+        if content is None or not _has_lease(content):
+            _, content = await self._founded(
+                self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease
+            )
+        return parse_head(content, self.head_name)
+
+    async def _found_journal(self) -> Table:
+        self._journal, _ = await self._founded(
             self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, _has_founding
         )
-        await self._adopt_structure()
-        await self._founded(self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease)
+        return self._journal
 
     async def _founded(
         self,
@@ -243,8 +257,8 @@ class Ledger:
         key: str,
         first: Callable[[], Awaitable[pa.Table]],
         is_founded: Callable[[pa.Table], bool],
-    ) -> Table:
-        """Opens a table that has its first row, making both if need be.
+    ) -> tuple[Table, pa.Table]:
+        """Opens and reads a table that has its first row, making both if need be.
 
         `create_table` is not exclusive: a late creator overwrites what others have made, and may
         have been paused for long before. So a table without its first row is taken as wiped: what
@@ -260,7 +274,7 @@ class Ledger:
                     table = await self.store.create(name, schema)
                 content = await table.read()
                 if is_founded(content):
-                    return table
+                    return table, content
                 rows = await self._beneath(table, is_founded)
                 if rows is None:
                     rows = await first()
@@ -361,15 +375,20 @@ class Ledger:
         )
         return rows_to_arrow([row])
 
-    async def _adopt_structure(self) -> None:
-        """Adds our columns to a head that another system made, and makes its key primary."""
+    async def _adopt_structure(self) -> pa.Table | None:
+        """Adds our columns to a head that another system made, and makes its key primary.
+
+        Returns:
+            Its content, `None` where there is no head.
+        """
         for attempt in range(_ATTEMPTS):
             try:
                 table = await self.store.find(self.head_name)
                 if table is None:
-                    return
+                    return None
                 state = await table.state()
-                parse_head(await table.read(), self.head_name)  # refuse what is no head
+                content = await table.read()
+                parse_head(content, self.head_name)  # refuse what is no head
                 missing = [f for f in _OURS if not state.has(f.name)]
                 keyed = state.schema.field("tableName").metadata or {}
                 if state.indexes:  # with an index the primary key would not protect
@@ -380,12 +399,13 @@ class Ledger:
                     await table.add_columns(missing)
                     self._log.info(ev.LEDGER_ADOPTED, ledger_table=self.head_name)
                 else:
-                    return
+                    return content
                 self.commits += 1
             except StoreError as exc:  # another process is adopting too: look again
                 if attempt == _ATTEMPTS - 1:
                     raise self._unreadable(self.head_name, exc) from exc
                 await anyio.sleep(0.01)
+        return None
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -482,10 +502,8 @@ class Ledger:
                 await self._journal.add(data)
             except StoreError:
                 # Unknown: it may have been committed. Look; and heal if it was overwritten.
-                self._journal = await self._founded(
-                    self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, _has_founding
-                )
-                if await self._journal.count_rows(f"id = {sql_literal(wanted)}"):
+                journal = await self._found_journal()
+                if await journal.count_rows(f"id = {sql_literal(wanted)}"):
                     return
                 if attempt == _ATTEMPTS - 1:
                     raise
@@ -516,7 +534,7 @@ def _has_lease(content: pa.Table) -> bool:
 
 
 def _has_founding(content: pa.Table) -> bool:
-    return Kind.FOUNDED in content["kind"].to_pylist()
+    return "kind" in content.schema.names and Kind.FOUNDED in content["kind"].to_pylist()
 
 
 def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
@@ -542,15 +560,19 @@ def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
 
 def events_to_arrow(events: Iterable[Event], owner: str) -> pa.Table:
     """Returns events as Arrow, in `JOURNAL_SCHEMA`; the id is unique per holder and sequence."""
-    out = []
-    for event in events:
-        row = {name: getattr(event, name) for name in JOURNAL_SCHEMA.names if name != "id"}
-        row["id"] = f"{event.lease}:{event.epoch}:{event.seq}:{owner}"
-        row["kind"] = str(event.kind)
-        for name in _JSON:
-            row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else None
-        out.append(row)
-    return pa.Table.from_pylist(out, schema=JOURNAL_SCHEMA)
+    given = list(events)
+    columns: dict[str, list[Any]] = {
+        name: [getattr(event, name) for event in given]
+        for name in JOURNAL_SCHEMA.names
+        if name != "id"
+    }
+    columns["id"] = [f"{e.lease}:{e.epoch}:{e.seq}:{owner}" for e in given]
+    columns["kind"] = [str(event.kind) for event in given]
+    for name in _JSON:
+        columns[name] = [
+            json.dumps(value, ensure_ascii=False) if value else None for value in columns[name]
+        ]
+    return pa.Table.from_pydict(columns, schema=JOURNAL_SCHEMA)
 
 
 def parse_head(content: pa.Table, name: str) -> Head:

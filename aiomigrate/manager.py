@@ -15,7 +15,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -423,7 +423,10 @@ class MigrationManager:
         if current is not None and tables is None and to is None:
             log.debug(ev.RUN_AT_TARGET, lines=len(current[0]), deferred=len(current[1]))
             return self._ended(report, begun, lines=current[0], deferred=current[1])
-        before = await self._look(store, scripts, log, tables=tables, to=to, head=head)
+        known = None if store is None else self._ledger(store, log)
+        before = await self._look(
+            store, scripts, log, tables=tables, to=to, head=head, ledger=known
+        )
         deferred = before.plan.deferred or _unsettled(before.plan)
         plan = before.plan.part(Part.FAST)
         if not plan.needs_lease:
@@ -432,13 +435,15 @@ class MigrationManager:
         await self._checked(store, before.plan)
         log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
         store = store or await self._connect()
-        ledger = self._ledger(store, log)
+        ledger = known or self._ledger(store, log)
         runner = Runner(
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def look() -> Seen:
-            return await self._look(store, scripts, log, tables=tables, to=to, ledger=ledger)
+        async def look(events: Sequence[Event] | None) -> Seen:
+            return await self._look(
+                store, scripts, log, tables=tables, to=to, ledger=ledger, events=events
+            )
 
         def ended(steps: tuple[StepReport, ...] | None = None) -> Report:
             results = runner.results
@@ -558,8 +563,10 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def look() -> Seen:
-            return await self._look(store, scripts, log, tables=tables, to=to, ledger=ledger)
+        async def look(events: Sequence[Event] | None) -> Seen:
+            return await self._look(
+                store, scripts, log, tables=tables, to=to, ledger=ledger, events=events
+            )
 
         await runner.background(look)
         lines = {row.name: row.version for row in (await ledger.read_head()).rows}
@@ -636,11 +643,11 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def read() -> Seen:
-            seen = await self._read(store, scripts, log)
+        async def read(events: Sequence[Event] | None) -> Seen:
+            seen = await self._read(store, scripts, log, events=events)
             return replace(seen, plan=Plan(lines=seen.decided.lines))
 
-        async def look() -> Seen:
+        async def look(_: Sequence[Event] | None) -> Seen:
             return await self._look_back(store, scripts, log, line, to, allow_destructive)
 
         async def decide_again(script: Script, state: LineState) -> Undo:
@@ -776,7 +783,11 @@ class MigrationManager:
             store, self._ledger(store, log), scripts, self._options,
             run_id=run_id, clock=self._clock, log=log,
         )  # fmt: skip
-        return await runner.prune(lambda: self._read(store, scripts, log), older_than_s=older_than)
+
+        async def look(events: Sequence[Event] | None) -> Seen:
+            return await self._read(store, scripts, log, events=events)
+
+        return await runner.prune(look, older_than_s=older_than)
 
     async def stamp(
         self, *, tables: Collection[str] | None = None, to: Target = None
@@ -810,8 +821,8 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def look() -> Seen:
-            events = await ledger.read_journal()
+        async def look(events: Sequence[Event] | None) -> Seen:
+            events = await ledger.read_journal() if events is None else events
             nothing = Reconciled(lines={}, problems=())
             head = await ledger.read_head()
             holder = holder_of(head, BACKGROUND_LEASE)
@@ -1110,13 +1121,14 @@ class MigrationManager:
         to: Target,
         head: Head | None = None,
         ledger: Ledger | None = None,
+        events: Sequence[Event] | None = None,
     ) -> Seen:
         """Reads head and journal, decides and plans.
 
         Raises:
             AiomigrateError: What forbids running.
         """
-        seen = await self._read(store, scripts, log, head=head, ledger=ledger)
+        seen = await self._read(store, scripts, log, head=head, ledger=ledger, events=events)
         existing: set[str] = set()
         if scripts.has_background and store is not None:
             current = {line: state.current for line, state in seen.decided.lines.items()}
@@ -1136,26 +1148,28 @@ class MigrationManager:
         *,
         head: Head | None = None,
         ledger: Ledger | None = None,
+        events: Sequence[Event] | None = None,
     ) -> Seen:
-        """Reads head and journal, and decides the state of every line.
+        """Reads head and journal, where they are not given, and decides the state of every line.
 
         Raises:
             AiomigrateError: What forbids running.
         """
         for attempt in range(_LOOKS):
-            events: list[Event] = []
             if store is not None:
                 ledger = ledger or self._ledger(store, log)
                 head = head or await ledger.read_head()
-                events = await ledger.read_journal()
+                events = await ledger.read_journal() if events is None else events
+            events = events or ()
             journal = await anyio.to_thread.run_sync(fold, events)
             decided = await self._decide(store, head or Head(), journal, scripts)
             crossed = any(isinstance(p, LedgerConflictError) for p in decided.problems)
             if not crossed or attempt == _LOOKS - 1:
                 break
             # Read while another process went back from one to the other: look again.
-            head = None
+            head = events = None
             await anyio.sleep(0.05)
+        events = events or ()
         decided.raise_first()
         for name, state in decided.lines.items():
             if not scripts.of(name):

@@ -124,8 +124,8 @@ class Seen:
 Decide = Callable[[Script, LineState], Awaitable[Undo]]
 """Decides how one migration of a line is undone, from what is there now."""
 
-Look = Callable[[], Awaitable[Seen]]
-"""Reads head and journal, decides and plans; raises what forbids running."""
+Look = Callable[[Sequence[Event] | None], Awaitable[Seen]]
+"""Reads the head, and the journal unless it is given; decides and plans; raises what forbids it."""
 
 
 class Runner:
@@ -206,11 +206,11 @@ class Runner:
     ) -> bool:
         begun = self._clock.monotonic()
         self._store.abandoned.clear()  # of an earlier run: its lease has to expire first
-        await self._ledger.ensure()
+        head = await self._ledger.ensure()
         with self._options.telemetry.span(LEASE, {"db.operation.name": doing}):
             lease = await acquire(
                 self._ledger,
-                await self._ledger.read_head(),
+                head,
                 owner=secrets.token_hex(6),
                 phase=self._said(doing),
                 options=self._options.lease,
@@ -270,13 +270,11 @@ class Runner:
         Raises:
             AiomigrateError: What was read forbids running.
         """
-        head = await self._ledger.read_head()
-        if any(r.lease == lease.key and (r.epoch or 0) < lease.epoch for r in head.rows):
+        rows = lease.head.rows
+        if any(row.lease == lease.key and (row.epoch or 0) < lease.epoch for row in rows):
             await self._ledger.take_rows(lease.key, lease.epoch, lease.owner)
-        seen = {
-            str(epoch): seq
-            for epoch, seq in seen_epochs(await self._ledger.read_journal(), lease.key).items()
-        }
+        events = await self._ledger.read_journal()
+        seen = {str(epoch): seq for epoch, seq in seen_epochs(events, lease.key).items()}
         await writer.record(
             Event(
                 **_UNSET,
@@ -286,7 +284,7 @@ class Runner:
                 detail={"seen": seen},
             )
         )
-        return await look()
+        return await look(events)  # later ones of older epochs do not count: they were not seen
 
     async def upgrade(self, before: Seen, look: Look) -> bool:
         """Takes the lease and brings the database to the plan's target, but for the background.
@@ -320,7 +318,7 @@ class Runner:
             await self._run_plan(seen, executor, self._reverser(writer, executor))
             if any(step.script.contracts and self._is_done(step) for step in seen.plan.steps):
                 await writer.sync()
-                seen = await look()
+                seen = await look(None)
             await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
 
         return await self.hold(work, is_done=is_done, doing="starting")
@@ -432,7 +430,7 @@ class Runner:
             executor = self._executor(writer)
             await self._settle(await self.take_over(writer, lease, read), writer, lease, executor)
             await writer.sync()
-            seen = await look()
+            seen = await look(None)
             self.plan = seen.plan
             await self._run_plan(seen, executor, self._reverser(writer, executor), decide)
 

@@ -335,6 +335,11 @@ class Operation:
         return True
 
     @property
+    def witnessed(self) -> bool:
+        """Whether it has a column of ours on the table while it runs, its witness."""
+        return not self.shows
+
+    @property
     def needs_savepoint(self) -> bool:
         """Whether the table_version before must be kept from cleanup while this runs."""
         return False

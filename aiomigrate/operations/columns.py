@@ -483,6 +483,10 @@ class AlterType(Operation):
         object.__setattr__(self, "columns", dict(self.columns))
 
     @property
+    def witnessed(self) -> bool:
+        return True
+
+    @property
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,

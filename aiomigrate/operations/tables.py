@@ -176,6 +176,10 @@ class RenameTable(Operation):
         checked_names("RenameTable", [self.to])
 
     @property
+    def witnessed(self) -> bool:
+        return True
+
+    @property
     def traits(self) -> Traits:
         return Traits(rewriting=True, reversible="renaming back", commits="2, and 1 for each index")
 
