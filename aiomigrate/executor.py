@@ -234,7 +234,8 @@ class Executor:
 
     def _leave(self, work: Work) -> None:
         now = self._clock.monotonic()
-        for name, (left_at, _) in list(self._just_left.items()):  # oldest first
+        while self._just_left:  # oldest first
+            name, (left_at, _) = next(iter(self._just_left.items()))
             if now - left_at < _JUST_S:
                 break
             del self._just_left[name]

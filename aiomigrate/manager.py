@@ -336,9 +336,9 @@ class MigrationManager:
         scripts = await self.scripts()
         deferred = set(report.deferred)
         behind = tuple(
-            f"{line}: current v{current}, target v{scripts.latest(line)}"
-            for line in scripts.line_names()
-            if (current := report.lines.get(line, 0)) < scripts.latest(line)
+            f"{line}: current v{current}, target v{latest}"
+            for line, (latest, _) in self._at_target.items()
+            if (current := report.lines.get(line, 0)) < latest
             and any(s.key not in deferred for s in scripts.after(line, current))
         )
         if behind:
@@ -1069,7 +1069,7 @@ class MigrationManager:
             self._store is None
             and self._connection is None
             and is_local(self._uri)
-            and not await anyio.Path(self._uri).exists()
+            and not await anyio.to_thread.run_sync(os.path.exists, self._uri)
         ):
             return None
         return await self._connect()
