@@ -271,6 +271,11 @@ def _process(command: Sequence[str], folder: Path) -> Prepare:
 
 
 async def _ran(command: Sequence[str], folder: Path) -> None:
-    # Settings of the tests are none that the command knows, and it refuses those.
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("AIOMIGRATE_")}
+    # Settings of the tests are none that the command knows, and it refuses those. And what is
+    # imported is compiled once, as where it is installed.
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("AIOMIGRATE_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
     await anyio.run_process(command, cwd=folder, env=kept, stderr=None)
