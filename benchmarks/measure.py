@@ -237,7 +237,7 @@ async def machine() -> dict[str, Any]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "memory_gb": await anyio.to_thread.run_sync(_memory_gb),
         **{name: importlib.metadata.version(name) for name in ("aiomigrate", "lancedb", "pyarrow")},
     }
