@@ -72,6 +72,7 @@ from aiomigrate.reconcile import (
     OnAhead,
     Reconciled,
     at_target,
+    digest_at,
     disputed,
     nearest,
     pending,
@@ -892,6 +893,9 @@ class MigrationManager:
         scripts = await self.scripts()
         store = await self._open()
         head = Head() if store is None else await self._ledger(store, self._log).read_head()
+        return await self._status(store, head, scripts)
+
+    async def _status(self, store: Store | None, head: Head, scripts: Scripts) -> Status:
         rows: dict[str, HeadRow] = {row.name: row for row in head.rows}
         journal = Journal()
         if store is not None and not head.exists:  # lost, or never there: the journal knows
@@ -928,22 +932,27 @@ class MigrationManager:
             LedgerError: The ledger cannot be trusted.
             StoreError: LanceDB failed.
         """
-        status = await self.get_status()
+        scripts = await self.scripts()
+        store = await self._open()
+        head = Head() if store is None else await self._ledger(store, self._log).read_head()
+        status = await self._status(store, head, scripts)
         behind = {
             name
             for name, line in status.lines.items()
             if line.target is not None and line.current < line.target
         }
         if all(status.lines[name].background is not None for name in behind):
-            return Health(state=HealthState.READY, status=status)
+            refused = await self._refused(store, head, scripts)
+            state = HealthState.FAILED if refused else HealthState.READY
+            return Health(state=state, status=status, failed=refused)
         if (holder := status.holder) is not None:
             is_own = (holder.host, holder.pid) == (HOST, os.getpid())
             state = HealthState.RUNNING if is_own else HealthState.WAITING
             return Health(state=state, status=status)
-        store = await self._open()
         failed = {}
         if store is not None:
-            journal = fold(await self._ledger(store, self._log).read_journal())
+            events = await self._ledger(store, self._log).read_journal()
+            journal = await anyio.to_thread.run_sync(fold, events)
             failed = {
                 name: error_line(event.error)
                 for name, line in journal.lines.items()
@@ -951,6 +960,24 @@ class MigrationManager:
             }
         state = HealthState.FAILED if failed else HealthState.PENDING
         return Health(state=state, status=status, failed=failed)
+
+    async def _refused(self, store: Store | None, head: Head, scripts: Scripts) -> dict[str, str]:
+        """Returns why a start would refuse the database, by line, though nothing is pending.
+
+        The journal is read only where the head leaves a doubt.
+        """
+        doubtful = any(
+            row.version > scripts.latest(row.name)
+            or (row.digest or "") != digest_at(scripts, row.name, row.version)
+            for row in head.rows
+            if scripts.of(row.name)
+        )
+        if store is None or not doubtful:
+            return {}
+        events = await self._ledger(store, self._log).read_journal()
+        journal = await anyio.to_thread.run_sync(fold, events)
+        decided = await self._decide(store, head, journal, scripts)
+        return {problem.line or "": problem.what for problem in decided.problems}
 
     async def validate(self) -> Validation:
         """Compares scripts, ledger and live tables. Writes nothing, takes no lease.

@@ -227,9 +227,12 @@ def health_text(health: Health) -> str:
         HealthState.PENDING: "pending: not at target, and nobody is at work",
         HealthState.FAILED: "failed: not at target, and the last attempt failed",
     }[health.state]
+    is_refused = not any(status.lines[n].pending for n in health.failed if n in status.lines)
+    if health.failed and is_refused:
+        said = "failed: a start would refuse it, for scripts and database do not fit together"
     out = [f"{said} ({status.database})"]
     for name, line in sorted(status.lines.items()):
-        if line.target is None or not line.pending:
+        if line.target is None or not (line.pending or name in health.failed):
             continue
         told = f"{name}: {line.current} of {line.target}{_background(line)}"
         out.append(f"{told}: {health.failed[name]}" if name in health.failed else told)
@@ -239,4 +242,6 @@ def health_text(health: Health) -> str:
         HealthState.FAILED: "Correct the cause and run `aiomigrate upgrade`; "
         "`aiomigrate history -v` has the traceback.",
     }.get(health.state)
+    if health.failed and is_refused:
+        remedy = "Run `aiomigrate upgrade` to see what to do about it."
     return "\n".join([*out, remedy] if remedy else out)

@@ -349,7 +349,8 @@ class HealthState(enum.StrEnum):
         RUNNING: This process is migrating.
         WAITING: Another process is migrating.
         PENDING: Not at target, and nobody is at work.
-        FAILED: Not at target, nobody is at work, and the last attempt failed.
+        FAILED: Not at target, nobody is at work, and the last attempt failed; or a start would
+            refuse the database, because its scripts were edited, say.
     """
 
     READY = "ready"
@@ -366,7 +367,8 @@ class Health:
     Attributes:
         state: The whole in one word.
         status: Where every line is, and who holds the leases.
-        failed: The error of the last attempt, by line, of lines that are not at target.
+        failed: The error of the last attempt, by line, of lines that are not at target, or why a
+            start would refuse them.
     """
 
     state: HealthState

@@ -27,7 +27,12 @@ from starlette.applications import Starlette
 
 from aiomigrate import HealthState, Migration, MigrationManager, OnPending, op
 from aiomigrate.asgi import Lifespan, lifespan
-from aiomigrate.errors import ConfigurationError, MigrationFailedError, NotAtTargetError
+from aiomigrate.errors import (
+    AiomigrateError,
+    ConfigurationError,
+    MigrationFailedError,
+    NotAtTargetError,
+)
 from tests import scenario
 from tests.processes import quiet_logger
 from tests.tools import manager, tree
@@ -559,6 +564,28 @@ async def test_health_says_why(database: Path) -> None:
     assert ready.is_ready
     assert ready.to_dict()["ready"] is True
     assert str(ready).startswith("ready: at target")
+
+
+async def test_health_says_what_a_start_would_refuse(database: Path) -> None:
+    """Scripts that were edited after they were applied, or are older than the database."""
+    steps = [
+        Migration(table="t", version=1, operations=[op.CreateTable(T)]),
+        Migration(table="t", version=2, operations=[op.AddColumns({"x": pa.int8()})]),
+    ]
+    edited = [steps[0], Migration(table="t", version=2, operations=[op.DropColumns("n")])]
+    async with manager(database, steps) as migrating:
+        await migrating.initialize()
+        before = tree(database)
+    for others, why in ((edited, "was edited after"), (steps[:1], "version 2")):
+        async with manager(database, others) as migrating:
+            health = await migrating.health()
+            with pytest.raises(AiomigrateError) as refused:
+                await migrating.initialize()
+        assert health.state is HealthState.FAILED
+        assert why in health.failed["t"]
+        assert health.failed["t"] == refused.value.what
+        assert "a start would refuse it" in str(health)
+    assert tree(database) == before
 
 
 async def test_listeners_are_told_and_never_waited_for(database: Path) -> None:
