@@ -467,10 +467,22 @@ class Touched:
         )
 
     async def drop_index(self, name: str) -> None:
-        """Drops an index."""
-        state = self._known()
-        after = TableState(state.schema, tuple(i for i in state.indexes if i.name != name))
-        await self._commit(shape_effect(after), lambda t: t.drop_index(name))
+        """Drops an index.
+
+        LanceDB commits the drop of one that another program's `optimize` has just renewed, and
+        keeps it (measured): then it is dropped again.
+        """
+        for _ in range(_DROPS):
+            state = self._known()
+            after = TableState(state.schema, tuple(i for i in state.indexes if i.name != name))
+            await self._commit(shape_effect(after), lambda t: t.drop_index(name))
+            if all(index.name != name for index in self._known().indexes):
+                return
+        raise StaleHandleError(
+            f"The index {name!r} of table {self.name!r} was renewed by others each time it was "
+            "dropped.",
+            "Run it again when nobody optimizes the table.",
+        )
 
     async def update(
         self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None
@@ -745,6 +757,7 @@ _OVERWRITES = 3
 _COMPUTATIONS = 3
 _COMMITTED_FIRST = (CommitConflictError, StaleHandleError)
 _MERGES = 8
+_DROPS = 5
 _COPY_ROWS = 4096
 _SCAN_ROWS = 1024
 _COVERING = 3

@@ -284,15 +284,20 @@ ACTIONS = (
 
 def faults_of(chance: random.Random) -> list[Fault]:
     """Returns what strikes each of some processes."""
-    return [
-        Fault(
-            action=chance.choice(ACTIONS),
-            at=chance.randint(1, 60),
-            when=chance.choice(["before", "after"]),
-            mutations=chance.random() < 0.7,
-        )
-        for _ in range(chance.randint(2, 3))
-    ]
+    return [_fault(chance) for _ in range(chance.randint(2, 3))]
+
+
+def _fault(chance: random.Random) -> Fault:
+    when = chance.choice(["before", "after"])
+    if chance.random() < 0.25:  # between what the journal tells and what head and tables hold
+        at = chance.randint(2, 8)
+        return Fault("kill", at=at, when=when, verb="add", table="table_migrations_history")
+    return Fault(
+        action=chance.choice(ACTIONS),
+        at=chance.randint(1, 60),
+        when=when,
+        mutations=chance.random() < 0.7,
+    )
 
 
 async def run_in_process(uri: str, seed: str, fault: Fault, plant: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from aiomigrate import Context, Migration, MigrationFailedError, MigrationManage
 from aiomigrate.errors import RollbackRefusedError
 from tests.faults import Fault, watched_manager
 from tests.processes import initialize, quiet_logger, start
+from tests.tools import SEED
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])
 FAST = {"lease_ttl": 0.5}
@@ -303,3 +306,43 @@ async def test_a_column_that_others_add_while_rows_are_rewritten_stays(
 
     assert (await table.schema()).names == ["id", "n", "theirs"]
     assert await table.count_rows() == 3
+
+
+async def test_an_index_that_others_renew_while_it_is_dropped_goes(tmp_path: Path) -> None:
+    """LanceDB commits the drop of an index that `optimize` is just renewing, and keeps it."""
+    path = tmp_path / "db"
+    await made(path)
+    others = await (await lancedb.connect_async(path)).open_table("t")
+    found: list[int] = []
+
+    async def renew() -> None:
+        with contextlib.suppress(RuntimeError):  # the drop came first
+            await others.optimize()
+
+    async def before(verb: str, table: str) -> None:
+        if verb == "drop_index":
+            await others.checkout_latest()
+            for number in range(3):
+                await others.add([{"id": number, "n": number}])
+            group.start_soon(renew)
+            await anyio.sleep(chance.uniform(0, 0.02))
+
+    steps = first()
+    for version in range(2, 26, 2):
+        steps += [
+            Migration(table="t", version=version, operations=[op.CreateIndex("n")]),
+            Migration(table="t", version=version + 1, operations=[op.DropIndex("n")]),
+        ]
+    chance = random.Random(SEED)
+    watched = watched_manager(before=before)
+    async with (
+        anyio.create_task_group() as group,
+        watched(path, migrations=steps, logger=quiet_logger()) as manager,
+    ):
+        for version in range(3, 26, 2):
+            await manager.upgrade(to=version)
+            await others.checkout_latest()
+            found.append(len(await others.list_indices()))
+
+    assert found == [0] * 12
+    assert await others.count_rows() >= 3 + 12 * 3
