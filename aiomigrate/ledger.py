@@ -654,10 +654,12 @@ def versions_if_current(
     if not foreign.isdisjoint(expected) or _repeated(names) & expected.keys():
         return None
     found = dict(zip(names, zip(versions, digests, strict=True), strict=True))
-    for line, wanted in expected.items():
-        if found.get(line, (0, "")) != wanted:
-            return None
-    return {n: v for n, (v, _) in found.items() if not n.startswith(LEASE_PREFIX)}
+    if not expected.items() <= found.items():
+        return None
+    lines = dict(zip(names, versions, strict=True))
+    for name in [name for name in names if name.startswith(LEASE_PREFIX)]:
+        lines.pop(name, None)
+    return lines
 
 
 def parse_journal(content: pa.Table, name: str) -> list[Event]:

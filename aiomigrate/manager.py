@@ -220,6 +220,7 @@ class MigrationManager:
         self._store: Store | None = None
         self._scripts: Scripts | None = None
         self._at_target: Mapping[str, tuple[int, str]] = {}
+        self._targets: Mapping[str, int] = {}
 
     def __repr__(self) -> str:
         return f"<MigrationManager of {self.database}>"
@@ -300,6 +301,7 @@ class MigrationManager:
             discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
             self._scripts = scripts
             self._at_target = await anyio.to_thread.run_sync(at_target, scripts)
+            self._targets = {line: version for line, (version, _) in self._at_target.items()}
         return self._scripts
 
     # ---- changing -------------------------------------------------------------------------------
@@ -335,10 +337,12 @@ class MigrationManager:
             return await self._await_target(waits=on_pending is OnPending.WAIT)
         report = await self.upgrade(background=False)
         scripts = await self.scripts()
+        if self._targets.items() <= report.lines.items():
+            return report
         deferred = set(report.deferred)
         behind = tuple(
             f"{line}: current v{current}, target v{latest}"
-            for line, (latest, _) in self._at_target.items()
+            for line, latest in self._targets.items()
             if (current := report.lines.get(line, 0)) < latest
             and any(s.key not in deferred for s in scripts.after(line, current))
         )

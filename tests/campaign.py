@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime as dt
+import enum
 import itertools
 import json
 import os
@@ -134,6 +135,16 @@ async def widening(ctx: Context) -> None:
     raise ValueError(WRONG)
 
 
+async def failing_slowly(ctx: Context) -> None:
+    """A function that fails after two commits, between which others have time for theirs."""
+    table = ctx.table()
+    await table.add([{"id": "failing", "n": 3_000_000}])
+    await asyncio.sleep(0.5)
+    await table.update(sql={"n": "n + 5"}, where="n >= 0")
+    await asyncio.sleep(0.3)
+    raise ValueError(WRONG)
+
+
 FUNCTIONS = (seeded, seeded, slow, failing)
 
 PACE = op.Pace(batch_rows=8, concurrency=2, chunk_rows=8)
@@ -203,14 +214,44 @@ class Set:
     on_destructive: OnDestructive = OnDestructive.KEEP
 
 
-PAUSED = "paused"
-"""Begins the seed of a `paused_round`."""
+class Kind(enum.StrEnum):
+    """Rounds: what chance makes, and such as it makes too seldom. Begins a round's own seed."""
+
+    FREE = "free"
+    PAUSED = "paused"  # see `paused_round`
+    CHAINED = "chained"  # killed right before something of a long line is in the journal
+    BESIDE = "beside"  # a function fails while others write
+    LATE = "late"  # cancelled, and a commit takes effect half a second later
+
+
+def kind_of(seed: str) -> Kind:
+    """Returns the kind of a round, by its seed."""
+    kinds = [Kind.FREE] * 6 + [Kind.PAUSED, Kind.CHAINED, Kind.BESIDE, Kind.LATE]
+    return random.Random(f"{seed} kind").choice(kinds)
 
 
 def made(seed: str) -> Set:
-    """Returns the migrations of a seed: some tables, with some migrations each."""
-    if seed.startswith(PAUSED):
-        return Set([Migration(table="table_0", version=1, up=widening)], "")
+    """Returns the migrations of a round's own seed: some tables, with some migrations each."""
+    table = "table_0"
+    match seed.split(maxsplit=1)[0]:
+        case Kind.PAUSED:
+            return Set([Migration(table=table, version=1, up=widening)], "")
+        case Kind.BESIDE:
+            return Set([Migration(table=table, version=1, up=failing_slowly)], table)
+        case Kind.CHAINED:
+            steps = [op.AddColumns({f"c{version}": pa.int64()}) for version in range(5)]
+        case Kind.LATE:
+            steps = [op.Update(sql={"n": "n + 1"}), op.Update(sql={"n": "n * 2"})]
+        case _:
+            return _made_by_chance(seed)
+    migrations = [
+        Migration(table=table, version=version, operations=[step])
+        for version, step in enumerate(steps, 1)
+    ]
+    return Set(migrations, "")
+
+
+def _made_by_chance(seed: str) -> Set:
     chance = random.Random(seed)
     tables = [f"table_{n}" for n in range(chance.randint(1, 3))]
     written = chance.choice([tables[0], ""])
@@ -275,6 +316,7 @@ def _after(
 
 # ---- faults -------------------------------------------------------------------------------------
 
+JOURNAL = "table_migrations_history"
 ACTIONS = (
     "kill", "kill", "stop", "stop", "cancel", "late", "reset", "slow", "disk", "readonly", "clock",
     "count",
@@ -282,16 +324,28 @@ ACTIONS = (
 """What strikes a process (see `tests.faults`); `count` is no fault."""
 
 
-def faults_of(chance: random.Random) -> list[Fault]:
-    """Returns what strikes each of some processes."""
-    return [_fault(chance) for _ in range(chance.randint(2, 3))]
+def faults_of(seed: str) -> list[Fault]:
+    """Returns what strikes each of some processes, by a round's own seed."""
+    chance = random.Random(f"{seed} faults")
+    match seed.split(maxsplit=1)[0]:
+        case Kind.CHAINED:
+            at = chance.randint(3, 6)
+            return [Fault("kill", at=at, when="before", verb="add", table=JOURNAL)]
+        case Kind.LATE:
+            late = Fault("late", at=chance.randint(1, 2), when="before", verb="update",
+                         table="table_0")  # fmt: skip
+            return [late, Fault(), Fault()]
+        case Kind.BESIDE:
+            return [Fault()]
+        case _:
+            return [_fault(chance) for _ in range(chance.randint(2, 3))]
 
 
 def _fault(chance: random.Random) -> Fault:
     when = chance.choice(["before", "after"])
     if chance.random() < 0.25:  # between what the journal tells and what head and tables hold
         at = chance.randint(2, 8)
-        return Fault("kill", at=at, when=when, verb="add", table="table_migrations_history")
+        return Fault("kill", at=at, when=when, verb="add", table=JOURNAL)
     return Fault(
         action=chance.choice(ACTIONS),
         at=chance.randint(1, 60),
@@ -374,10 +428,11 @@ Written = tuple[Sequence[str], Sequence[str]]
 
 
 async def one_round(seed: str, folder: Path, plant: str = "") -> str:
-    """Runs one round; returns what is wrong, or nothing. Every fifth is `paused_round`."""
-    if random.Random(f"{seed} kind").random() < 0.2:
+    """Runs one round; returns what is wrong, or nothing."""
+    kind = kind_of(seed)
+    seed = f"{kind} {seed}"
+    if kind is Kind.PAUSED:
         return await paused_round(seed, folder, plant)
-    chance = random.Random(f"{seed} faults")
     planned = made(seed)
     tables = sorted({m.table for m in planned.migrations if m.table})
     before = folder / "before"
@@ -392,7 +447,7 @@ async def one_round(seed: str, folder: Path, plant: str = "") -> str:
     expected = await scenario.snapshot(folder / "expected")
 
     uri = folder / "disturbed"
-    faults = faults_of(chance)
+    faults = faults_of(seed)
     failure, written = await _disturbed(uri, seed, faults, planned.written, plant)
     end = await scenario.snapshot(uri)
     if failure and WRONG not in failure:
@@ -417,14 +472,14 @@ async def paused_round(seed: str, folder: Path, plant: str) -> str:
     connection.close()
     mark = folder / "stopped"
     fault = Fault("stop", at=1, when="before", verb="add_columns", signal_file=str(mark))
-    holder = start(run_in_process, str(uri), f"{PAUSED} {seed}", fault, plant)
+    holder = start(run_in_process, str(uri), seed, fault, plant)
     with anyio.move_on_after(30):
         while not mark.exists():  # noqa: ASYNC110 - it happens in another process
             await anyio.sleep(0.05)
     failures: list[str] = []
 
     async def succeed() -> None:
-        failures.append(await _last(uri, f"{PAUSED} {seed}", plant))
+        failures.append(await _last(uri, seed, plant))
 
     async with anyio.create_task_group() as group:
         group.start_soon(succeed)
