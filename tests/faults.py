@@ -33,7 +33,7 @@ class Fault:
     Attributes:
         action: `kill`, `stop` (SIGSTOP to itself), `cancel`, `count`, `fail` or `reset`
             (raises although the store has applied it); `slow` (that call and every later one takes
-            effect late), `late` (cancelled, and that call takes effect half a second later),
+            effect late), `late` (cancelled, and that call takes effect 0.4 s later),
             `disk` (no file takes a byte from now on), `readonly` (nothing can
             be written any more), `clock` (the wall clock jumps by days).
         at: At the n-th matching call, from 1.
@@ -107,7 +107,7 @@ class FaultyStore(Store):
                 self.scope.cancel()
             case "late":
                 assert self.scope is not None
-                type(self).late_s = 0.5
+                type(self).late_s = 0.4  # longer than is waited for, shorter than a lease lives
                 self.scope.cancel()
             case "slow":
                 type(self).late_s = 0.1
