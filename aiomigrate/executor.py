@@ -133,7 +133,8 @@ class Executor:
         place = Place(self._places, limit, self._clock)
         # What is quickly done lets others in while it waits for the journal: then many announce
         # themselves in one commit.
-        work = Work(script, place=place if _is_quick(script) else None, depended_s=depended_s)
+        work = Work(script, is_quick=_is_quick(script), depended_s=depended_s)
+        work.place = place if work.is_quick else None
         try:
             async with place:  # not held while waiting for the journal at the end
                 work.started_s = self._clock.monotonic()
@@ -230,7 +231,7 @@ class Executor:
         """
         left_at, touched = self._just_left.pop(name, (0.0, None))
         is_fresh = self._clock.monotonic() - left_at < _JUST_S
-        return touched if is_fresh and _is_quick(work.script) and not work.savepoints else None
+        return touched if is_fresh and work.is_quick and not work.savepoints else None
 
     def _leave(self, work: Work) -> None:
         now = self._clock.monotonic()
@@ -347,7 +348,7 @@ class Executor:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
-        if not _is_quick(script):
+        if not work.is_quick:
             with contextlib.suppress(StoreError):
                 there = [t for t in work.tables.values() if t.state is not None]
                 work.size = sum([await t.table.size() for t in there])

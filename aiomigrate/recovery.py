@@ -44,6 +44,7 @@ class Work:
 
     Attributes:
         script: The migration.
+        is_quick: Whether it neither rewrites rows nor runs code.
         place: Its place among those that operate, if it lends it while it waits for the journal.
         tables: The tables it touches, opened, by name.
         begin_at: Position of the operation to go on with.
@@ -60,6 +61,7 @@ class Work:
     """
 
     script: Script
+    is_quick: bool = False
     place: Place | None = None
     tables: dict[str, Touched] = field(default_factory=dict)
     begin_at: int = 0
