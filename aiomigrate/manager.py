@@ -657,7 +657,7 @@ class MigrationManager:
 
         async def decide_again(script: Script, state: LineState) -> Undo:
             # From the journal alone: the head of other lines moves while they are undone.
-            journal = fold(await ledger.read_journal())
+            journal = await _folded(ledger)
             state = replace(state, history=journal.of(script.line))
             return await self._decide_undo(
                 store, journal, script, state,
@@ -903,7 +903,7 @@ class MigrationManager:
         rows: dict[str, HeadRow] = {row.name: row for row in head.rows}
         journal = Journal()
         if store is not None and not head.exists:  # lost, or never there: the journal knows
-            journal = fold(await self._ledger(store, self._log).read_journal())
+            journal = await _folded(self._ledger(store, self._log))
         at_work = holder_of(head, BACKGROUND_LEASE)
         deferred = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
         lines = {}
@@ -955,8 +955,7 @@ class MigrationManager:
             return Health(state=state, status=status)
         failed = {}
         if store is not None:
-            events = await self._ledger(store, self._log).read_journal()
-            journal = await anyio.to_thread.run_sync(fold, events)
+            journal = await _folded(self._ledger(store, self._log))
             failed = {
                 name: error_line(event.error)
                 for name, line in journal.lines.items()
@@ -978,8 +977,7 @@ class MigrationManager:
         )
         if store is None or not doubtful:
             return {}
-        events = await self._ledger(store, self._log).read_journal()
-        journal = await anyio.to_thread.run_sync(fold, events)
+        journal = await _folded(self._ledger(store, self._log))
         decided = await self._decide(store, head, journal, scripts)
         return {problem.line or "": problem.what for problem in decided.problems}
 
@@ -1003,7 +1001,7 @@ class MigrationManager:
         ledger = self._ledger(store, self._log)
         try:
             head = await ledger.read_head()
-            journal = fold(await ledger.read_journal())
+            journal = await _folded(ledger)
         except LedgerError as exc:
             return Validation(errors=(str(exc),))
         decided = await self._decide(store, head, journal, scripts)
@@ -1080,7 +1078,7 @@ class MigrationManager:
         store = await self._open()
         if store is None:
             return ()
-        events = fold(await self._ledger(store, self._log).read_journal()).events
+        events = (await _folded(self._ledger(store, self._log))).events
         return tuple(e for e in events if line is None or e.line == line)
 
     # ---- within ---------------------------------------------------------------------------------
@@ -1277,6 +1275,11 @@ class MigrationManager:
             if (why := await sketch.refusal(trial.statement, schema)) is not None:
                 raise trial.refused(why)
         return checked
+
+
+async def _folded(ledger: Ledger) -> Journal:
+    """Reads the journal and folds it, in a thread: a long one would keep the event loop."""
+    return await anyio.to_thread.run_sync(fold, await ledger.read_journal())
 
 
 def _follows(scripts: Scripts) -> dict[tuple[str, int], tuple[tuple[str, int], ...]]:
