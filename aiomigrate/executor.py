@@ -33,7 +33,7 @@ from aiomigrate.errors import (
     UnresolvedError,
 )
 from aiomigrate.fold import Unfinished
-from aiomigrate.lance import Store
+from aiomigrate.lance import Opened, Store
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
@@ -91,7 +91,7 @@ class Executor:
         self._progress = progress
         self._telemetry = telemetry
         self._keeps = keeps
-        self._just_left: dict[str, tuple[float, Touched]] = {}
+        self._just_seen: dict[str, tuple[float, Opened]] = {}
         self.applier = Applier(store, writer.check, progress=progress, log=log)
         lease = writer.lease
         self.recovery = Recovery(
@@ -218,31 +218,38 @@ class Executor:
                 announce=self._announcer(work),
                 others=work.tables,
             )
-            await touched.open(self._left(work, name))
+            await touched.open(self._seen(work, name))
             if name in work.savepoints:
                 await touched.resume_from(work.savepoints[name])
             work.tables[name] = touched
 
-    def _left(self, work: Work, name: str) -> Touched | None:
-        """Returns a table as a migration has just left it, for one that does not wait for it.
+    def know(self, seen: Mapping[str, Opened], at_s: float) -> None:
+        """Takes over tables as they were seen a moment ago, by nobody but whom we know of.
 
-        Only for what is quickly done, and for a moment: its first commit tells if others came
-        between, as it does of those that come right after a look.
+        Args:
+            seen: What was seen, by table.
+            at_s: Monotonic time of it.
         """
-        left_at, touched = self._just_left.pop(name, (0.0, None))
-        is_fresh = self._clock.monotonic() - left_at < _JUST_S
-        return touched if is_fresh and work.is_quick and not work.savepoints else None
+        self._just_seen |= {name: (at_s, opened) for name, opened in seen.items()}
+
+    def _seen(self, work: Work, name: str) -> Opened | None:
+        """Returns a table as it was a moment ago, for a migration that is quickly done.
+
+        Its first commit tells if others came between, as it does of those that come right after
+        a look.
+        """
+        at_s, opened = self._just_seen.pop(name, (0.0, None))
+        is_fresh = self._clock.monotonic() - at_s < _JUST_S
+        return opened if is_fresh and work.is_quick and not work.savepoints else None
 
     def _leave(self, work: Work) -> None:
         now = self._clock.monotonic()
-        while self._just_left:  # oldest first
-            name, (left_at, _) = next(iter(self._just_left.items()))
-            if now - left_at < _JUST_S:
+        while self._just_seen:  # oldest first
+            name, (at_s, _) = next(iter(self._just_seen.items()))
+            if now - at_s < _JUST_S:
                 break
-            del self._just_left[name]
-        for touched in work.tables.values():
-            if touched.state is not None:
-                self._just_left[touched.name] = (now, touched)
+            del self._just_seen[name]
+        self.know({t.name: t.opened for t in work.tables.values() if t.opened is not None}, now)
 
     async def _start(self, work: Work) -> None:
         script = work.script

@@ -318,11 +318,42 @@ class Store:
         Raises:
             StoreError: It exists but could not be read.
         """
+        opened = await self.look(name)
+        return (0, None) if opened is None else (opened.version, opened.state)
+
+    async def look(self, name: str) -> Opened | None:
+        """Opens a table and reads its state; `None` as for `state_of`.
+
+        Raises:
+            StoreError: It exists but could not be read.
+        """
         table = await self.find(name)
-        if table is None:
-            return 0, None
-        state = await table.state()
-        return (0, None) if state.is_leftover else (await table.version(), state)
+        state = None if table is None else await table.state()
+        if table is None or state is None or state.is_leftover:
+            return None
+        return Opened(table, await table.version(), state)
+
+    async def look_at(self, names: Sequence[str]) -> dict[str, Opened]:
+        """Opens tables, a few at once, and reads their states; those that do not exist are left out.
+
+        Raises:
+            StoreError: One exists but could not be read.
+        """
+        found: dict[str, Opened] = {}
+        left = iter(names)
+
+        async def work() -> None:
+            for name in left:
+                if (opened := await self.look(name)) is not None:
+                    found[name] = opened
+
+        try:
+            async with anyio.create_task_group() as group:
+                for _ in range(min(_LOOKS_AT_ONCE, len(names))):
+                    group.start_soon(work)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return found
 
     async def has_remains(self, name: str) -> bool:
         """Returns whether a table that cannot be found left data files behind.
@@ -421,9 +452,26 @@ class Store:
         )
 
 
+_LOOKS_AT_ONCE = 16
+
 _FILES = (
     "total_data_files", "total_files_size", "total_data_file_rows", "total_deletion_file_rows",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A table that was opened, and what was read of it.
+
+    Attributes:
+        table: Its handle.
+        version: The handle's table_version.
+        state: Schema and indexes at that version.
+    """
+
+    table: Table
+    version: int
+    state: TableState
 
 
 @dataclass(frozen=True, slots=True)

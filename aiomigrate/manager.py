@@ -44,7 +44,16 @@ from aiomigrate.errors import (
     ValidationFailedError,
 )
 from aiomigrate.fold import Journal, fold
-from aiomigrate.lance import Sketch, Store, index_config, is_local, locate, redact, secrets_of
+from aiomigrate.lance import (
+    Opened,
+    Sketch,
+    Store,
+    index_config,
+    is_local,
+    locate,
+    redact,
+    secrets_of,
+)
 from aiomigrate.lease import HOST, LeaseOptions, holder_of, unlock
 from aiomigrate.ledger import Head, Ledger, OnUnsafeStore, parse_head, versions_if_current
 from aiomigrate.model import (
@@ -437,7 +446,8 @@ class MigrationManager:
         if not plan.needs_lease:
             log.debug(ev.RUN_AT_TARGET, lines=len(plan.lines), deferred=len(deferred))
             return self._ended(report, begun, lines=_currents(plan), deferred=deferred)
-        await self._checked(store, before.plan)
+        opened_at = self._clock.monotonic()
+        _, opened = await self._checked(store, before.plan)
         log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=self.database)
         store = store or await self._connect()
         ledger = known or self._ledger(store, log)
@@ -469,7 +479,7 @@ class MigrationManager:
             )
 
         try:
-            worked = await runner.upgrade(before, look)
+            worked = await runner.upgrade(before, look, opened, opened_at)
         except FailedElsewhereError as exc:
             raise _failed(ended((exc.step,)), log, elsewhere=True) from None
         if not worked:  # another process did it while this one waited
@@ -884,7 +894,7 @@ class MigrationManager:
         scripts = await self.scripts()
         store = await self._open()
         seen = await self._look(store, scripts, self._log, tables=tables, to=to)
-        plan = await self._checked(store, seen.plan)
+        plan, _ = await self._checked(store, seen.plan)
         return plan if store is None else await self._estimated(store, plan)
 
     async def get_status(self) -> Status:
@@ -1251,13 +1261,18 @@ class MigrationManager:
                 told += operation.estimate(await survey(rows, store.free_bytes()))
         return replace(plan, warnings=(*plan.warnings, *told))
 
-    async def _checked(self, store: Store | None, plan: Plan) -> Plan:
+    async def _checked(self, store: Store | None, plan: Plan) -> tuple[Plan, dict[str, Opened]]:
+        """Returns a plan that fits the tables as they are, and the tables as they were seen.
+
+        Raises:
+            AiomigrateError: It does not fit.
+        """
         states: dict[str, TableState | None] = dict.fromkeys(plan.touched())
+        seen: dict[str, Opened] = {}
         if store is not None:
             existing = set(await store.table_names())
-            for name in states:
-                if name in existing:
-                    _, states[name] = await store.state_of(name)
+            seen = await store.look_at([name for name in states if name in existing])
+            states |= {name: opened.state for name, opened in seen.items()}
         checked, trials = await anyio.to_thread.run_sync(
             check_operations, plan, states, self._options.on_destructive
         )
@@ -1274,7 +1289,7 @@ class MigrationManager:
             schema = pa.schema(trial.state.fields())
             if (why := await sketch.refusal(trial.statement, schema)) is not None:
                 raise trial.refused(why)
-        return checked
+        return checked, seen
 
 
 async def _folded(ledger: Ledger) -> Journal:

@@ -23,7 +23,7 @@ from aiomigrate.deferral import IDLE, Busy, ready
 from aiomigrate.errors import AiomigrateError, MigrationFailedError
 from aiomigrate.executor import Executor
 from aiomigrate.fold import Journal, seen_epochs, uncleaned
-from aiomigrate.lance import Store
+from aiomigrate.lance import Opened, Store
 from aiomigrate.lease import (
     HOST,
     Lease,
@@ -286,12 +286,16 @@ class Runner:
         )
         return await look(events)  # later ones of older epochs do not count: they were not seen
 
-    async def upgrade(self, before: Seen, look: Look) -> bool:
+    async def upgrade(
+        self, before: Seen, look: Look, opened: Mapping[str, Opened], opened_at: float
+    ) -> bool:
         """Takes the lease and brings the database to the plan's target, but for the background.
 
         Args:
             before: What was seen without the lease: a hint, and the failures known then.
             look: Reads and decides again.
+            opened: Tables as they were seen after that.
+            opened_at: Monotonic time before they were.
 
         Returns:
             Whether anything was done here; `results` holds the migrations.
@@ -314,6 +318,9 @@ class Runner:
             if lease.waited:
                 _raise_if_failed_elsewhere(before, seen)
             executor = self._executor(writer)
+            last = before.head.leases.get(lease.key)
+            if lease.epoch == (last.epoch or 0 if last else 0) + 1:  # no other run came between
+                executor.know(opened, opened_at)
             await self._settle(seen, writer, lease, executor)
             await self._run_plan(seen, executor, self._reverser(writer, executor))
             if any(step.script.contracts and self._is_done(step) for step in seen.plan.steps):

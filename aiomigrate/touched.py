@@ -27,7 +27,7 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     UnresolvedError,
 )
-from aiomigrate.lance import Commit, Store, Table, sql_literal
+from aiomigrate.lance import Commit, Opened, Store, Table, sql_literal
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, Transform, remember
 from aiomigrate.operations.fill import Filling, Pace
@@ -106,12 +106,12 @@ class Touched:
         self._table: Table | None = None
         self._state: TableState | None = None
 
-    async def open(self, known: Touched | None = None) -> None:
+    async def open(self, known: Opened | None = None) -> None:
         """Opens the table at its latest version and reads its state; it may not exist.
 
         Args:
-            known: The same table as a migration left it a moment ago, whose handle is taken over
-                as it is: a commit that others made since is found by the next one of ours.
+            known: The same table as it was a moment ago, whose handle is taken over as it is: a
+                commit that others made since is found by the next one of ours.
         """
         if known is None:
             await self._look()
@@ -164,6 +164,13 @@ class Touched:
     def shape(self) -> Mapping[str, Any] | None:
         """The table's shape, `None` if it does not exist."""
         return None if self._state is None else self._state.shape()
+
+    @property
+    def opened(self) -> Opened | None:
+        """The open handle and what was last read through it, `None` if there is no table."""
+        if self._table is None or self._state is None:
+            return None
+        return Opened(self._table, self.version, self._state)
 
     async def _commit(
         self,
