@@ -92,10 +92,12 @@ class Applier:
             StoreError: LanceDB failed.
         """
         touched.witness = witness
-        words = operation.describe()
-        touched.on_progress = lambda done, total, note: self._progress(
-            script, f"{words} ({note})" if note else words, done, total
-        )
+
+        def tell(done: int, total: int | None, note: str) -> None:
+            words = operation.describe()
+            self._progress(script, f"{words} ({note})" if note else words, done, total)
+
+        touched.on_progress = tell
         if touched.state is None and operation.when_missing is Missing.SKIP:
             return
         for attempt in range(_ATTEMPTS):

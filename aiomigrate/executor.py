@@ -193,8 +193,9 @@ class Executor:
             await self._start(work)
         operations = script.operations[work.begin_at :]
         for position, operation in enumerate(operations, work.begin_at + 1):
-            work.doing = in_hand(operation)
-            self._progress(script, operation.describe(), position - 1, len(script.operations))
+            words = operation.describe()
+            work.doing = in_hand(words)
+            self._progress(script, words, position - 1, len(script.operations))
             facts = {"db.operation.name": work.doing, "db.collection.name": operation.table or ""}
             with self._telemetry.span(OPERATION, facts):
                 if isinstance(operation, Run):
@@ -591,9 +592,8 @@ def _remedy(work: Work, exc: Exception | None, error: AiomigrateError | None) ->
     return remedy
 
 
-def in_hand(operation: Operation) -> str:
+def in_hand(words: str) -> str:
     """Returns what an operation does, short enough to begin an error."""
-    words = operation.describe()
     return words if len(words) <= _WORDS else f"{words[:_WORDS]}..."
 
 

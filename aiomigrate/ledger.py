@@ -12,6 +12,7 @@ import contextlib
 import datetime as dt
 import enum
 import json
+import operator
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ from aiomigrate.errors import (
     WriterCongestionError,
 )
 from aiomigrate.lance import Store, Table, is_local, sql_literal
-from aiomigrate.model import MAX_VERSION, RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.model import MAX_VERSION, NOT_YET, RUN_LEASE, Event, HeadRow, Kind
 from aiomigrate.wellformed import fault_of
 
 FORMAT = 1
@@ -96,6 +97,23 @@ _JOURNAL_FIELDS: list[pa.Field[Any]] = [
 HEAD_SCHEMA = pa.schema(_HEAD_FIELDS)
 JOURNAL_SCHEMA = pa.schema(_JOURNAL_FIELDS)
 _JSON = ("tables", "detail")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What all events of a commit to the journal get.
+
+    Attributes:
+        seq: Sequence number of the first; the others follow.
+        at: When, for those that do not say.
+        common: Other fields.
+    """
+
+    seq: int
+    at: dt.datetime
+    common: Mapping[str, Any]
+
+
 _TRIAL = pa.schema([pa.field("id", pa.int64())])
 _TRIALS = 8
 
@@ -483,16 +501,21 @@ class Ledger:
         changed = await table.replace_matching("tableName", rows_to_arrow(rows), fence)
         return changed == len(rows)
 
-    async def append(self, events: Sequence[Event], owner: str) -> None:
+    async def append(self, events: Sequence[Event], owner: str, stamp: Stamp | None = None) -> None:
         """Appends events as one commit; durable on return.
+
+        Args:
+            events: The events.
+            owner: The nonce of who writes them.
+            stamp: What all of them get, unless they have it already.
 
         Raises:
             StoreError: LanceDB failed and the events are known not to be there.
         """
         if len(events) > _MANY:
-            data = await anyio.to_thread.run_sync(events_to_arrow, events, owner)
+            data = await anyio.to_thread.run_sync(events_to_arrow, events, owner, stamp)
         else:
-            data = events_to_arrow(events, owner)
+            data = events_to_arrow(events, owner, stamp)
         wanted = data["id"][0].as_py()
         for attempt in range(_ATTEMPTS):
             try:
@@ -558,16 +581,21 @@ def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
     )
 
 
-def events_to_arrow(events: Iterable[Event], owner: str) -> pa.Table:
+def events_to_arrow(events: Iterable[Event], owner: str, stamp: Stamp | None = None) -> pa.Table:
     """Returns events as Arrow, in `JOURNAL_SCHEMA`; the id is unique per holder and sequence."""
     given = list(events)
     columns: dict[str, list[Any]] = {
-        name: [getattr(event, name) for event in given]
+        name: list(map(operator.attrgetter(name), given))
         for name in JOURNAL_SCHEMA.names
         if name != "id"
     }
-    columns["id"] = [f"{e.lease}:{e.epoch}:{e.seq}:{owner}" for e in given]
-    columns["kind"] = [str(event.kind) for event in given]
+    if stamp is not None:
+        columns |= {name: [value] * len(given) for name, value in stamp.common.items()}
+        columns["seq"] = list(range(stamp.seq, stamp.seq + len(given)))
+        columns["at"] = [stamp.at if at == NOT_YET else at for at in columns["at"]]
+    keys = zip(columns["lease"], columns["epoch"], columns["seq"], strict=True)
+    columns["id"] = [f"{lease}:{epoch}:{seq}:{owner}" for lease, epoch, seq in keys]
+    columns["kind"] = list(map(str, columns["kind"]))
     for name in _JSON:
         columns[name] = [
             json.dumps(value, ensure_ascii=False) if value else None for value in columns[name]

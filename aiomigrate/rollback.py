@@ -159,7 +159,7 @@ class Reverser:
         for position, operation in enumerate(undo.operations):
             if position < work.begin_at:
                 continue
-            work.doing = in_hand(operation)
+            work.doing = in_hand(operation.describe())
             if isinstance(operation, Run):
                 await self._executor.run_function(work, operation, log)
                 continue

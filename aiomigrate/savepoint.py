@@ -237,7 +237,9 @@ def shape_effect(
     """
     return {
         "do": "shape",
-        "fields": {f.name: spell(f) for f in state.schema},
+        "fields": {f.name: spell(f) for f in state.schema}
+        if state.witnesses()
+        else state.shape()["fields"],
         "indexes": sorted(str(i) for i in state.indexes),
         "renames": dict(renames or {}),
         "loose": sorted(loose),

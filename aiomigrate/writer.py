@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -19,18 +19,16 @@ from aiomigrate import events as ev
 from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, LeaseLostError, LedgerError, StoreError
 from aiomigrate.lease import Lease, LeaseOptions
-from aiomigrate.ledger import Ledger, lease_row_name
-from aiomigrate.model import NOT_YET, Event, HeadRow
+from aiomigrate.ledger import Ledger, Stamp, lease_row_name
+from aiomigrate.model import Event, HeadRow
 
 _MAX_GATHER_S = 0.05
-_STAMPED_AT_ONCE = 64
 
 
 @dataclass(eq=False)
 class _Request:
     events: Sequence[Event]
     lifts: HeadRow | None = None
-    rides: bool = False
     done: anyio.Event = field(default_factory=anyio.Event)
     error: AiomigrateError | None = None
 
@@ -67,9 +65,11 @@ class Writer:
         self._options = options
         self._clock = clock
         self._log = log
-        self._stamp = stamp
+        self._stamp = {"lease": lease.key, "epoch": lease.epoch, **stamp}
         self._phase = phase
         self._requests: list[_Request] = []
+        self._asked = 0  # how many of them somebody waits for
+        self._gathering = False
         self._dirty: dict[str, HeadRow] = {}
         self._wake = anyio.Event()
         self._closing = False
@@ -98,8 +98,7 @@ class Writer:
             LeaseLostError: Another process has the lease.
         """
         self._refuse_if_over()
-        self._requests.append(_Request((event,), lifts, rides=True))
-        self._wake.set()  # who gathers may be waiting for nobody but this migration
+        self._requests.append(_Request((event,), lifts))
 
     async def record(self, *events: Event) -> None:
         """Appends events to the journal; they are durable on return.
@@ -111,7 +110,8 @@ class Writer:
         self._refuse_if_over()
         request = _Request(events)
         self._requests.append(request)
-        self._wake.set()
+        self._asked += 1
+        self._stir()
         await request.done.wait()
         if request.error is not None:
             raise request.error
@@ -130,6 +130,10 @@ class Writer:
             yield
         finally:
             self._working -= 1
+            self._stir()  # who gathers may be waiting for nobody but this migration
+
+    def _stir(self) -> None:
+        if not self._gathering or self._working <= self._asked:
             self._wake.set()
 
     def lift(self, row: HeadRow) -> None:
@@ -215,16 +219,16 @@ class Writer:
 
     async def _turn(self) -> None:
         due_at = self._renewed_at + self._options.beat_s
-        while not (self._waiting() or self._renewals or self._closing):
+        while not (self._asked or self._renewals or self._closing):
             if (due := due_at - self._clock.monotonic()) <= 0:
                 break
             with anyio.move_on_after(due):
                 await self._wake.wait()
             self._wake = anyio.Event()
-        if self._waiting():
+        if self._asked:
             await self._gather()
         if batch := self._requests:  # riders too: the head below must not be ahead of them
-            self._requests = []
+            self._requests, self._asked = [], 0
             await self._append(batch)
         if self._renewals or self._clock.monotonic() >= due_at:
             # Those that ask while it is written may have lifted what it does not hold.
@@ -234,41 +238,26 @@ class Writer:
             for renewal in asked:
                 renewal.set()
 
-    def _waiting(self) -> int:
-        return sum(not request.rides for request in self._requests)
-
     async def _gather(self) -> None:
         """Lets others that are about to hand in events join the commit, for as long as one takes.
 
         Who waits alone waits for nothing: then no migration operates that is not waiting too.
         """
         await anyio.lowlevel.checkpoint()
+        self._gathering = True
         with anyio.move_on_after(min(self._append_s, _MAX_GATHER_S)):
-            while self._working > self._waiting():
+            while self._working > self._asked:
                 self._wake = anyio.Event()
                 await self._wake.wait()
+        self._gathering = False
 
     async def _append(self, batch: list[_Request]) -> None:
-        now = self._clock.wall()
-        events = []
-        for number, request in enumerate(batch, 1):
-            if number % _STAMPED_AT_ONCE == 0:  # so that hundreds do not keep the event loop
-                await anyio.lowlevel.checkpoint()
-            for event in request.events:
-                events.append(
-                    replace(
-                        event,
-                        lease=self.lease.key,
-                        epoch=self.lease.epoch,
-                        seq=self._seq,
-                        at=now if event.at == NOT_YET else event.at,
-                        **self._stamp,
-                    )
-                )
-                self._seq += 1
+        events = [event for request in batch for event in request.events]
+        stamp = Stamp(seq=self._seq, at=self._clock.wall(), common=self._stamp)
+        self._seq += len(events)
         begun = self._clock.monotonic()
         try:
-            await self._ledger.append(events, self.lease.owner)
+            await self._ledger.append(events, self.lease.owner, stamp)
             self._append_s = self._clock.monotonic() - begun
         except BaseException:
             self._requests = batch + self._requests  # told with everyone else

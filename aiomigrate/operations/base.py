@@ -87,7 +87,7 @@ class TableState:
         Columns of ours (witnesses) are left out: they are never part of what a table is.
         """
         if not self._shape:  # asked for several times per operation
-            fields = {f.name: spell(f) for f in sorted(self.fields(), key=lambda f: f.name)}
+            fields = dict(sorted((f.name, spell(f)) for f in self.fields()))
             indexes = sorted({str(index) for index in self.indexes})
             self._shape.append({"fields": fields, "indexes": indexes})
         return self._shape[0]
@@ -107,6 +107,8 @@ class TableState:
 
     def fields(self) -> list[pa.Field[Any]]:
         """Returns the table's fields without those of ours."""
+        if not self.witnesses():
+            return list(self.schema)
         return [f for f in self.schema if not f.name.startswith(WITNESS_PREFIX)]
 
     @property

@@ -28,13 +28,13 @@ def root(path: str) -> str:
 
 def find(schema: pa.Schema, path: str) -> pa.Field[Any] | None:
     """Returns a column, `None` if there is none."""
-    fields: Iterable[pa.Field[Any]] = schema
-    found: pa.Field[Any] | None = None
-    for name in path.split("."):
-        found = next((field for field in fields if field.name == name), None)
+    name, *inner = path.split(".")
+    position = schema.get_field_index(name)
+    found = None if position < 0 else schema.field(position)
+    for name in inner:
         if found is None:
             return None
-        fields = _inside(found)
+        found = next((field for field in _inside(found) if field.name == name), None)
     return found
 
 

@@ -18,11 +18,13 @@ def encode(state: TableState | None) -> str | None:
     if state is None:
         return None
     told = (state.schema.metadata or {}).get(EMBEDDING)
-    kept = pa.schema(state.fields(), metadata={EMBEDDING: told} if told else None)
-    schema = kept.serialize().to_pybytes()
+    kept = state.schema if not state.witnesses() else pa.schema(state.fields())
+    schema = kept.with_metadata({EMBEDDING: told} if told else {}).serialize().to_pybytes()
     indexes = json.dumps([{**index_to(i), "name": i.name} for i in state.indexes])
     whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
-    return base64.b64encode(zlib.compress(whole)).decode()
+    # With a small window: zlib's usual one is 256 KB of memory, fetched and given back each time.
+    packer = zlib.compressobj(wbits=12, memLevel=5)
+    return base64.b64encode(packer.compress(whole) + packer.flush()).decode()
 
 
 def decode(text: str | None) -> TableState | None:
