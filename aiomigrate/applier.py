@@ -28,6 +28,7 @@ from aiomigrate.model import Script
 from aiomigrate.operations.base import WITNESS_PREFIX, Missing, Operation, TableState
 from aiomigrate.operations.data import Run
 from aiomigrate.savepoint import Guard, drop_branch
+from aiomigrate.together import each
 from aiomigrate.touched import Touched
 
 _ATTEMPTS = 40
@@ -153,11 +154,12 @@ class Applier:
                 if after > before + 1:  # others came between
                     cleaned[table.name]["foreign"] = [[before + 1, after - 1]]
 
-        for name in tables:
-            await self._insist(name, drop_witnesses)
-        for name, branch in branches.items():
+        async def drop_savepoint(name: str) -> None:
             await self._check()
-            await drop_branch(self._store, name, branch)
+            await drop_branch(self._store, name, branches[name])
+
+        await each(tables, lambda name: self._insist(name, drop_witnesses))
+        await each(branches, drop_savepoint)
         return cleaned
 
     async def fence(

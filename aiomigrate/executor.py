@@ -11,6 +11,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -42,6 +43,7 @@ from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
 from aiomigrate.savepoint import branch_name, drop_branch, is_ours, shape_effect
 from aiomigrate.telemetry import LEDGER, OPERATION, Telemetry
+from aiomigrate.together import each
 from aiomigrate.touched import Touched
 from aiomigrate.undo import destroys
 from aiomigrate.writer import Writer
@@ -277,18 +279,21 @@ class Executor:
             work.held_back.append(started)  # the first commit's announcement takes it along
             return
         await self.record(work, started)
-        for name, branch in work.branches.items():
-            touched = work.tables[name]
+        await each(work.branches, partial(self._protect, work))
+
+    async def _protect(self, work: Work, name: str) -> None:
+        """Makes the savepoint branch of one table."""
+        branch, touched = work.branches[name], work.tables[name]
+        await self._writer.check()
+        await touched.table.create_branch(branch, touched.before)
+        try:
             await self._writer.check()
-            await touched.table.create_branch(branch, touched.before)
-            try:
-                await self._writer.check()
-            except (LeaseLostError, anyio.get_cancelled_exc_class()):
-                if self._writer.error is not None:
-                    # Paused on the way: the next holder may have looked for it already.
-                    with anyio.CancelScope(shield=True):
-                        await drop_branch(self._store, name, branch)
-                raise
+        except (LeaseLostError, anyio.get_cancelled_exc_class()):
+            if self._writer.error is not None:
+                # Paused on the way: the next holder may have looked for it already.
+                with anyio.CancelScope(shield=True):
+                    await drop_branch(self._store, name, branch)
+            raise
 
     async def run_function(self, work: Work, operation: Run, log: Any) -> None:
         """Runs a migration's function with a context.

@@ -42,6 +42,7 @@ from aiomigrate.errors import (
 from aiomigrate.operations.base import Index, Statement, TableState
 from aiomigrate.operations.indexes import config_name, told_options
 from aiomigrate.scale import Transform, add_by_ray
+from aiomigrate.together import each
 
 T = TypeVar("T")
 
@@ -334,25 +335,18 @@ class Store:
         return Opened(table, await table.version(), state)
 
     async def look_at(self, names: Sequence[str]) -> dict[str, Opened]:
-        """Opens tables, a few at once, and reads their states; those that do not exist are left out.
+        """Opens tables, a few at once, and reads their states; leaves out what does not exist.
 
         Raises:
             StoreError: One exists but could not be read.
         """
         found: dict[str, Opened] = {}
-        left = iter(names)
 
-        async def work() -> None:
-            for name in left:
-                if (opened := await self.look(name)) is not None:
-                    found[name] = opened
+        async def one(name: str) -> None:
+            if (opened := await self.look(name)) is not None:
+                found[name] = opened
 
-        try:
-            async with anyio.create_task_group() as group:
-                for _ in range(min(_LOOKS_AT_ONCE, len(names))):
-                    group.start_soon(work)
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+        await each(names, one)
         return found
 
     async def has_remains(self, name: str) -> bool:
@@ -451,8 +445,6 @@ class Store:
             mutates=True,
         )
 
-
-_LOOKS_AT_ONCE = 16
 
 _FILES = (
     "total_data_files", "total_files_size", "total_data_file_rows", "total_deletion_file_rows",

@@ -20,7 +20,6 @@ from aiomigrate import events as ev
 from aiomigrate.checksum import ALGORITHM
 from aiomigrate.clock import Clock
 from aiomigrate.deferral import IDLE, Busy, ready
-from aiomigrate.errors import AiomigrateError, MigrationFailedError
 from aiomigrate.executor import Executor
 from aiomigrate.fold import Journal, seen_epochs, uncleaned
 from aiomigrate.lance import Opened, Store
@@ -42,6 +41,7 @@ from aiomigrate.reconcile import Act, LineState, Reconciled, digest_at, newly_co
 from aiomigrate.report import Going, Outcome, StepReport
 from aiomigrate.rollback import Reverser
 from aiomigrate.telemetry import LEASE, MIGRATION, TABLE, Telemetry
+from aiomigrate.together import sole
 from aiomigrate.undo import Kept, Undo, contracted, finish, kept_savepoints
 from aiomigrate.version import __version__
 from aiomigrate.writer import Writer
@@ -195,7 +195,7 @@ class Runner:
             async with anyio.create_task_group() as group:
                 group.start_soon(held)
         except BaseExceptionGroup as failures:
-            raise _sole(failures) from None
+            raise sole(failures) from None
         return worked[0]
 
     async def _hold(
@@ -803,18 +803,3 @@ class FailedElsewhereError(Exception):
         super().__init__(step.error)
         self.step = step
         self.event = event
-
-
-def _sole(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Returns the one exception a caller should see: an error of ours before any other."""
-    flat: list[BaseException] = []
-    stack: list[BaseException] = [failures]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, BaseExceptionGroup):
-            stack.extend(reversed(item.exceptions))
-        else:
-            flat.append(item)
-    ours = [e for e in flat if isinstance(e, (AiomigrateError, MigrationFailedError))]
-    fatal = [e for e in flat if not isinstance(e, Exception)]
-    return (fatal or ours or flat)[0]

@@ -116,8 +116,18 @@ def table(results: Sequence[Result], *, quick: bool) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
             for line in lines]  # fmt: skip
-    notes = [f"{result.name}: {result.what}" for result in results]
+    notes = [f"{result.name}: {result.what}{_beside(result)}" for result in results]
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:], "", *notes])
+
+
+def _beside(result: Result) -> str:
+    """Returns the medians of those that no target speaks of, as text."""
+    judged = {name for target in result.targets for name in (target.of, target.against)}
+    medians = result.medians
+    said = [
+        f"{name} {result.unit(name).text(medians[name])}" for name in medians if name not in judged
+    ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 if __name__ == "__main__":

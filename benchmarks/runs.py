@@ -11,7 +11,7 @@ import anyio.to_thread
 import lancedb
 
 from aiomigrate import Migration, MigrationManager, Report, op
-from benchmarks import byhand, floor, peer, workload
+from benchmarks import byhand, calls, floor, memo_floor, peer, workload
 from benchmarks.measure import Measured, Result, Target, Unit, interleaved
 from benchmarks.setting import (
     CONCURRENCY,
@@ -33,7 +33,8 @@ async def first_run(size: Size) -> Result:
     names = workload.table_names(size.lines)
     reports: list[Report] = []
     with scratch_folder() as folder:
-        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "peer", "gather")}
+        names_of = ("ours", "floor", "calls", "peer", "gather")
+        scratch = {name: Scratch(folder / name) for name in names_of}
 
         async def fresh() -> str:
             return scratch["ours"].fresh()
@@ -41,6 +42,10 @@ async def first_run(size: Size) -> Result:
         async def bare() -> Measured:
             path = scratch["floor"].fresh()
             return lambda: floor.first_run(path, names, concurrency=CONCURRENCY)
+
+        async def called() -> Measured:
+            path = scratch["calls"].fresh()
+            return lambda: calls.first_run(path, names, concurrency=CONCURRENCY)
 
         async def theirs() -> Measured:
             path = scratch["peer"].fresh()
@@ -54,6 +59,7 @@ async def first_run(size: Size) -> Result:
             {
                 "ours": initializing(fresh, workload.migrations(names), reports),
                 "floor": bare,
+                "calls": called,
                 "peer": theirs,
                 "gather": hand,
             },
@@ -115,22 +121,27 @@ async def chain(size: Size) -> Result:
 async def _grown(
     names: list[str], versions: range, size: Size
 ) -> tuple[dict[str, list[float]], list[Report]]:
-    """Lets ours and the floor bring copies of one database from version 1 to others."""
+    """Lets ours, the floor and the calls alone bring copies of one database to other versions."""
     reports: list[Report] = []
     with scratch_folder() as folder:
         made = str(folder / "made")
         await grown(made, names, 1)
-        scratch = {name: Scratch(folder / name) for name in ("ours", "floor")}
+        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "calls")}
         steps = [one for name in names for one in workload.grown(name, versions[-1])]
 
         async def bare() -> Measured:
             path = await scratch["floor"].copy(made)
             return lambda: floor.grow(path, names, versions, concurrency=CONCURRENCY)
 
+        async def called() -> Measured:
+            path = await scratch["calls"].copy(made)
+            return lambda: calls.grow(path, names, versions, concurrency=CONCURRENCY)
+
         samples = await interleaved(
             {
                 "ours": initializing(lambda: scratch["ours"].copy(made), steps, reports),
                 "floor": bare,
+                "calls": called,
             },
             rounds=size.rounds,
             warmups=size.warmups,
@@ -186,7 +197,7 @@ async def memo_app(size: Size) -> Result:
             await anyio.to_thread.run_sync(_unpack, archive, made)
         else:
             await predecessor.build(made, predecessor.State.V1)
-        scratch = {name: Scratch(folder / name) for name in ("ours", "peer")}
+        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "peer")}
 
         async def ours() -> Measured:
             path = await scratch["ours"].copy(made)
@@ -199,12 +210,18 @@ async def memo_app(size: Size) -> Result:
 
             return run
 
+        async def bare() -> Measured:
+            path = await scratch["floor"].copy(made)
+            return lambda: memo_floor.upgrade(path)
+
         async def theirs() -> Measured:
             path = await scratch["peer"].copy(made)
             return lambda: peer.start(path, scripts)
 
         samples = await interleaved(
-            {"ours": ours, "peer": theirs}, rounds=size.rounds, warmups=size.warmups
+            {"ours": ours, "floor": bare, "peer": theirs},
+            rounds=size.rounds,
+            warmups=size.warmups,
         )
     return Result(
         name="memo-app",

@@ -179,7 +179,8 @@ _TABLES_OF_19 = (
 )  # fmt: skip
 
 
-def _schema(table: str, *, latest: bool) -> pa.Schema:
+def schema_of(table: str, *, latest: bool) -> pa.Schema:
+    """Returns a table's schema, of the first release or the latest."""
     fields = []
     for text in _FIELDS[table].split():
         if text.startswith("+") and not latest:
@@ -191,7 +192,7 @@ def _schema(table: str, *, latest: bool) -> pa.Schema:
 
 def _create(table: str, *, latest: bool) -> Up:
     async def up(db: lancedb.AsyncConnection) -> None:
-        await db.create_table(table, schema=_schema(table, latest=latest))
+        await db.create_table(table, schema=schema_of(table, latest=latest))
 
     return up
 

@@ -1,0 +1,143 @@
+"""Every call that aiomigrate makes of LanceDB, by hand, deciding nothing.
+
+The floor changes tables; this also reads them before and after, and keeps a ledger, as often as
+aiomigrate does. What it takes above the floor is the price of the protocol; what aiomigrate takes
+above it is Python's. It protects nothing: no lease is judged, no failure looked at.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+
+import anyio
+import lancedb
+
+from aiomigrate import Event
+from aiomigrate.ledger import HEAD_SCHEMA, JOURNAL_SCHEMA, events_to_arrow, rows_to_arrow
+from aiomigrate.model import HeadRow, Kind
+from benchmarks import workload
+from benchmarks.setting import HEAD, JOURNAL
+
+_LEASE = ":lease:migrations"
+
+
+class _Journal:
+    """Group commit: one append holds the rows of all who asked while the one before was made."""
+
+    def __init__(self, table: lancedb.AsyncTable) -> None:
+        self._table = table
+        self._lock = anyio.Lock()
+        self._waiting: list[Event] = []
+
+    async def record(self, name: str, version: int) -> None:
+        """Makes durable what aiomigrate tells of a migration: three events."""
+        event = _event(name, version)
+        self._waiting += [event, event, event]
+        async with self._lock:
+            if not any(one is event for one in self._waiting):
+                return  # the one before took it along
+            batch, self._waiting = self._waiting, []
+            await self._table.add(events_to_arrow(batch, "by hand"))
+
+
+async def grow(path: str, names: Sequence[str], versions: range, *, concurrency: int) -> None:
+    """Makes some versions of `workload.grown`, of tables and a ledger that are there."""
+    connection = await lancedb.connect_async(path)
+    head = await connection.open_table(HEAD)
+    journal = await connection.open_table(JOURNAL)
+    await _take(connection)
+    log = _Journal(journal)
+    slots = anyio.CapacityLimiter(concurrency)
+
+    async def line(name: str) -> None:
+        async with slots:
+            table = await connection.open_table(name)
+            await table.version()
+            await table.schema()
+            await table.list_indices()
+        for version in versions:
+            await log.record(name, version)
+            async with slots:
+                await workload.grow(table, version)
+                await table.schema()
+
+    async with anyio.create_task_group() as group:
+        for name in names:
+            group.start_soon(line, name)
+    await _end(head, journal, names, versions[-1])
+    connection.close()
+
+
+async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> None:
+    """Makes all versions of all tables, and a ledger."""
+    connection = await lancedb.connect_async(path)
+    head = await connection.create_table(HEAD, schema=HEAD_SCHEMA)
+    await head.set_unenforced_primary_key("tableName")
+    await head.add(rows_to_arrow([_row(_LEASE, 0), *(_row(name, 0) for name in names)]))
+    journal = await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
+    await journal.set_unenforced_primary_key("id")
+    await _take(connection)
+    log = _Journal(journal)
+    slots = anyio.CapacityLimiter(concurrency)
+
+    async def line(name: str) -> None:
+        await log.record(name, 1)
+        async with slots:
+            table = await workload.create(connection, name)
+            await table.version()
+            await table.schema()
+        for version in range(2, workload.VERSIONS + 1):
+            await log.record(name, version)
+            async with slots:
+                await workload.alter(table, version)
+                await table.schema()
+
+    async with anyio.create_task_group() as group:
+        for name in names:
+            group.start_soon(line, name)
+    await _end(head, journal, names, workload.VERSIONS)
+    connection.close()
+
+
+async def _take(connection: lancedb.AsyncConnection) -> None:
+    """What it takes to read the ledger, take the lease and fence who held it before."""
+    for _ in range(3):
+        await (await connection.open_table(HEAD)).query().to_arrow()
+    for _ in range(2):
+        await (await connection.open_table(JOURNAL)).query().to_arrow()
+    head = await connection.open_table(HEAD)
+    await head.update({"epoch": 2}, where=f"tableName = '{_LEASE}'")
+    await head.update({"epoch": 2}, where="tableName <> ''")
+    journal = await connection.open_table(JOURNAL)
+    await journal.add(events_to_arrow([_event("", 0)], "by hand"))
+
+
+async def _end(
+    head: lancedb.AsyncTable, journal: lancedb.AsyncTable, names: Sequence[str], version: int
+) -> None:
+    """The last events, and the head that follows."""
+    await journal.add(events_to_arrow([_event(name, version) for name in names], "by hand"))
+    await head.checkout_latest()  # type: ignore[no-untyped-call]
+    merge = head.merge_insert("tableName").when_matched_update_all(where="target.epoch = 2")
+    await merge.execute(rows_to_arrow([_row(_LEASE, 0), *(_row(name, version) for name in names)]))
+
+
+def _event(name: str, version: int) -> Event:
+    return Event(
+        lease="migrations", epoch=2, seq=version, at=dt.datetime.now(dt.UTC), kind=Kind.APPLIED,
+        run_id="0123abcd", line=name, version=version, description="Add a column",
+        checksum="0" * 64, algorithm="1", source="by hand", host="here", pid=1, tool="0",
+        tables={name: {"before": version, "after": version + 1, "shape": _SHAPE}},
+        detail={"table": name, "base": version, "effect": _SHAPE},
+    )  # fmt: skip
+
+
+_SHAPE = {"fields": {field.name: str(field.type) for field in workload.SCHEMA}, "indexes": []}
+
+
+def _row(name: str, version: int) -> HeadRow:
+    return HeadRow(
+        name=name, version=version, migrated_at=dt.datetime.now(dt.UTC), epoch=2, owner="by hand",
+        beat=0, phase="", digest="0" * 32, lease="migrations",
+    )  # fmt: skip
