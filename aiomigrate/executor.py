@@ -8,8 +8,9 @@ going back is `recovery`; which migrations run, and when, is for `runner`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -89,6 +90,7 @@ class Executor:
         self._clock = clock
         self._log = log
         self._timeout_s = timeout_s
+        self._concurrency = concurrency
         self._places = Places(concurrency)
         self._progress = progress
         self._telemetry = telemetry
@@ -144,13 +146,19 @@ class Executor:
                 log.debug(ev.STEP_STARTED, description=script.description)
                 if self._timeout_s is not None:
                     limit.deadline = anyio.current_time() + self._timeout_s
-                with self._writer.working(), limit:
-                    if unfinished is not None:
-                        await self.recovery.recover(work, unfinished)
-                    elif is_retry:
-                        for name in script.touches:
-                            await self.recovery.drop_leftovers(script, name)
-                    await self._operate(work, log)
+                with limit:
+                    with self._writer.working():
+                        if unfinished is not None:
+                            await self.recovery.recover(work, unfinished)
+                        elif is_retry:
+                            for name in script.touches:
+                                await self.recovery.drop_leftovers(script, name)
+                        await self._begin(work)
+                    await each(
+                        chains(script.operations, work.done),
+                        partial(self._operate, work, log),
+                        at_once=self._concurrency,
+                    )
                     # A function that swallowed its cancellation is not done.
                     await anyio.lowlevel.checkpoint_if_cancelled()
             failure = self._too_slow(script) if limit.cancelled_caught else None
@@ -187,29 +195,42 @@ class Executor:
 
     # ---- forward --------------------------------------------------------------------------------
 
-    async def _operate(self, work: Work, log: Any) -> None:
-        script = work.script
+    async def _begin(self, work: Work) -> None:
         await self.touch(work)
         if not work.resumed:
-            _check(script, work.tables)
+            _check(work.script, work.tables)
             await self._start(work)
-        operations = script.operations[work.begin_at :]
-        for position, operation in enumerate(operations, work.begin_at + 1):
-            words = operation.describe()
-            work.doing = in_hand(words)
-            self._progress(script, words, position - 1, len(script.operations))
-            facts = {"db.operation.name": work.doing, "db.collection.name": operation.table or ""}
-            with self._telemetry.span(OPERATION, facts):
-                if isinstance(operation, Run):
-                    await self.run_function(work, operation, log)
-                else:
-                    touched = work.tables[operation.table or ""]
-                    witness = witness_name(script, operation, script.operations[: position - 1])
-                    await self.applier.apply(operation, touched, script, witness)
-            # Durable before the next commit, with whose announcement it goes.
-            work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
-            done = {"operations": position}
-            work.held_back.append(event_of(script, Kind.ADVANCED, detail=done))
+
+    async def _operate(self, work: Work, log: Any, chain: Sequence[int]) -> None:
+        """Runs some of a migration's operations, given by position, one after another."""
+        script = work.script
+        with self._writer.working():
+            for position in chain:
+                operation = script.operations[position]
+                words = operation.describe()
+                work.doing = in_hand(words)
+                self._progress(script, words, len(work.done), len(script.operations))
+                try:
+                    await self._apply(work, position, log)
+                except Exception:
+                    work.doing = in_hand(words)  # not what another chain has in hand
+                    raise
+                work.done |= {position}
+                # Durable before the next commit of its table, with whose announcement it goes.
+                work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
+                work.held_back.append(event_of(script, Kind.ADVANCED, detail=advance(work.done)))
+
+    async def _apply(self, work: Work, position: int, log: Any) -> None:
+        script = work.script
+        operation = script.operations[position]
+        facts = {"db.operation.name": work.doing, "db.collection.name": operation.table or ""}
+        with self._telemetry.span(OPERATION, facts):
+            if isinstance(operation, Run):
+                await self.run_function(work, operation, log)
+            else:
+                touched = work.tables[operation.table or ""]
+                witness = witness_name(script, operation, script.operations[:position])
+                await self.applier.apply(operation, touched, script, witness)
 
     async def touch(self, work: Work) -> None:
         """Opens every table that a migration touches."""
@@ -571,6 +592,49 @@ class Executor:
             if not touched.commits and live != touched.version:
                 found.append(touched.name)
         return found
+
+
+def chains(operations: Sequence[Operation], done: Collection[int]) -> list[list[int]]:
+    """Returns what is to be run at once, and in which order within each. Pure.
+
+    Operations of one table stay in order. Those of others wait for each other only where one
+    may need another to have succeeded: where a table is dropped, code runs, work is paid for, or an
+    operation concerns more than one table.
+
+    Args:
+        operations: Of a migration.
+        done: Positions of those that are complete.
+
+    Returns:
+        Chains of positions.
+    """
+    left = [position for position in range(len(operations)) if position not in done]
+    if not all(_stands_alone(operation) for operation in operations):
+        return [left] if left else []
+    by_table: dict[str | None, list[int]] = {}
+    for position in left:
+        by_table.setdefault(operations[position].table, []).append(position)
+    return list(by_table.values())
+
+
+def _stands_alone(operation: Operation) -> bool:
+    return (
+        not isinstance(operation, Run)
+        and operation.identity is None
+        and (operation.needs_savepoint or not operation.traits.destructive)
+        and operation.tables == (operation.table,)
+    )
+
+
+def advance(done: Collection[int]) -> dict[str, Any]:
+    """Returns what an `advanced` event tells of the operations that are complete. Pure.
+
+    Args:
+        done: Their positions.
+    """
+    count = next(number for number in itertools.count() if number not in done)
+    also = sorted(position for position in done if position > count)
+    return {"operations": count, **({"also": also} if also else {})}
 
 
 def _is_quick(script: Script) -> bool:

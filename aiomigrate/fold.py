@@ -30,13 +30,13 @@ class Unfinished:
 
     Attributes:
         started: Its `started` event, with the savepoints.
-        advanced: How many of its operations are known to be complete.
+        done: The positions of those of its operations that are known to be complete.
         intents: Its `intended` events in order: commits announced before being made.
         failed: Its `failed` event, if it ended by failing without being undone.
     """
 
     started: Event
-    advanced: int = 0
+    done: frozenset[int] = frozenset()
     intents: tuple[Event, ...] = ()
     failed: Event | None = None
 
@@ -152,7 +152,7 @@ class _Line:
         self.last: Event | None = None
         self.failed: Event | None = None
         self.started: Event | None = None
-        self.advanced = 0
+        self.done: frozenset[int] = frozenset()
         self.intents: list[Event] = []
         self.unresolved: Event | None = None
         self.undone: Applied | None = None
@@ -163,7 +163,8 @@ class _Line:
                 self._end()
                 self.started = event
             case Kind.ADVANCED if self._is_of_started(event):
-                self.advanced = int(event.detail.get("operations", 0))
+                first = range(int(event.detail.get("operations", 0)))
+                self.done = frozenset((*first, *event.detail.get("also", ())))
             case Kind.INTENDED if self._is_of_started(event):
                 self.intents.append(event)
             case Kind.RESTORED:
@@ -214,7 +215,7 @@ class _Line:
 
     def _end(self) -> None:
         self.started = None
-        self.advanced = 0
+        self.done = frozenset()
         self.intents = []
         self.unresolved = None
 
@@ -223,7 +224,7 @@ class _Line:
         if self.started is not None:
             unfinished = Unfinished(
                 started=self.started,
-                advanced=self.advanced,
+                done=self.done,
                 intents=tuple(self.intents),
                 failed=self.unresolved,
             )

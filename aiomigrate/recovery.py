@@ -47,7 +47,7 @@ class Work:
         is_quick: Whether it neither rewrites rows nor runs code.
         place: Its place among those that operate, if it lends it while it waits for the journal.
         tables: The tables it touches, opened, by name.
-        begin_at: Position of the operation to go on with.
+        done: Positions of the operations that are known to be complete.
         doing: The operation in hand, in words; empty before the first.
         resumed: Whether it goes on where a dead process was.
         savepoints: table_version of each table when it was first begun, where it is resumed.
@@ -64,7 +64,7 @@ class Work:
     is_quick: bool = False
     place: Place | None = None
     tables: dict[str, Touched] = field(default_factory=dict)
-    begin_at: int = 0
+    done: frozenset[int] = frozenset()
     doing: str = ""
     resumed: bool = False
     savepoints: Mapping[str, int] = field(default_factory=dict)
@@ -247,11 +247,11 @@ class Recovery:
         effects = [intent.detail["effect"]["do"] for intent in unfinished.intents]
         going_back = "restore" in effects or "vacate" in effects
         if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
-            await self._resume(work, unfinished, begin_at=unfinished.advanced)
+            await self._resume(work, unfinished, done=unfinished.done)
             return
         if "fill" in effects and not going_back and await self._fits(script):
             # Corrected, and what was paid for is in the table: each operation looks how far it is.
-            await self._resume(work, unfinished, begin_at=0)
+            await self._resume(work, unfinished, done=frozenset())
             return
         restores: list[tuple[str, int, int]] = []
         for table, savepoint in unfinished.savepoints.items():
@@ -293,9 +293,9 @@ class Recovery:
             return False
         return True
 
-    async def _resume(self, work: Work, unfinished: Unfinished, *, begin_at: int) -> None:
+    async def _resume(self, work: Work, unfinished: Unfinished, *, done: frozenset[int]) -> None:
         script = work.script
-        work.begin_at = begin_at
+        work.done = done
         work.resumed = True
         work.savepoints = unfinished.savepoints
         work.branches = dict(unfinished.started.detail.get("branches", {}))

@@ -150,14 +150,14 @@ class Reverser:
                 version=work.script.version,
             )
         work.resumed = True
-        work.begin_at = unfinished.advanced
+        work.done = unfinished.done
         await self._executor.recovery.fence_resumed(work, unfinished)
         work.savepoints = unfinished.savepoints
         await self._executor.touch(work)
 
     async def _invert(self, work: Work, undo: Undo, log: Any) -> None:
         for position, operation in enumerate(undo.operations):
-            if position < work.begin_at:
+            if position in work.done:
                 continue
             work.doing = in_hand(operation.describe())
             if isinstance(operation, Run):

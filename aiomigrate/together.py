@@ -17,19 +17,23 @@ T = TypeVar("T")
 _AT_ONCE = 16
 
 
-async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
+async def each(
+    items: Iterable[T], work: Callable[[T], Awaitable[None]], *, at_once: int = _AT_ONCE
+) -> None:
     """Does the same to each item, a few at once; the first failure cancels the others.
 
     Args:
         items: What it is done to; nothing happens where there are none.
         work: Does it to one.
+        at_once: To how many at once, at most.
 
     Raises:
         Exception: What `work` raised.
     """
     given = list(items)
-    if len(given) == 1:
-        await work(given[0])
+    if at_once == 1 or len(given) == 1:
+        for item in given:
+            await work(item)
         return
     left = iter(given)
 
@@ -39,7 +43,7 @@ async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None
 
     try:
         async with anyio.create_task_group() as group:
-            for _ in range(min(_AT_ONCE, len(given))):
+            for _ in range(min(at_once, len(given))):
                 group.start_soon(some)
     except BaseExceptionGroup as failures:
         raise sole(failures) from None

@@ -82,6 +82,7 @@ def _is_effect(value: Any) -> bool:
 
 
 _DETAIL: Mapping[str, Check] = {
+    "also": _list_of(_is_number),
     "base": _is_number,
     "branches": _dict_of(_is_text),
     "checksums": _dict_of(_is_text_or_none, _is_digits),
