@@ -300,13 +300,21 @@ class Executor:
             work.held_back.append(started)  # the first commit's announcement takes it along
             return
         await self.record(work, started)
-        await each(work.branches, partial(self._protect, work))
+        for name in work.branches.keys() - needing:  # what code never changes needs none
+            work.tables[name].protect = partial(self._protect, work, name)
+        await each(work.branches.keys() & needing, partial(self._protect, work))
 
     async def _protect(self, work: Work, name: str) -> None:
         """Makes the savepoint branch of one table."""
         branch, touched = work.branches[name], work.tables[name]
+        work.protected |= {name}
         await self._writer.check()
-        await touched.table.create_branch(branch, touched.before)
+        try:
+            await touched.table.create_branch(branch, touched.before)
+        except TableVersionGoneError:
+            # Others committed, and cleaned up: it could not be returned to in any case.
+            work.protected -= {name}
+            return
         try:
             await self._writer.check()
         except (LeaseLostError, anyio.get_cancelled_exc_class()):
@@ -389,10 +397,11 @@ class Executor:
         report = self.report(work, Outcome.APPLIED, ran_s)
         was = {t.name: t.was for t in work.tables.values()}
         destroyed = destroys(script, was) if self._keeps else ()
+        made = work.made_branches()
         told: dict[str, Any] = {
             "cleanup": cleanup,
-            "branches": {t: b for t, b in work.branches.items() if t not in destroyed},
-            "kept": {t: b for t, b in work.branches.items() if t in destroyed},
+            "branches": {t: b for t, b in made.items() if t not in destroyed},
+            "kept": {t: b for t, b in made.items() if t in destroyed},
             "told": work.told(),
             "depended_s": work.depended_s,
         }
@@ -565,7 +574,7 @@ class Executor:
         )
         await self.record(work, *events)
         if is_back:
-            await self.applier.clean([], work.branches)
+            await self.applier.clean([], work.made_branches())
         log.error(
             ev.STEP_FAILED, error=why, restored=restored, unresolved=unresolved_now,
             ran_s=round(ran_s, 4),

@@ -51,7 +51,8 @@ class Work:
         doing: The operation in hand, in words; empty before the first.
         resumed: Whether it goes on where a dead process was.
         savepoints: table_version of each table when it was first begun, where it is resumed.
-        branches: Savepoint branch by table.
+        branches: Savepoint branch by table, made or to be made.
+        protected: The tables whose branch was made.
         held_back: Events to be written with the next commit's announcement, which needs them.
         depended_s: Seconds spent waiting for what it depends on.
         waited_s: Seconds spent waiting for that and for its place.
@@ -69,6 +70,7 @@ class Work:
     resumed: bool = False
     savepoints: Mapping[str, int] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    protected: frozenset[str] = frozenset()
     held_back: list[Event] = field(default_factory=list)
     depended_s: float = 0.0
     waited_s: float = 0.0
@@ -80,6 +82,10 @@ class Work:
     def goes_on(self) -> bool:
         """Whether a failure leaves it where it is, for the next run to go on."""
         return self.resumed or any(t.keeps_progress for t in self.tables.values())
+
+    def made_branches(self) -> dict[str, str]:
+        """Returns the savepoint branch by table, of those that were made."""
+        return {table: b for table, b in self.branches.items() if table in self.protected}
 
     def versions(self) -> dict[str, tuple[int, int]]:
         """Returns each table's table_version before and after."""
@@ -202,7 +208,7 @@ class Recovery:
                     touched.name,
                     touched.before,
                     touched.version,
-                    protected=touched.name in work.branches,
+                    protected=touched.name in work.protected,
                 )
         except StoreError as exc:
             raise UnresolvedError(
@@ -327,6 +333,7 @@ class Recovery:
                 await self._check()
                 await table.create_branch(mine, work.savepoints[name])
                 work.branches[name] = mine
+                work.protected |= {name}
             except TableVersionGoneError:  # there is nothing to keep
                 del work.branches[name]
             await self.drop_leftovers(work.script, name, but=mine)

@@ -65,6 +65,7 @@ class Touched:
         keeps_progress: Whether it holds work that was paid for and must not be undone.
         told: What operations tell of their work, JSON values by topic.
         on_progress: Told how far the operation in hand is: done, total, and a few words.
+        protect: Makes its savepoint, before its first commit is announced.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class Touched:
         self.keeps_progress = False
         self.told: dict[str, Any] = {}
         self.on_progress: Callable[[int, int | None, str], None] = lambda done, total, note: None
+        self.protect: Callable[[], Awaitable[None]] | None = None
+        self._protecting = anyio.Lock()
         self._store = store
         self._guard = guard
         self._announce = announce
@@ -202,6 +205,11 @@ class Touched:
 
     async def _tell(self, base: int, effect: Mapping[str, Any]) -> None:
         self._refuse_if_ended()
+        if self.protect is not None:
+            async with self._protecting:
+                if self.protect is not None:
+                    await self.protect()
+                    self.protect = None
         await self._announce(self.name, base, effect, self.foreign)
 
     async def _may_write(self) -> None:
