@@ -204,7 +204,7 @@ class Executor:
     async def _operate(self, work: Work, log: Any, chain: Sequence[int]) -> None:
         """Runs some of a migration's operations, given by position, one after another."""
         script = work.script
-        with self._writer.working():
+        with self._writer.working(), work.beside():
             for position in chain:
                 operation = script.operations[position]
                 words = operation.describe()
@@ -277,7 +277,8 @@ class Executor:
 
     async def _start(self, work: Work) -> None:
         script = work.script
-        needing = {o.table for o in script.operations if o.needs_savepoint and o.table}
+        declared = [o for o in script.operations if not isinstance(o, Run)]
+        needing = {o.table for o in declared if o.needs_savepoint and o.table}
         names = script.touches if script.runs_code else sorted(needing)
         lease = self._writer.lease
         # Written before they exist: after a crash this is the only pointer to them.
@@ -384,7 +385,8 @@ class Executor:
             async with lent:
                 begun = self._clock.monotonic()
                 await self._writer.record(*events)
-                work.ledger_s += self._clock.monotonic() - begun
+                waited_s = self._clock.monotonic() - begun
+                work.ledger_s += waited_s / max(1, work.abreast)
 
     async def _finish(self, work: Work, log: Any) -> StepReport:
         script = work.script

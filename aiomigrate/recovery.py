@@ -6,7 +6,8 @@ restores themselves are `savepoint`; running forward is `executor`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +55,10 @@ class Work:
         branches: Savepoint branch by table, made or to be made.
         protected: The tables whose branch was made.
         held_back: Events to be written with the next commit's announcement, which needs them.
+        abreast: How many of its operations are in hand.
         depended_s: Seconds spent waiting for what it depends on.
         waited_s: Seconds spent waiting for that and for its place.
-        ledger_s: Seconds spent waiting for the journal.
+        ledger_s: Seconds spent waiting for the journal, shared out among the operations in hand.
         size: Bytes of data that its tables hold afterwards, `None` where that is not measured.
         started_s: Monotonic time when it began.
     """
@@ -72,6 +74,7 @@ class Work:
     branches: dict[str, str] = field(default_factory=dict)
     protected: frozenset[str] = frozenset()
     held_back: list[Event] = field(default_factory=list)
+    abreast: int = 0
     depended_s: float = 0.0
     waited_s: float = 0.0
     ledger_s: float = 0.0
@@ -82,6 +85,15 @@ class Work:
     def goes_on(self) -> bool:
         """Whether a failure leaves it where it is, for the next run to go on."""
         return self.resumed or any(t.keeps_progress for t in self.tables.values())
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Counts one more operation in hand, inside."""
+        self.abreast += 1
+        try:
+            yield
+        finally:
+            self.abreast -= 1
 
     def made_branches(self) -> dict[str, str]:
         """Returns the savepoint branch by table, of those that were made."""
