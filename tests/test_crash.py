@@ -59,12 +59,14 @@ class Journey:
         tables: What is there before.
         migrations: What is run.
         written: A table that others may append to meanwhile, if they may.
+        at_once: How much may be done at once.
     """
 
     name: str
     tables: Mapping[str, Given]
     migrations: Sequence[Migration]
     written: str | None = None
+    at_once: int = 1
 
 
 def journey_of(case: Case) -> Journey:
@@ -85,6 +87,7 @@ def sized(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 INDEXES = [("id", "BTree"), ("n", "Bitmap"), ("text", "FTS")]
+BOTH = (TABLE, "others")
 MANY = [{"id": f"r{n}", "n": n, "text": f"text {n}", "tags": [str(n)]} for n in range(7)]
 
 JOURNEYS = [
@@ -176,6 +179,25 @@ JOURNEYS = [
         ],
         written="both",
     ),
+    Journey(
+        name="change two tables at once",
+        tables={TABLE: Given(indexes=INDEXES[:1]), "others": Given(rows=MANY)},
+        migrations=[
+            Migration(
+                line="both",
+                version=1,
+                touches=BOTH,
+                operations=[
+                    *(op.RenameColumns({"text": "words"}, table=name) for name in BOTH),
+                    *(op.AddColumns({"text": pa.int64()}, table=name) for name in BOTH),
+                    op.Update(sql={"n": "n + 1"}, table=TABLE),
+                    op.Update(sql={"n": "n + 2"}, table="others"),
+                    *(op.CreateIndex("n", table=name) for name in BOTH),
+                ],
+            )
+        ],
+        at_once=4,
+    ),
 ]
 
 
@@ -197,10 +219,15 @@ async def laid_out(journey: Journey, database: Path) -> None:
 
 
 async def migrated(
-    database: Path, migrations: Sequence[Migration], kind: type[MigrationManager]
+    database: Path,
+    migrations: Sequence[Migration],
+    kind: type[MigrationManager],
+    *,
+    at_once: int = 1,
 ) -> list[tuple[str, str]]:
     """Runs migrations with a manager of some kind; returns its mutating calls if it counts them."""
-    async with kind(database, migrations=migrations, **OPTIONS) as manager:
+    options = {**OPTIONS, "concurrency": at_once}
+    async with kind(database, migrations=migrations, **options) as manager:
         await manager.upgrade()
         assert (await manager.validate()).valid
         store = manager._store
@@ -208,12 +235,17 @@ async def migrated(
 
 
 async def dies(
-    database: Path, migrations: Sequence[Migration], kind: type[MigrationManager]
+    database: Path,
+    migrations: Sequence[Migration],
+    kind: type[MigrationManager],
+    *,
+    at_once: int = 1,
 ) -> bool:
     """Runs migrations until the process dies, and its lease has expired; whether it did die."""
+    options = {**OPTIONS, "concurrency": at_once}
     tasks = len(asyncio.all_tasks())
     with anyio.fail_after(60):
-        manager = kind(database, migrations=migrations, **OPTIONS)
+        manager = kind(database, migrations=migrations, **options)
         try:
             await manager.upgrade()
         except Died:
@@ -260,10 +292,14 @@ class Crashes:
         """Makes the tables, and runs once undisturbed."""
         await laid_out(self.journey, self.folder / "before")
         path = self.copy()
-        self.calls = await migrated(path, self.journey.migrations, dying_manager())
+        self.calls = await self.migrated(path, dying_manager())
         self.expected = await end_of(path)
         for table in self.expected["tables"].values():
             assert (table["witnesses"], table["branches"]) == ([], 0)
+
+    async def migrated(self, path: Path, kind: type[MigrationManager]) -> list[tuple[str, str]]:
+        """Runs the journey's migrations; as the function of that name."""
+        return await migrated(path, self.journey.migrations, kind, at_once=self.journey.at_once)
 
     def copy(self) -> Path:
         """Returns a database as it was before."""
@@ -281,9 +317,14 @@ class Crashes:
         path = self.copy()
         try:
             for at, when in deaths:
-                await dies(path, self.journey.migrations, dying_manager(at, when))
+                await dies(
+                    path,
+                    self.journey.migrations,
+                    dying_manager(at, when),
+                    at_once=self.journey.at_once,
+                )
             with anyio.fail_after(60):
-                await migrated(path, self.journey.migrations, MigrationManager)
+                await self.migrated(path, MigrationManager)
             end = await end_of(path)
         except Exception as exc:  # noqa: BLE001 - at which points it fails is the finding
             return self._telling(deaths, repr(exc))
