@@ -1,0 +1,237 @@
+"""Operations of one migration that go on side by side, and savepoints made only where needed.
+
+That a death anywhere among them ends as if undisturbed is shown by `test_crash`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import lancedb
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiomigrate import Context, Migration, MigrationFailedError, Outcome, op
+from aiomigrate.executor import advance, chains
+from aiomigrate.fold import fold
+from aiomigrate.manager import MigrationManager
+from aiomigrate.model import Kind
+from tests.faults import watched_manager
+from tests.processes import quiet_logger
+from tests.test_fold import event, opened
+from tests.tools import make, rows_of
+
+T = pa.schema([pa.field("id", pa.int64()), pa.field("x", pa.int64())])
+NAMES = [f"t{number}" for number in range(8)]
+
+
+async def nothing(context: Context) -> None:
+    """Changes nothing."""
+
+
+def operation_of(table: str, kind: str) -> op.Operation:
+    """Returns an operation of some kind on a table."""
+    match kind:
+        case "add":
+            return op.AddColumns({"y": pa.int64()}, table=table)
+        case "update":
+            return op.Update({"x": 1}, table=table)
+        case "drop":
+            return op.DropTable(table=table)
+        case "copy":
+            return op.CopyInto("other", key="id", table=table)
+        case _:
+            return op.Run(nothing, table=table)
+
+
+ALONE = ("add", "update")
+operations_of = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(ALONE)), max_size=8)
+
+
+def many(operations: Sequence[op.Operation], names: Sequence[str] = NAMES) -> list[Migration]:
+    """Returns one migration of several tables."""
+    return [Migration(line="many", version=1, touches=tuple(names), operations=operations)]
+
+
+@given(operations_of, st.sets(st.integers(0, 7)))
+def test_each_operation_is_in_one_chain_in_the_order_of_its_table(
+    told: list[tuple[str, str]], done: set[int]
+) -> None:
+    """A chain for each table, with its operations in order, without those that are complete."""
+    operations = [operation_of(*one) for one in told]
+    found = chains(operations, done)
+
+    assert sorted(n for chain in found for n in chain) == [
+        n for n in range(len(operations)) if n not in done
+    ]
+    assert all(chain == sorted(chain) for chain in found)
+    assert [len({operations[n].table for n in chain}) for chain in found] == [1] * len(found)
+    assert len(found) == len({operations[n].table for chain in found for n in chain})
+
+
+@pytest.mark.parametrize("kind", ["drop", "copy", "run"])
+@given(told=operations_of, at=st.integers(0, 8))
+def test_what_another_may_need_goes_one_by_one(
+    kind: str, told: list[tuple[str, str]], at: int
+) -> None:
+    """A dropped table, a copy and code: nothing is done beside them, wherever they stand."""
+    told.insert(at, ("a", kind))
+    operations = [operation_of(*one) for one in told]
+
+    assert chains(operations, ()) == [list(range(len(operations)))]
+
+
+@given(st.sets(st.integers(0, 12)))
+def test_what_is_complete_is_told_and_read_back(done: set[int]) -> None:
+    """Positions survive the journal, in whichever order operations ended."""
+    events = [
+        opened(1),
+        event(1, 1, Kind.STARTED, 1, tables={"t": {"before": 1}}),
+        event(1, 2, Kind.ADVANCED, 1, detail=advance(done)),
+    ]
+    unfinished = fold(events).of("memos").unfinished
+
+    assert unfinished is not None
+    assert unfinished.done == done
+
+
+async def test_many_tables_of_one_migration_share_the_journals_commits(tmp_path: Path) -> None:
+    """Eight tables with four operations each: announced together, not in 32 commits and more."""
+    for name in NAMES:
+        await make(tmp_path, T, [{"id": 1, "x": None}], table=name)
+    operations = [
+        one
+        for name in NAMES
+        for one in (
+            op.AddColumns({"y": pa.int64()}, table=name),
+            op.Update({"x": 0}, where="x IS NULL", table=name),
+            op.SetNotNull("x", table=name),
+            op.RenameColumns({"y": "z"}, table=name),
+        )
+    ]
+    async with MigrationManager(
+        tmp_path, migrations=many(operations), logger=quiet_logger()
+    ) as manager:
+        report = await manager.upgrade()
+        (step,) = report.steps
+
+    assert step.commits == len(operations)
+    assert report.ledger_commits < len(operations)
+    assert step.ran_s > 0
+    assert step.ran_s + step.ledger_s <= report.total_s
+    for name in NAMES:
+        assert await rows_of(tmp_path, name) == [{"id": 1, "x": 0, "z": None}]
+
+
+async def test_concurrency_of_one_keeps_them_apart(tmp_path: Path) -> None:
+    """`concurrency=1`: one operation after the other, as they are listed."""
+    seen: list[str] = []
+
+    async def note(verb: str, table: str) -> None:
+        if verb == "add_columns" and table in NAMES:
+            seen.append(table)
+
+    for name in NAMES:
+        await make(tmp_path, T, [{"id": 1}], table=name)
+    names = NAMES[::-1]
+    operations = [op.AddColumns({"y": pa.int64()}, table=name) for name in names]
+    kind = watched_manager(before=note)
+    migrations = many(operations)
+    async with kind(
+        tmp_path, migrations=migrations, concurrency=1, logger=quiet_logger()
+    ) as manager:
+        await manager.upgrade()
+
+    assert seen == names
+
+
+async def test_one_that_fails_takes_all_of_them_back(tmp_path: Path) -> None:
+    """The others of a migration are stopped and undone; the error names the one that failed."""
+    for name in NAMES:
+        rows = [{"id": 1, "x": None if name == "t5" else 1}]
+        await make(tmp_path, T, rows, table=name)
+    before = {name: await rows_of(tmp_path, name) for name in NAMES}
+    operations = [
+        one
+        for name in NAMES
+        for one in (op.AddColumns({"y": pa.int64()}, table=name), op.SetNotNull("x", table=name))
+    ]
+    async with MigrationManager(
+        tmp_path, migrations=many(operations), logger=quiet_logger()
+    ) as manager:
+        with pytest.raises(MigrationFailedError) as caught:
+            await manager.upgrade()
+        (failed,) = caught.value.report.steps
+
+    assert failed.outcome is Outcome.FAILED
+    assert "'t5'" in failed.error
+    assert "rows have NULL" in failed.error
+    assert {name: await rows_of(tmp_path, name) for name in NAMES} == before
+
+
+@pytest.mark.parametrize("changed", [(), ("t1",), ("t0", "t2")])
+async def test_a_function_has_savepoints_of_the_tables_it_changes(
+    tmp_path: Path, changed: tuple[str, ...]
+) -> None:
+    """Those it only looks at get none; of the others one, before the first commit; none stays."""
+    names = NAMES[:3]
+    calls: list[tuple[str, str]] = []
+
+    async def note(verb: str, table: str) -> None:
+        if table in names:
+            calls.append((verb, table))
+
+    async def changes(context: Context) -> None:
+        async def twice(name: str) -> None:
+            await context.table(name).update({"x": 1}, where="id = 1")
+            await context.table(name).update({"x": 2}, where="id = 1")
+
+        async with anyio.create_task_group() as group:
+            for name in changed:
+                group.start_soon(twice, name)
+        for name in names:
+            await context.table(name).count_rows()
+
+    for name in names:
+        await make(tmp_path, T, [{"id": 1}], table=name)
+    migrations = many([op.Run(changes, table="t0")], names)
+    kind = watched_manager(before=note)
+    async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        await manager.upgrade()
+
+    made = [table for verb, table in calls if verb == "create_branch"]
+    assert Counter(made) == Counter(changed)
+    for name in changed:
+        verbs = [verb for verb, table in calls if table == name]
+        assert verbs == ["create_branch", "update", "update", "delete_branch"]
+        table = await (await lancedb.connect_async(tmp_path)).open_table(name)
+        assert not await table.branches.list()
+
+
+async def test_a_savepoint_that_is_cleaned_away_before_it_is_made_is_done_without(
+    tmp_path: Path,
+) -> None:
+    """Others commit and clean up before a function's first commit: it is not held up by that."""
+
+    async def changes(context: Context) -> None:
+        other: Any = await context.connection.open_table("t")
+        await other.add([{"id": 2, "x": 2}])
+        await anyio.sleep(0.01)
+        await other.optimize(cleanup_older_than=dt.timedelta(milliseconds=1))
+        await context.table("t").update({"x": 1}, where="id = 1")
+
+    await make(tmp_path, T, [{"id": 1}], table="t")
+    migrations = [Migration(table="t", version=1, operations=[op.Run(changes)])]
+    async with MigrationManager(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        report = await manager.upgrade()
+
+    assert [step.outcome for step in report.steps] == [Outcome.APPLIED]
+    rows = await rows_of(tmp_path, "t")
+    assert sorted((row["id"], row["x"]) for row in rows) == [(1, 1), (2, 2)]
