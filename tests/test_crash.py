@@ -188,11 +188,14 @@ JOURNEYS = [
                 version=1,
                 touches=BOTH,
                 operations=[
-                    *(op.RenameColumns({"text": "words"}, table=name) for name in BOTH),
-                    *(op.AddColumns({"text": pa.int64()}, table=name) for name in BOTH),
-                    op.Update(sql={"n": "n + 1"}, table=TABLE),
-                    op.Update(sql={"n": "n + 2"}, table="others"),
-                    *(op.CreateIndex("n", table=name) for name in BOTH),
+                    one
+                    for number, name in enumerate(BOTH, 1)
+                    for one in (  # what is complete of the second cannot be begun again
+                        op.RenameColumns({"text": "words"}, table=name),
+                        op.AddColumns({"text": pa.int64()}, table=name),
+                        op.Update(sql={"n": f"n + {number}"}, table=name),
+                        op.CreateIndex("n", table=name),
+                    )
                 ],
             )
         ],
