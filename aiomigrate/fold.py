@@ -30,15 +30,21 @@ class Unfinished:
 
     Attributes:
         started: Its `started` event, with the savepoints.
-        done: The positions of those of its operations that are known to be complete.
+        advanced: How many of its operations are known to be complete, from the first on.
+        also: The positions of others that are.
         intents: Its `intended` events in order: commits announced before being made.
         failed: Its `failed` event, if it ended by failing without being undone.
     """
 
     started: Event
-    done: frozenset[int] = frozenset()
+    advanced: int = 0
+    also: frozenset[int] = frozenset()
     intents: tuple[Event, ...] = ()
     failed: Event | None = None
+
+    def done_of(self, count: int) -> frozenset[int]:
+        """Returns which of so many operations are known to be complete, by position."""
+        return frozenset(p for p in range(count) if p < self.advanced or p in self.also)
 
     @property
     def savepoints(self) -> Mapping[str, int]:
@@ -152,7 +158,8 @@ class _Line:
         self.last: Event | None = None
         self.failed: Event | None = None
         self.started: Event | None = None
-        self.done: frozenset[int] = frozenset()
+        self.advanced = 0
+        self.also: frozenset[int] = frozenset()
         self.intents: list[Event] = []
         self.unresolved: Event | None = None
         self.undone: Applied | None = None
@@ -163,8 +170,8 @@ class _Line:
                 self._end()
                 self.started = event
             case Kind.ADVANCED if self._is_of_started(event):
-                first = range(int(event.detail.get("operations", 0)))
-                self.done = frozenset((*first, *event.detail.get("also", ())))
+                self.advanced = int(event.detail.get("operations", 0))
+                self.also = frozenset(event.detail.get("also", ()))
             case Kind.INTENDED if self._is_of_started(event):
                 self.intents.append(event)
             case Kind.RESTORED:
@@ -215,7 +222,8 @@ class _Line:
 
     def _end(self) -> None:
         self.started = None
-        self.done = frozenset()
+        self.advanced = 0
+        self.also = frozenset()
         self.intents = []
         self.unresolved = None
 
@@ -224,7 +232,8 @@ class _Line:
         if self.started is not None:
             unfinished = Unfinished(
                 started=self.started,
-                done=self.done,
+                advanced=self.advanced,
+                also=self.also,
                 intents=tuple(self.intents),
                 failed=self.unresolved,
             )

@@ -507,7 +507,7 @@ class Ledger:
         Args:
             events: The events.
             owner: The nonce of who writes them.
-            stamp: What all of them get, unless they have it already.
+            stamp: What all of them get; `None` where they have it already.
 
         Raises:
             StoreError: LanceDB failed and the events are known not to be there.

@@ -265,7 +265,7 @@ class Recovery:
         effects = [intent.detail["effect"]["do"] for intent in unfinished.intents]
         going_back = "restore" in effects or "vacate" in effects
         if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
-            await self._resume(work, unfinished, done=unfinished.done)
+            await self._resume(work, unfinished, done=unfinished.done_of(len(script.operations)))
             return
         if "fill" in effects and not going_back and await self._fits(script):
             # Corrected, and what was paid for is in the table: each operation looks how far it is.

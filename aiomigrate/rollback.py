@@ -76,7 +76,7 @@ class Reverser:
                 if unfinished is None:
                     await self._begin(work, undo)
                 else:
-                    await self._resume(work, unfinished)
+                    await self._resume(work, undo, unfinished)
                 if undo.way is Way.INVERSE or (undo.way is Way.FINISH and not undo.restores):
                     await self._invert(work, undo, log)
                 else:
@@ -140,7 +140,7 @@ class Reverser:
             ),
         )
 
-    async def _resume(self, work: Work, unfinished: Unfinished) -> None:
+    async def _resume(self, work: Work, undo: Undo, unfinished: Unfinished) -> None:
         if unfinished.started.checksum != work.script.checksum:
             raise UnresolvedError(
                 f"{work.script} was being undone when its script was changed.",
@@ -150,7 +150,7 @@ class Reverser:
                 version=work.script.version,
             )
         work.resumed = True
-        work.done = unfinished.done
+        work.done = unfinished.done_of(len(undo.operations))
         await self._executor.recovery.fence_resumed(work, unfinished)
         work.savepoints = unfinished.savepoints
         await self._executor.touch(work)
