@@ -73,10 +73,8 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     """Makes all versions of all tables, and a ledger."""
     connection = await lancedb.connect_async(path)
     head = await connection.create_table(HEAD, schema=HEAD_SCHEMA)
-    await head.set_unenforced_primary_key("tableName")
     await head.add(rows_to_arrow([_row(_LEASE, 0), *(_row(name, 0) for name in names)]))
     journal = await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
-    await journal.set_unenforced_primary_key("id")
     await _take(connection)
     log = _Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
