@@ -653,41 +653,46 @@ def parse_head(content: pa.Table, name: str) -> Head:
 
 
 def _repeated(names: Sequence[str]) -> set[str]:
-    if len(set(names)) == len(names):
-        return set()
     return {name for name, count in Counter(names).items() if count > 1}
 
 
 def versions_if_current(
-    content: pa.Table, expected: Mapping[str, tuple[int, str]]
+    content: pa.Table, versions: Mapping[str, int], digests: Mapping[str, str]
 ) -> dict[str, int] | None:
     """Returns the version of every line if the head proves that nothing is to be done.
 
-    What every start costs, so it looks at few columns and builds no rows. Any doubt is `None`:
-    look closer.
+    What every start costs, so it looks at few columns, builds no rows, and compares whole
+    dictionaries (Arrow's own comparisons take longer: 0.3 ms where there is nothing to compare).
+    Any doubt is `None`: look closer.
 
     Args:
         content: The head as read.
-        expected: Version and chain digest at target, by line.
+        versions: Version at target, by line.
+        digests: Chain digest at target, by line.
     """
     if not content.schema.equals(HEAD_SCHEMA, check_metadata=False):
         return None
     if _format_of(content.schema) != FORMAT:
         return None
-    columns = ("tableName", "currentVersion", "digest", "epoch")
+    columns = ("tableName", "currentVersion", "digest")
     values: list[list[Any]] = [content[column].to_pylist() for column in columns]
-    names, versions, digests, epochs = values
-    # Rows of lines without scripts stay as other systems left them, twice or not.
-    foreign = {name for name, epoch in zip(names, epochs, strict=True) if epoch is None}
-    if not foreign.isdisjoint(expected) or _repeated(names) & expected.keys():
+    names, found, marks = values
+    if content["epoch"].null_count:
+        # Rows of lines without scripts stay as other systems left them, twice or not.
+        epochs = content["epoch"].to_pylist()
+        foreign = {name for name, epoch in zip(names, epochs, strict=True) if epoch is None}
+        if not foreign.isdisjoint(versions):
+            return None
+    lines = dict(zip(names, found, strict=True))
+    if len(lines) != len(names) and _repeated(names) & versions.keys():
         return None
-    found = dict(zip(names, zip(versions, digests, strict=True), strict=True))
-    if not expected.items() <= found.items():
+    marked = dict(zip(names, marks, strict=True))
+    others = {name: lines.pop(name) for name in lines.keys() - versions.keys()}
+    for name in others:
+        del marked[name]
+    if lines != versions or marked != digests:
         return None
-    lines = dict(zip(names, versions, strict=True))
-    for name in [name for name in names if name.startswith(LEASE_PREFIX)]:
-        lines.pop(name, None)
-    return lines
+    return lines | {name: v for name, v in others.items() if not name.startswith(LEASE_PREFIX)}
 
 
 def parse_journal(content: pa.Table, name: str) -> list[Event]:

@@ -55,7 +55,13 @@ from aiomigrate.lance import (
     secrets_of,
 )
 from aiomigrate.lease import HOST, LeaseOptions, holder_of, unlock
-from aiomigrate.ledger import Head, Ledger, OnUnsafeStore, parse_head, versions_if_current
+from aiomigrate.ledger import (
+    Head,
+    Ledger,
+    OnUnsafeStore,
+    parse_head,
+    versions_if_current,
+)
 from aiomigrate.model import (
     BACKGROUND_LEASE,
     RUN_LEASE,
@@ -228,8 +234,8 @@ class MigrationManager:
         self._log = logger or structlog.get_logger("aiomigrate")
         self._store: Store | None = None
         self._scripts: Scripts | None = None
-        self._at_target: Mapping[str, tuple[int, str]] = {}
         self._targets: Mapping[str, int] = {}
+        self._digests: Mapping[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<MigrationManager of {self.database}>"
@@ -309,8 +315,9 @@ class MigrationManager:
                 raise exc from None
             discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
             self._scripts = scripts
-            self._at_target = await anyio.to_thread.run_sync(at_target, scripts)
-            self._targets = {line: version for line, (version, _) in self._at_target.items()}
+            found = await anyio.to_thread.run_sync(at_target, scripts)
+            self._targets = {line: version for line, (version, _) in found.items()}
+            self._digests = {line: digest for line, (_, digest) in found.items()}
         return self._scripts
 
     # ---- changing -------------------------------------------------------------------------------
@@ -346,12 +353,13 @@ class MigrationManager:
             return await self._await_target(waits=on_pending is OnPending.WAIT)
         report = await self.upgrade(background=False)
         scripts = await self.scripts()
-        if self._targets.items() <= report.lines.items():
+        targets = self._targets
+        if report.lines == targets or targets.items() <= report.lines.items():
             return report
         deferred = set(report.deferred)
         behind = tuple(
             f"{line}: current v{current}, target v{latest}"
-            for line, latest in self._targets.items()
+            for line, latest in targets.items()
             if (current := report.lines.get(line, 0)) < latest
             and any(s.key not in deferred for s in scripts.after(line, current))
         )
@@ -520,9 +528,9 @@ class MigrationManager:
         content = await ledger.read_head_content()
         if content is None:
             return Head(), None
-        lines = versions_if_current(content, self._at_target)
+        lines = versions_if_current(content, self._targets, self._digests)
         if lines is not None:
-            return Head(), (dict(lines), ())
+            return Head(), (lines, ())
         head = parse_head(content, ledger.head_name)
         left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
         if not left:
