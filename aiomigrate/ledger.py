@@ -171,6 +171,7 @@ class Ledger:
         self._log = log
         self._on_unsafe_store = on_unsafe_store
         self._journal: Table | None = None
+        self._read: tuple[int, list[Event]] | None = None
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -203,13 +204,20 @@ class Ledger:
     async def read_journal(self) -> list[Event]:
         """Reads all events, valid or not, in no order; none when there is no journal.
 
+        What was read before is given again where nothing was committed since: on an object store
+        each fragment is a request.
+
         Raises:
             LedgerUnreadableError: It exists but cannot be read.
             LedgerCorruptError: It holds what cannot be.
             LedgerFormatError: A newer aiomigrate wrote it.
         """
+        version = 0
         try:
             table = await self._find(self.journal_name)
+            version = 0 if table is None else await table.version()
+            if self._read is not None and self._read[0] == version:
+                return self._read[1]
             content = None if table is None else await table.read()
             if table is not None and content is not None and not len(content):
                 # Wiped by a late creator and not healed yet, or never written to.
@@ -221,7 +229,10 @@ class Ledger:
             raise self._unreadable(self.journal_name, exc) from exc
         if content is None:
             return []
-        return await anyio.to_thread.run_sync(parse_journal, content, self.journal_name)
+        events = await anyio.to_thread.run_sync(parse_journal, content, self.journal_name)
+        if self._journal is table:  # founded, and not wiped
+            self._read = version, events
+        return events
 
     async def _find(self, name: str) -> Table | None:
         table = await self.store.find(name)

@@ -236,6 +236,7 @@ class MigrationManager:
         self._scripts: Scripts | None = None
         self._targets: Mapping[str, int] = {}
         self._digests: Mapping[str, str] = {}
+        self._is_there = False
 
     def __repr__(self) -> str:
         return f"<MigrationManager of {self.database}>"
@@ -306,19 +307,24 @@ class MigrationManager:
         """
         if self._scripts is None:
             try:
-                scripts = await anyio.to_thread.run_sync(discovery.load, self._source, self._params)
+                scripts, expected = await anyio.to_thread.run_sync(self._load)
             except ScriptError as exc:
                 told = self._scrub(exc.what)  # a function of the parameters may tell them
                 if told == exc.what:
                     raise
                 exc.what, exc.args = told, (told, exc.remedy)
                 raise exc from None
-            discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
             self._scripts = scripts
-            found = await anyio.to_thread.run_sync(at_target, scripts)
-            self._targets = {line: version for line, (version, _) in found.items()}
-            self._digests = {line: digest for line, (_, digest) in found.items()}
+            self._targets = {line: version for line, (version, _) in expected.items()}
+            self._digests = {line: digest for line, (_, digest) in expected.items()}
         return self._scripts
+
+    def _load(self) -> tuple[Scripts, Mapping[str, tuple[int, str]]]:
+        """Does, in one thread, all that a start does with files of its own."""
+        self._is_there = is_local(self._uri) and Path(self._uri).exists()
+        scripts = discovery.load(self._source, self._params)
+        discovery.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
+        return scripts, at_target(scripts)
 
     # ---- changing -------------------------------------------------------------------------------
 
@@ -1116,6 +1122,7 @@ class MigrationManager:
             self._store is None
             and self._connection is None
             and is_local(self._uri)
+            and not self._is_there
             and not await anyio.to_thread.run_sync(os.path.exists, self._uri)
         ):
             return None
