@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import pyarrow as pa
@@ -23,6 +24,7 @@ from aiomigrate.ledger import (
     Ledger,
     lease_row_name,
     rows_to_arrow,
+    versions_if_current,
 )
 from aiomigrate.model import RUN_LEASE, Event, HeadRow, Kind
 
@@ -351,6 +353,30 @@ async def test_an_append_that_never_succeeds_is_an_error_and_leaves_nothing(
     assert await keys(ledger) == {FOUNDED: 1}
 
 
+async def test_a_journal_is_scanned_again_only_after_a_commit(tmp_path: Path) -> None:
+    """What was read is given again until someone, we or another, has committed or wiped it."""
+    store, _ = await founded(tmp_path)
+    ledger, rival = bind(store), bind(await connect(tmp_path))
+    scans: list[str] = []
+    call = store.call
+
+    async def noting(verb: str, table: str, *args: Any, **kwargs: Any) -> Any:
+        scans.extend([table] if verb == "read" else [])
+        return await call(verb, table, *args, **kwargs)
+
+    store.call = noting  # type: ignore[method-assign]
+    assert await keys(ledger) == await keys(ledger) == Counter([FOUNDED])
+    assert scans == [JOURNAL]
+    await rival.append([event(0)], "rival")
+    assert await keys(ledger) == await keys(ledger) == Counter([FOUNDED, started(0)])
+    assert scans == [JOURNAL] * 2
+    await ledger.append([event(1)], "me")
+    assert await keys(ledger) == Counter([FOUNDED, started(0), started(1)])
+    await overwrite(store, JOURNAL)
+    assert await keys(ledger) == Counter([FOUNDED, started(0), started(1)])  # from beneath
+    assert len(scans) > 3
+
+
 async def test_events_come_back_as_they_were_written(tmp_path: Path) -> None:
     """Text, JSON and times survive the journal."""
     _, ledger = await founded(tmp_path / "db")
@@ -509,3 +535,41 @@ def test_rows_are_written_in_the_heads_own_schema() -> None:
     made = rows_to_arrow([row("a", 1)])
 
     assert made.schema.equals(HEAD_SCHEMA, check_metadata=True)
+
+
+# ---- at target ----------------------------------------------------------------------------------
+
+
+def head_of(*rows: HeadRow) -> pa.Table:
+    """Returns the head with these rows and a lease."""
+    return rows_to_arrow([lease_row(4, ""), *rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([row("b", 2), row("a", 1)], {"a": 1, "b": 2}),
+        ([row("a", 1), row("b", 2), row("else", 9)], {"a": 1, "b": 2, "else": 9}),
+        ([row("a", 1)], None),
+        ([row("a", 1), row("b", 1)], None),
+        ([row("a", 1), row("b", 2), row("b", 2)], None),
+        ([row("a", 1), dataclasses.replace(row("b", 2), digest="edited")], None),
+        ([row("a", 1), dataclasses.replace(row("b", 2), epoch=None)], None),
+    ],
+    ids=["in any order", "another line", "missing", "behind", "twice", "edited", "foreign"],
+)
+def test_a_head_proves_that_nothing_is_to_be_done_or_not(
+    rows: list[HeadRow], expected: dict[str, int] | None
+) -> None:
+    """Every line once, ours, at its version and digest, whatever else there is; or look closer."""
+    found = versions_if_current(head_of(*rows), {"a": 1, "b": 2}, {"a": "a1", "b": "b2"})
+
+    assert found == expected
+
+
+def test_rows_of_others_twice_are_left_to_them() -> None:
+    """A line without scripts may be there twice, as another system left it."""
+    theirs = dataclasses.replace(row("else", 7), epoch=None)
+    found = versions_if_current(head_of(row("a", 1), theirs, theirs), {"a": 1}, {"a": "a1"})
+
+    assert found == {"a": 1, "else": 7}
