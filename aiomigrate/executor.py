@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -149,6 +149,7 @@ class Executor:
                 with limit:
                     with self._writer.working():
                         if unfinished is not None:
+                            self.forget((*script.touches, *unfinished.savepoints))
                             await self.recovery.recover(work, unfinished)
                         elif is_retry:
                             for name in script.touches:
@@ -255,6 +256,11 @@ class Executor:
             at_s: Monotonic time of it.
         """
         self._just_seen |= {name: (at_s, opened) for name, opened in seen.items()}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Looks at tables anew when their turn comes: something is about to commit to them."""
+        for name in names:
+            self._just_seen.pop(name, None)
 
     def _seen(self, work: Work, name: str) -> Opened | None:
         """Returns a table as it was a moment ago, for a migration that is quickly done.
@@ -471,6 +477,7 @@ class Executor:
             LeaseLostError: Another process has taken over.
         """
         tables = list(ended.detail.get("cleanup", []))
+        self.forget(tables)
         cleaned = await self.applier.clean(tables, ended.detail.get("branches", {}))
         for name in tables:
             after = int(ended.tables.get(name, {}).get("after", 0))

@@ -71,6 +71,8 @@ class Reverser:
         work = Work(script, started_s=self._clock.monotonic(), depended_s=depended_s)
         work.waited_s = work.started_s - ready_at
         failure: Exception | None = None
+        begun = {} if unfinished is None else unfinished.savepoints
+        self._executor.forget((*script.touches, *undo.restores, *begun))
         try:
             with self._writer.working():
                 if unfinished is None:

@@ -464,6 +464,25 @@ async def test_a_killed_migration_may_be_corrected(tmp_path: Path) -> None:
     assert len(ended) - len(applied) >= 4
 
 
+async def test_a_corrected_migration_sees_the_table_as_it_was_restored(tmp_path: Path) -> None:
+    """Not as it was a moment before: a column that recovering took away is added again."""
+    await made(tmp_path)
+    first = (op.AddColumns({"a": pa.int64()}), op.AddColumns({"b": pa.int64()}))
+    fault = Fault(action="kill", at=1, when="after", verb="add_columns", table="t")
+    killed = start(child, str(tmp_path), first, fault)
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    assert await columns(tmp_path) == ["id", "x", "a"]
+    connection = await lancedb.connect_async(tmp_path)
+    head = await connection.open_table("table_migrations")
+    await head.update({"owner": ""}, where="tableName = ':lease:run'")  # as if it had expired
+    async with quiet(tmp_path, declared(op.AddColumns({"a": pa.int64()}))) as running:
+        await running.initialize()
+        assert (await running.validate()).valid
+
+    assert await columns(tmp_path) == ["id", "x", "a"]
+
+
 @pytest.mark.parametrize("then", [(ADD, COUNT), CORRECTED])
 async def test_a_resumed_migration_that_fails_may_be_corrected(
     tmp_path: Path, then: Sequence[op.Operation]
