@@ -14,12 +14,18 @@ import anyio
 import lancedb
 
 from aiomigrate import Event
-from aiomigrate.ledger import HEAD_SCHEMA, JOURNAL_SCHEMA, events_to_arrow, rows_to_arrow
-from aiomigrate.model import HeadRow, Kind
+from aiomigrate.ledger import (
+    HEAD_SCHEMA,
+    JOURNAL_SCHEMA,
+    events_to_arrow,
+    lease_row_name,
+    rows_to_arrow,
+)
+from aiomigrate.model import RUN_LEASE, HeadRow, Kind
 from benchmarks import workload
 from benchmarks.setting import HEAD, JOURNAL
 
-_LEASE = ":lease:migrations"
+_LEASE = lease_row_name(RUN_LEASE)
 
 
 class _Journal:
@@ -102,8 +108,7 @@ async def _take(connection: lancedb.AsyncConnection) -> None:
     """What it takes to read the ledger, take the lease and fence who held it before."""
     for _ in range(3):
         await (await connection.open_table(HEAD)).query().to_arrow()
-    for _ in range(2):
-        await (await connection.open_table(JOURNAL)).query().to_arrow()
+    await (await connection.open_table(JOURNAL)).query().to_arrow()
     head = await connection.open_table(HEAD)
     await head.update({"epoch": 2}, where=f"tableName = '{_LEASE}'")
     await head.update({"epoch": 2}, where="tableName <> ''")
@@ -123,7 +128,7 @@ async def _end(
 
 def _event(name: str, version: int) -> Event:
     return Event(
-        lease="migrations", epoch=2, seq=version, at=dt.datetime.now(dt.UTC), kind=Kind.APPLIED,
+        lease=RUN_LEASE, epoch=2, seq=version, at=dt.datetime.now(dt.UTC), kind=Kind.APPLIED,
         run_id="0123abcd", line=name, version=version, description="Add a column",
         checksum="0" * 64, algorithm="1", source="by hand", host="here", pid=1, tool="0",
         tables={name: {"before": version, "after": version + 1, "shape": _SHAPE}},
@@ -137,5 +142,5 @@ _SHAPE = {"fields": {field.name: str(field.type) for field in workload.SCHEMA}, 
 def _row(name: str, version: int) -> HeadRow:
     return HeadRow(
         name=name, version=version, migrated_at=dt.datetime.now(dt.UTC), epoch=2, owner="by hand",
-        beat=0, phase="", digest="0" * 32, lease="migrations",
+        beat=0, phase="", digest="0" * 32, lease=RUN_LEASE,
     )  # fmt: skip

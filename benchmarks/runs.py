@@ -33,8 +33,8 @@ async def first_run(size: Size) -> Result:
     names = workload.table_names(size.lines)
     reports: list[Report] = []
     with scratch_folder() as folder:
-        names_of = ("ours", "floor", "calls", "peer", "gather")
-        scratch = {name: Scratch(folder / name) for name in names_of}
+        contenders = ("ours", "floor", "calls", "peer", "gather")
+        scratch = {name: Scratch(folder / name) for name in contenders}
 
         async def fresh() -> str:
             return scratch["ours"].fresh()
