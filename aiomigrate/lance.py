@@ -918,22 +918,50 @@ class Sketch:
         """Prepares; the first question connects."""
         self._tables = itertools.count()
         self._connection: Any = None
+        self._taken: set[tuple[object, ...]] = set()
 
     async def refusal(self, statement: Statement, schema: pa.Schema) -> str | None:
-        """Returns why a statement cannot be run on a table of such a schema, `None` if it can."""
-        if self._connection is None:
-            self._connection = await lancedb.connect_async("memory://")
+        """Returns why a statement cannot be run on a table of such a schema, `None` if it can.
+
+        One that concerns equal columns of several tables is asked about once.
+        """
         sets = dict(statement.sets)
         sets |= {column: sql_literal(value) for column, value in statement.values.items()}
+        narrow = _concerned(statement.where or "", sets, schema)
+        key = (statement.where, tuple(sets.items()), narrow)
+        if key in self._taken:
+            return None
+        why = await self._asked(statement.where, sets, narrow)
+        if why is None:
+            self._taken.add(key)
+        elif narrow != schema:  # as LanceDB says it of the table itself
+            why = await self._asked(statement.where, sets, schema)
+        return why
+
+    async def _asked(
+        self, where: str | None, sets: Mapping[str, str], schema: pa.Schema
+    ) -> str | None:
+        if self._connection is None:
+            self._connection = await lancedb.connect_async("memory://")
         table = await self._connection.create_table(f"t{next(self._tables)}", schema=schema)
         try:
             if sets:
-                await table.update(updates_sql=sets, where=statement.where)
-            elif statement.where is not None:
-                await table.count_rows(statement.where)
+                await table.update(updates_sql=dict(sets), where=where)
+            elif where is not None:
+                await table.count_rows(where)
         except (ValueError, RuntimeError, OSError, NotImplementedError) as exc:
             return re.sub(_PREFIXES, "", _plain(str(exc)))
         return None
+
+
+def _concerned(where: str, sets: Mapping[str, str], schema: pa.Schema) -> pa.Schema:
+    """Returns the columns that SQL may name; all of them where it names none.
+
+    What it names is in its text, in whichever case; only a backtick is written differently.
+    """
+    text = " ".join((where, *sets, *sets.values())).casefold()
+    named = [field for field in schema if "`" in field.name or field.name.casefold() in text]
+    return pa.schema(named or list(schema))
 
 
 def sql_literal(value: object) -> str:

@@ -38,6 +38,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.lance import Store, Table, is_local, sql_literal
 from aiomigrate.model import MAX_VERSION, NOT_YET, RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.together import each
 from aiomigrate.wellformed import fault_of
 
 FORMAT = 1
@@ -264,12 +265,27 @@ class Ledger:
             LedgerError: A table cannot be read or made.
             UnsafeStoreError: The store, asked when the journal is founded, loses commits.
         """
-        if self._journal is None:
-            await self._found_journal()
-        content = await self._adopt_structure()
-        if content is None or not _has_lease(content):
+        seen: list[tuple[Table, pa.Table]] = []
+
+        async def found_journal() -> None:
+            if self._journal is None:
+                await self._found_journal()
+
+        async def adopt() -> None:
+            if (head := await self._adopt_structure()) is not None:
+                seen.append(head)
+
+        await each((found_journal, adopt), lambda make: make())
+        if seen and _has_lease(seen[0][1]):
+            _, content = seen[0]
+        else:
             _, content = await self._founded(
-                self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease
+                self.head_name,
+                HEAD_SCHEMA,
+                "tableName",
+                self._first_lease,
+                _has_lease,
+                known=seen[0] if seen else None,
             )
         return parse_head(content, self.head_name)
 
@@ -286,6 +302,8 @@ class Ledger:
         key: str,
         first: Callable[[], Awaitable[pa.Table]],
         is_founded: Callable[[pa.Table], bool],
+        *,
+        known: tuple[Table, pa.Table] | None = None,
     ) -> tuple[Table, pa.Table]:
         """Opens and reads a table that has its first row, making both if need be.
 
@@ -298,10 +316,12 @@ class Ledger:
         last: StoreError | None = None
         for attempt in range(_ATTEMPTS):
             try:
-                table = await self._find(name)
-                if table is None:
-                    table = await self.store.create(name, schema)
-                content = await table.read()
+                if known is not None:  # as it was read a moment ago
+                    (table, content), known = known, None
+                else:
+                    found = await self._find(name)
+                    table = found or await self.store.create(name, schema)
+                    content = await table.read()
                 if is_founded(content):
                     return table, content
                 rows = await self._beneath(table, is_founded)
@@ -404,20 +424,24 @@ class Ledger:
         )
         return rows_to_arrow([row])
 
-    async def _adopt_structure(self) -> pa.Table | None:
+    async def _adopt_structure(self) -> tuple[Table, pa.Table] | None:
         """Adds our columns to a head that another system made, and makes its key primary.
 
         Returns:
-            Its content, `None` where there is no head.
+            The table with its content, `None` where there is no head.
         """
+        is_head = False
         for attempt in range(_ATTEMPTS):
             try:
                 table = await self.store.find(self.head_name)
                 if table is None:
                     return None
                 state = await table.state()
-                content = await table.read()
-                parse_head(content, self.head_name)  # refuse what is no head
+                content = None
+                if not is_head:  # refuse what is none before anything is changed
+                    content = await table.read()
+                    parse_head(content, self.head_name)
+                    is_head = True
                 missing = [f for f in _OURS if not state.has(f.name)]
                 keyed = state.schema.field("tableName").metadata or {}
                 if state.indexes:  # with an index the primary key would not protect
@@ -428,7 +452,7 @@ class Ledger:
                     await table.add_columns(missing)
                     self._log.info(ev.LEDGER_ADOPTED, ledger_table=self.head_name)
                 else:
-                    return content
+                    return table, await table.read() if content is None else content
                 self.commits += 1
             except StoreError as exc:  # another process is adopting too: look again
                 if attempt == _ATTEMPTS - 1:
