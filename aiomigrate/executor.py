@@ -236,17 +236,20 @@ class Executor:
     async def touch(self, work: Work) -> None:
         """Opens every table that a migration touches."""
         for name in work.script.touches:
-            touched = Touched(
+            work.tables[name] = Touched(
                 self._store,
                 name,
                 guard=self._writer.check,
                 announce=self._announcer(work),
                 others=work.tables,
             )
-            await touched.open(self._seen(work, name))
-            if name in work.savepoints:
-                await touched.resume_from(work.savepoints[name])
-            work.tables[name] = touched
+
+        async def opened(touched: Touched) -> None:
+            await touched.open(self._seen(work, touched.name))
+            if touched.name in work.savepoints:
+                await touched.resume_from(work.savepoints[touched.name])
+
+        await each(work.tables.values(), opened)
 
     def know(self, seen: Mapping[str, Opened], at_s: float) -> None:
         """Takes over tables as they were seen a moment ago, by nobody but whom we know of.
@@ -303,13 +306,13 @@ class Executor:
             tables={t.name: {"before": t.before} for t in work.tables.values()},
             detail={"branches": work.branches},
         )
-        if not work.branches and not script.runs_code:
-            work.held_back.append(started)  # the first commit's announcement takes it along
-            return
-        await self.record(work, started)
-        for name in work.branches.keys() - needing:  # what code never changes needs none
+        # Each is made before the first commit to its table: what is never changed needs none.
+        for name in work.branches:
             work.tables[name].protect = partial(self._protect, work, name)
-        await each(work.branches.keys() & needing, partial(self._protect, work))
+        if script.runs_code or any(o.identity is not None for o in declared):
+            await self.record(work, started)
+        else:
+            work.held_back.append(started)  # the first commit's announcement takes it along
 
     async def _protect(self, work: Work, name: str) -> None:
         """Makes the savepoint branch of one table."""

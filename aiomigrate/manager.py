@@ -469,9 +469,9 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def look(events: Sequence[Event] | None) -> Seen:
+        async def look(head: Head | None, events: Sequence[Event] | None) -> Seen:
             return await self._look(
-                store, scripts, log, tables=tables, to=to, ledger=ledger, events=events
+                store, scripts, log, tables=tables, to=to, head=head, ledger=ledger, events=events
             )
 
         def ended(steps: tuple[StepReport, ...] | None = None) -> Report:
@@ -592,9 +592,9 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def look(events: Sequence[Event] | None) -> Seen:
+        async def look(head: Head | None, events: Sequence[Event] | None) -> Seen:
             return await self._look(
-                store, scripts, log, tables=tables, to=to, ledger=ledger, events=events
+                store, scripts, log, tables=tables, to=to, head=head, ledger=ledger, events=events
             )
 
         await runner.background(look)
@@ -672,11 +672,11 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def read(events: Sequence[Event] | None) -> Seen:
-            seen = await self._read(store, scripts, log, events=events)
+        async def read(head: Head | None, events: Sequence[Event] | None) -> Seen:
+            seen = await self._read(store, scripts, log, head=head, events=events)
             return replace(seen, plan=Plan(lines=seen.decided.lines))
 
-        async def look(_: Sequence[Event] | None) -> Seen:
+        async def look(*_: object) -> Seen:
             return await self._look_back(store, scripts, log, line, to, allow_destructive)
 
         async def decide_again(script: Script, state: LineState) -> Undo:
@@ -813,8 +813,8 @@ class MigrationManager:
             run_id=run_id, clock=self._clock, log=log,
         )  # fmt: skip
 
-        async def look(events: Sequence[Event] | None) -> Seen:
-            return await self._read(store, scripts, log, events=events)
+        async def look(head: Head | None, events: Sequence[Event] | None) -> Seen:
+            return await self._read(store, scripts, log, head=head, events=events)
 
         return await runner.prune(look, older_than_s=older_than)
 
@@ -850,10 +850,10 @@ class MigrationManager:
             store, ledger, scripts, self._options, run_id=run_id, clock=self._clock, log=log
         )
 
-        async def look(events: Sequence[Event] | None) -> Seen:
+        async def look(head: Head | None, events: Sequence[Event] | None) -> Seen:
             events = await ledger.read_journal() if events is None else events
             nothing = Reconciled(lines={}, problems=())
-            head = await ledger.read_head()
+            head = head or await ledger.read_head()
             holder = holder_of(head, BACKGROUND_LEASE)
             busy = busy_with(
                 head.rows, nothing, scripts, holder=None if holder is None else str(holder)

@@ -124,8 +124,8 @@ class Seen:
 Decide = Callable[[Script, LineState], Awaitable[Undo]]
 """Decides how one migration of a line is undone, from what is there now."""
 
-Look = Callable[[Sequence[Event] | None], Awaitable[Seen]]
-"""Reads the head, and the journal unless it is given; decides and plans; raises what forbids it."""
+Look = Callable[[Head | None, Sequence[Event] | None], Awaitable[Seen]]
+"""Reads head and journal unless they are given; decides and plans; raises what forbids it."""
 
 
 class Runner:
@@ -270,9 +270,12 @@ class Runner:
         Raises:
             AiomigrateError: What was read forbids running.
         """
+        # Read under the lease, but for the background's: its lines were handed to it afterwards.
+        head = None if lease.key == BACKGROUND_LEASE else lease.head
         rows = lease.head.rows
         if any(row.lease == lease.key and (row.epoch or 0) < lease.epoch for row in rows):
             await self._ledger.take_rows(lease.key, lease.epoch, lease.owner)
+            head = None  # an older holder may have written up to then
         events = await self._ledger.read_journal()
         seen = {str(epoch): seq for epoch, seq in seen_epochs(events, lease.key).items()}
         await writer.record(
@@ -284,7 +287,8 @@ class Runner:
                 detail={"seen": seen},
             )
         )
-        return await look(events)  # later ones of older epochs do not count: they were not seen
+        # Later events of older epochs do not count: they were not seen.
+        return await look(head, events)
 
     async def upgrade(
         self, before: Seen, look: Look, opened: Mapping[str, Opened], opened_at: float
@@ -325,7 +329,7 @@ class Runner:
             await self._run_plan(seen, executor, self._reverser(writer, executor))
             if any(step.script.contracts and self._is_done(step) for step in seen.plan.steps):
                 await writer.sync()
-                seen = await look(None)
+                seen = await look(None, None)
             await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
 
         return await self.hold(work, is_done=is_done, doing="starting")
@@ -437,7 +441,7 @@ class Runner:
             executor = self._executor(writer)
             await self._settle(await self.take_over(writer, lease, read), writer, lease, executor)
             await writer.sync()
-            seen = await look(None)
+            seen = await look(None, None)
             self.plan = seen.plan
             await self._run_plan(seen, executor, self._reverser(writer, executor), decide)
 

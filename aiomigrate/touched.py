@@ -65,7 +65,7 @@ class Touched:
         keeps_progress: Whether it holds work that was paid for and must not be undone.
         told: What operations tell of their work, JSON values by topic.
         on_progress: Told how far the operation in hand is: done, total, and a few words.
-        protect: Makes its savepoint, before its first commit is announced.
+        protect: Makes its savepoint, once its first commit is announced.
     """
 
     def __init__(
@@ -205,15 +205,15 @@ class Touched:
 
     async def _tell(self, base: int, effect: Mapping[str, Any]) -> None:
         self._refuse_if_ended()
+        await self._announce(self.name, base, effect, self.foreign)
+
+    async def _may_write(self) -> None:
+        self._refuse_if_ended()
         if self.protect is not None:
             async with self._protecting:
                 if self.protect is not None:
                     await self.protect()
                     self.protect = None
-        await self._announce(self.name, base, effect, self.foreign)
-
-    async def _may_write(self) -> None:
-        self._refuse_if_ended()
         await self._guard()
         self._refuse_if_ended()
 
