@@ -235,21 +235,24 @@ class Executor:
 
     async def touch(self, work: Work) -> None:
         """Opens every table that a migration touches."""
-        for name in work.script.touches:
-            work.tables[name] = Touched(
+        tables = {
+            name: Touched(
                 self._store,
                 name,
                 guard=self._writer.check,
                 announce=self._announcer(work),
                 others=work.tables,
             )
+            for name in work.script.touches
+        }
 
         async def opened(touched: Touched) -> None:
             await touched.open(self._seen(work, touched.name))
             if touched.name in work.savepoints:
                 await touched.resume_from(work.savepoints[touched.name])
 
-        await each(work.tables.values(), opened)
+        await each(tables.values(), opened)
+        work.tables |= tables  # only now: what is not opened yet has no state to be told of
 
     def know(self, seen: Mapping[str, Opened], at_s: float) -> None:
         """Takes over tables as they were seen a moment ago, by nobody but whom we know of.
@@ -401,8 +404,8 @@ class Executor:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
-        if not work.is_quick:
-            with contextlib.suppress(StoreError):
+        if not work.is_quick and any(t.version != t.before for t in work.tables.values()):
+            with self._writer.working(), contextlib.suppress(StoreError):
                 there = [t for t in work.tables.values() if t.state is not None]
                 work.size = sum([await t.table.size() for t in there])
         report = self.report(work, Outcome.APPLIED, ran_s)

@@ -43,7 +43,7 @@ class StepReport:
         rows: Rows changed.
         commits: Commits made on touched tables.
         size: Bytes of data that its tables hold afterwards, `None` where that was not measured (of
-            migrations that neither rewrite rows nor run code).
+            migrations that changed nothing, or neither rewrite rows nor run code).
         retries: Commits tried again after a conflict.
         tables: table_version before and after, by table; 0 where the table did not exist.
         resumed: Whether it recovered what a crash had interrupted.

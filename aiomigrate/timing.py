@@ -40,7 +40,7 @@ class Span:
         ledger_s: Waited for the journal, between them.
         rows: Rows changed.
         size: Bytes of data that its tables hold afterwards, `None` where that was not measured (of
-            migrations that neither rewrite rows nor run code).
+            migrations that changed nothing, or neither rewrite rows nor run code).
         commits: Commits on touched tables.
         retries: Commits tried again.
         error: Why it failed, in a line.

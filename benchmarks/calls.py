@@ -28,7 +28,7 @@ from benchmarks.setting import HEAD, JOURNAL
 _LEASE = lease_row_name(RUN_LEASE)
 
 
-class _Journal:
+class Journal:
     """Group commit: one append holds the rows of all who asked while the one before was made."""
 
     def __init__(self, table: lancedb.AsyncTable) -> None:
@@ -52,8 +52,8 @@ async def grow(path: str, names: Sequence[str], versions: range, *, concurrency:
     connection = await lancedb.connect_async(path)
     head = await connection.open_table(HEAD)
     journal = await connection.open_table(JOURNAL)
-    await _take(connection)
-    log = _Journal(journal)
+    await take(connection, reads=3)
+    log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
     async def line(name: str) -> None:
@@ -81,8 +81,8 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     head = await connection.create_table(HEAD, schema=HEAD_SCHEMA)
     await head.add(rows_to_arrow([_row(_LEASE, 0), *(_row(name, 0) for name in names)]))
     journal = await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
-    await _take(connection)
-    log = _Journal(journal)
+    await take(connection, reads=3)
+    log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
     async def line(name: str) -> None:
@@ -104,9 +104,9 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     connection.close()
 
 
-async def _take(connection: lancedb.AsyncConnection) -> None:
-    """What it takes to read the ledger, take the lease and fence who held it before."""
-    for _ in range(3):
+async def take(connection: lancedb.AsyncConnection, *, reads: int) -> lancedb.AsyncTable:
+    """Reads the ledger, takes the lease and fences who held it before; returns the journal."""
+    for _ in range(reads):
         await (await connection.open_table(HEAD)).query().to_arrow()
     await (await connection.open_table(JOURNAL)).query().to_arrow()
     head = await connection.open_table(HEAD)
@@ -114,6 +114,41 @@ async def _take(connection: lancedb.AsyncConnection) -> None:
     await head.update({"epoch": 2}, where="tableName <> ''")
     journal = await connection.open_table(JOURNAL)
     await journal.add(events_to_arrow([_event("", 0)], "by hand"))
+    return journal
+
+
+async def adopt(connection: lancedb.AsyncConnection) -> lancedb.AsyncTable:
+    """Makes the predecessor's head fit, and a journal; returns the head."""
+    head = await connection.open_table(HEAD)
+    await head.query().to_arrow()
+
+    async def found() -> None:
+        journal = await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
+        merge = journal.merge_insert("id").when_not_matched_insert_all()
+        await merge.execute(events_to_arrow([_event("", 0)], "by hand"))
+        await (await connection.open_table(JOURNAL)).query().to_arrow()
+
+    async def fit() -> None:
+        for index in await head.list_indices():
+            await head.drop_index(index.name)
+        fields = [field for field in HEAD_SCHEMA if field.name not in (await head.schema()).names]
+        await head.add_columns([field.remove_metadata() for field in fields])
+        await head.query().to_arrow()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(found)
+        group.start_soon(fit)
+    merge = head.merge_insert("tableName").when_not_matched_insert_all()
+    await merge.execute(rows_to_arrow([_row(_LEASE, 0)]))
+    return head
+
+
+async def own(head: lancedb.AsyncTable, names: Sequence[str]) -> None:
+    """Takes rows over that another system wrote, and makes those that are missing."""
+    merge = head.merge_insert("tableName").when_not_matched_insert_all()
+    await merge.execute(rows_to_arrow([_row(name, 0) for name in names]))
+    await head.update({"epoch": 2}, where="epoch IS NULL")
+    await head.query().select(["tableName"]).to_arrow()
 
 
 async def _end(
@@ -121,6 +156,11 @@ async def _end(
 ) -> None:
     """The last events, and the head that follows."""
     await journal.add(events_to_arrow([_event(name, version) for name in names], "by hand"))
+    await follow(head, names, version)
+
+
+async def follow(head: lancedb.AsyncTable, names: Sequence[str], version: int) -> None:
+    """Lets the head follow, and gives the lease back."""
     await head.checkout_latest()  # type: ignore[no-untyped-call]
     merge = head.merge_insert("tableName").when_matched_update_all(where="target.epoch = 2")
     await merge.execute(rows_to_arrow([_row(_LEASE, 0), *(_row(name, version) for name in names)]))

@@ -11,7 +11,7 @@ import anyio.to_thread
 import lancedb
 
 from aiomigrate import Migration, MigrationManager, Report, op
-from benchmarks import byhand, calls, floor, memo_floor, peer, workload
+from benchmarks import byhand, calls, floor, memo, peer, workload
 from benchmarks.measure import Measured, Result, Target, Unit, interleaved
 from benchmarks.setting import (
     CONCURRENCY,
@@ -197,7 +197,7 @@ async def memo_app(size: Size) -> Result:
             await anyio.to_thread.run_sync(_unpack, archive, made)
         else:
             await predecessor.build(made, predecessor.State.V1)
-        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "peer")}
+        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "calls", "peer")}
 
         async def ours() -> Measured:
             path = await scratch["ours"].copy(made)
@@ -212,14 +212,18 @@ async def memo_app(size: Size) -> Result:
 
         async def bare() -> Measured:
             path = await scratch["floor"].copy(made)
-            return lambda: memo_floor.upgrade(path)
+            return lambda: memo.upgrade(path, memo.Bare())
+
+        async def called() -> Measured:
+            path = await scratch["calls"].copy(made)
+            return lambda: memo.upgrade(path, memo.Careful())
 
         async def theirs() -> Measured:
             path = await scratch["peer"].copy(made)
             return lambda: peer.start(path, scripts)
 
         samples = await interleaved(
-            {"ours": ours, "floor": bare, "peer": theirs},
+            {"ours": ours, "floor": bare, "calls": called, "peer": theirs},
             rounds=size.rounds,
             warmups=size.warmups,
         )
