@@ -5,6 +5,7 @@ Each run is a process of its own (`rebuild`, `backfill`), so that its memory can
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import anyio
@@ -30,6 +31,7 @@ async def rebuild(size: Size) -> Result:
                 for how in ("floor", "ours") if round_ % 2 else ("ours", "floor"):
                     path = folder / f"{how}-{rows}"
                     await anyio.to_thread.run_sync(shutil.copytree, made, path)
+                    await anyio.to_thread.run_sync(os.sync)  # what is copied is not written later
                     told = await told_by("rebuild", how, path, rows)
                     await anyio.to_thread.run_sync(shutil.rmtree, path)
                     if how == "ours":

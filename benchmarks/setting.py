@@ -44,6 +44,7 @@ class Size:
         rounds: Runs kept of each contender.
         warmups: Rounds before those that are thrown away.
         starts: Runs kept of each contender where one takes milliseconds.
+        start_warmups: Rounds before those that are thrown away.
         tables: Tables of the large database of `flat-tables`, and of `memory`.
         events: Journal events of the large database of `flat-events`.
         lines: Tables of `first-run`.
@@ -58,6 +59,7 @@ class Size:
     rounds: int = 7
     warmups: int = 1
     starts: int = 35
+    start_warmups: int = 3
     tables: int = 1024
     events: int = 5000
     lines: int = 64
@@ -73,13 +75,14 @@ FULL = Size()
 QUICK = Size(
     rounds=1,
     warmups=0,
-    starts=5,
+    starts=3,
+    start_warmups=1,
     tables=64,
     events=200,
     lines=16,
     simulated_s=120,
     rows=20_000,
-    filled=20_000,
+    filled=6_000,
     is_quick=True,
 )
 

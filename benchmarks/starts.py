@@ -76,7 +76,7 @@ async def nothing_to_do(size: Size) -> Result:
                 "alembic": same(partial(alembic_peer.start, alembic)),
             },
             rounds=size.starts,
-            warmups=3,
+            warmups=size.start_warmups,
         )
     return Result(
         name="nothing-to-do",
@@ -194,7 +194,7 @@ async def _flat(
         path = str(folder / name)
         contenders[name] = start(path, steps[name])
         contenders[f"floor of {name}"] = same(partial(floor.start, path, HEAD))
-    return await interleaved(contenders, rounds=size.starts, warmups=3)
+    return await interleaved(contenders, rounds=size.starts, warmups=size.start_warmups)
 
 
 async def _count(path: str, table: str) -> int:
