@@ -957,10 +957,10 @@ class Sketch:
 def _concerned(where: str, sets: Mapping[str, str], schema: pa.Schema) -> pa.Schema:
     """Returns the columns that SQL may name; all of them where it names none.
 
-    What it names is in its text, in whichever case; only a backtick is written differently.
+    What it names is in its text, in whichever case.
     """
     text = " ".join((where, *sets, *sets.values())).casefold()
-    named = [field for field in schema if "`" in field.name or field.name.casefold() in text]
+    named = [field for field in schema if field.name.casefold() in text]
     return pa.schema(named or list(schema))
 
 

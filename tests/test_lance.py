@@ -27,7 +27,8 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     WriterCongestionError,
 )
-from aiomigrate.lance import _CONFLICTS, Store, Table, sql_literal
+from aiomigrate.lance import _CONFLICTS, Sketch, Store, Table, sql_literal
+from aiomigrate.operations.base import Statement
 
 T = TypeVar("T")
 
@@ -555,3 +556,61 @@ async def test_a_literal_is_the_value_it_was_made_of(
 
     assert sql_literal(value) == literal
     assert (await table.read()).to_pylist() == [{"id": 2, "value": value}]
+
+
+# ---- SQL that is tried beforehand ---------------------------------------------------------------
+
+
+class CountingSketch(Sketch):
+    """Counts what LanceDB is asked."""
+
+    asked = 0
+
+    async def _asked(self, *statement: Any) -> str | None:
+        self.asked += 1
+        return await super()._asked(*statement)
+
+
+@pytest.mark.anyio
+async def test_sql_is_tried_once_for_tables_that_have_the_columns_it_names() -> None:
+    """Other columns make no difference, another type of the same column does."""
+    sketch = CountingSketch()
+    fill = Statement(table="t", values={"n": "x"}, where="n IS NULL")
+    text, number = pa.field("n", pa.string()), pa.field("n", pa.int64())
+
+    taken = [
+        await sketch.refusal(fill, pa.schema([*others, text]))
+        for others in ([], [pa.field("id", pa.int64())], [pa.field("vector", pa.list_(pa.int8()))])
+    ]
+    refused = await sketch.refusal(fill, pa.schema([pa.field("id", pa.int64()), number]))
+
+    assert taken == [None, None, None]
+    assert "Cannot cast" in (refused or "")
+    assert sketch.asked == 1 + 2  # what is refused is asked of the whole table too, for the words
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("where", "is_taken"),
+    [
+        ("`a b` = 'x'", True),
+        ("meta.lang = 'de' AND Title IS NOT NULL", True),
+        ("true", True),
+        ("gone = 1 AND meta.lang = 'de'", False),
+    ],
+)
+async def test_sql_names_its_columns_in_any_spelling(where: str, is_taken: bool) -> None:
+    """With spaces, as a path, none at all; a refusal lists all columns."""
+    schema = pa.schema(
+        [
+            pa.field("a b", pa.string()),
+            pa.field("meta", pa.struct([("lang", pa.string())])),
+            pa.field("Title", pa.string()),
+            pa.field("other", pa.int64()),
+        ]
+    )
+
+    told = await Sketch().refusal(Statement(table="t", where=where), schema)
+
+    assert (told is None) is is_taken, told
+    assert is_taken or "other" in (told or "")
