@@ -12,6 +12,7 @@ each above all others in the head, order what the two leases write of one line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import itertools
@@ -273,6 +274,10 @@ async def take(
         won, refused = None, exc  # unknown: look
     if won == 0:
         return None
+    if won and any(other.lease == key for other in head.rows):
+        # Before it is read, so that what is read is final. What fails here, `runner` does again.
+        with contextlib.suppress(StoreError):
+            await ledger.take_rows(key, epoch, owner)
     taken = await ledger.read_head()
     now = taken.leases.get(key)
     if now is None or (now.epoch, now.owner) != (epoch, owner):

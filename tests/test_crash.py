@@ -439,7 +439,8 @@ class Application:
         return number
 
     async def _run(self) -> None:
-        while not self._over:
+        # Not for ever: LanceDB's own retries may starve beside a writer on a busy machine.
+        while not self._over and len(self.written) < _MOST_WRITTEN:
             # Refused while the schema changes, or there is no table yet: it may be there or not.
             with contextlib.suppress(ValueError, RuntimeError):
                 await self.append()
@@ -454,6 +455,9 @@ class Application:
                 yield
             finally:
                 self._over = True
+
+
+_MOST_WRITTEN = 1000
 
 
 async def with_a_writer(journey: Journey, folder: Path) -> str:
