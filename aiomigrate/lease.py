@@ -248,7 +248,7 @@ async def take(
     *,
     waited: bool = False,
 ) -> Lease | StoreError | None:
-    """Tries once to take a lease that is as the head says.
+    """Tries once to take a lease that is as the head says, and fences who held it before.
 
     Args:
         ledger: Its tables exist.
@@ -274,7 +274,7 @@ async def take(
         won, refused = None, exc  # unknown: look
     if won == 0:
         return None
-    if won and any(other.lease == key for other in head.rows):
+    if won and is_unfenced(head, key, epoch):
         # Before it is read, so that what is read is final. What fails here, `runner` does again.
         with contextlib.suppress(StoreError):
             await ledger.take_rows(key, epoch, owner)
@@ -284,6 +284,11 @@ async def take(
         unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
         return refused if unchanged else None
     return Lease(key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited, head=taken)
+
+
+def is_unfenced(head: Head, key: str, epoch: int) -> bool:
+    """Returns whether a row of a lease still has an older epoch, whose holder could write it."""
+    return any(row.lease == key and (row.epoch or 0) < epoch for row in head.rows)
 
 
 def _as_seen(row: HeadRow) -> str:

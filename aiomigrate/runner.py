@@ -30,6 +30,7 @@ from aiomigrate.lease import (
     Watch,
     acquire,
     give_back,
+    is_unfenced,
     phase_text,
     take,
 )
@@ -272,8 +273,7 @@ class Runner:
         """
         # Read under the lease, but for the background's: its lines were handed to it afterwards.
         head = None if lease.key == BACKGROUND_LEASE else lease.head
-        rows = lease.head.rows
-        if any(row.lease == lease.key and (row.epoch or 0) < lease.epoch for row in rows):
+        if is_unfenced(lease.head, lease.key, lease.epoch):
             await self._ledger.take_rows(lease.key, lease.epoch, lease.owner)
             head = None  # an older holder may have written up to then
         events = await self._ledger.read_journal()

@@ -15,7 +15,7 @@ import structlog
 from aiomigrate.clock import Clock
 from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
 from aiomigrate.lance import Store, sql_literal
-from aiomigrate.lease import Lease, LeaseOptions, acquire, phase_text, unlock
+from aiomigrate.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_text, unlock
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import RUN_LEASE, HeadRow
 
@@ -495,3 +495,27 @@ async def test_unlock_that_a_beat_outran_refuses(tmp_path: Path) -> None:
 
     with pytest.raises(LeaseHeldError):
         await unlock(ledger, options=LeaseOptions(ttl_s=0.0), clock=Hand().clock)
+
+
+# ---- fencing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["fenced", "the store refuses it"])
+async def test_who_takes_the_lease_fences_who_held_it(tmp_path: Path, refused: bool) -> None:
+    """The head in hand has no row that the one before could write; or it says that it has."""
+    store, ledger = await ledger_at(tmp_path / "db")
+    older = await take(ledger, "older")
+    assert older is not None
+    row = older.row("users", 1, at=NOW, digest="")
+    await ledger.own_rows([row])
+    await ledger.update_lease({"owner": ""}, f"epoch = {older.epoch}", RUN_LEASE)
+
+    async def then_refuse() -> None:
+        store.updating = reset
+
+    store.updated = then_refuse if refused else None
+    newer = await take(ledger, "newer")
+
+    assert newer is not None
+    assert is_unfenced(newer.head, RUN_LEASE, newer.epoch) is refused
+    assert await ledger.write_rows([row], older.epoch, "older") is refused
