@@ -939,14 +939,14 @@ class Sketch:
         return why
 
     async def _asked(
-        self, where: str | None, sets: Mapping[str, str], schema: pa.Schema
+        self, where: str | None, sets: dict[str, str], schema: pa.Schema
     ) -> str | None:
         if self._connection is None:
             self._connection = await lancedb.connect_async("memory://")
         table = await self._connection.create_table(f"t{next(self._tables)}", schema=schema)
         try:
             if sets:
-                await table.update(updates_sql=dict(sets), where=where)
+                await table.update(updates_sql=sets, where=where)
             elif where is not None:
                 await table.count_rows(where)
         except (ValueError, RuntimeError, OSError, NotImplementedError) as exc:

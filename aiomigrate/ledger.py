@@ -265,28 +265,20 @@ class Ledger:
             LedgerError: A table cannot be read or made.
             UnsafeStoreError: The store, asked when the journal is founded, loses commits.
         """
-        seen: list[tuple[Table, pa.Table]] = []
+        known: tuple[Table, pa.Table] | None = None
 
         async def found_journal() -> None:
             if self._journal is None:
                 await self._found_journal()
 
         async def adopt() -> None:
-            if (head := await self._adopt_structure()) is not None:
-                seen.append(head)
+            nonlocal known
+            known = await self._adopt_structure()
 
         await each((found_journal, adopt), lambda make: make())
-        if seen and _has_lease(seen[0][1]):
-            _, content = seen[0]
-        else:
-            _, content = await self._founded(
-                self.head_name,
-                HEAD_SCHEMA,
-                "tableName",
-                self._first_lease,
-                _has_lease,
-                known=seen[0] if seen else None,
-            )
+        _, content = await self._founded(
+            self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease, known=known
+        )
         return parse_head(content, self.head_name)
 
     async def _found_journal(self) -> Table:

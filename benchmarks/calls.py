@@ -51,8 +51,7 @@ async def grow(path: str, names: Sequence[str], versions: range, *, concurrency:
     """Makes some versions of `workload.grown`, of tables and a ledger that are there."""
     connection = await lancedb.connect_async(path)
     head = await connection.open_table(HEAD)
-    journal = await connection.open_table(JOURNAL)
-    await take(connection, reads=3)
+    journal = await take(connection, reads=3)
     log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
@@ -80,8 +79,8 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     connection = await lancedb.connect_async(path)
     head = await connection.create_table(HEAD, schema=HEAD_SCHEMA)
     await head.add(rows_to_arrow([_row(_LEASE, 0), *(_row(name, 0) for name in names)]))
-    journal = await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
-    await take(connection, reads=3)
+    await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
+    journal = await take(connection, reads=3)
     log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
@@ -131,7 +130,8 @@ async def adopt(connection: lancedb.AsyncConnection) -> lancedb.AsyncTable:
     async def fit() -> None:
         for index in await head.list_indices():
             await head.drop_index(index.name)
-        fields = [field for field in HEAD_SCHEMA if field.name not in (await head.schema()).names]
+        there = (await head.schema()).names
+        fields = [field for field in HEAD_SCHEMA if field.name not in there]
         await head.add_columns([field.remove_metadata() for field in fields])
         await head.query().to_arrow()
 

@@ -571,7 +571,6 @@ class CountingSketch(Sketch):
         return await super()._asked(*statement)
 
 
-@pytest.mark.anyio
 async def test_sql_is_tried_once_for_tables_that_have_the_columns_it_names() -> None:
     """Other columns make no difference, another type of the same column does."""
     sketch = CountingSketch()
@@ -589,7 +588,6 @@ async def test_sql_is_tried_once_for_tables_that_have_the_columns_it_names() -> 
     assert sketch.asked == 1 + 2  # what is refused is asked of the whole table too, for the words
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("where", "is_taken"),
     [
