@@ -688,8 +688,8 @@ def versions_if_current(
 ) -> dict[str, int] | None:
     """Returns the version of every line if the head proves that nothing is to be done.
 
-    What every start costs, so it looks at few columns, builds no rows, and compares whole
-    dictionaries (Arrow's own comparisons take longer: 0.3 ms where there is nothing to compare).
+    What every start costs, so it looks at few columns, builds no rows, and makes one pass (Arrow's
+    own comparisons take longer: 0.3 ms where there is nothing to compare).
     Any doubt is `None`: look closer.
 
     Args:
@@ -710,16 +710,17 @@ def versions_if_current(
         foreign = {name for name, epoch in zip(names, epochs, strict=True) if epoch is None}
         if not foreign.isdisjoint(versions):
             return None
-    lines = dict(zip(names, found, strict=True))
-    if len(lines) != len(names) and _repeated(names) & versions.keys():
+    others = {
+        name: version
+        for name, version, mark in zip(names, found, marks, strict=True)
+        if versions.get(name) != version or digests.get(name) != mark
+    }
+    unique = set(names)
+    if not others.keys().isdisjoint(versions) or len(unique) != len(versions) + len(others):
         return None
-    marked = dict(zip(names, marks, strict=True))
-    others = {name: lines.pop(name) for name in lines.keys() - versions.keys()}
-    for name in others:
-        del marked[name]
-    if lines != versions or marked != digests:
+    if len(unique) != len(names) and not versions.keys().isdisjoint(_repeated(names)):
         return None
-    return lines | {name: v for name, v in others.items() if not name.startswith(LEASE_PREFIX)}
+    return {**versions, **{n: v for n, v in others.items() if not n.startswith(LEASE_PREFIX)}}
 
 
 def parse_journal(content: pa.Table, name: str) -> list[Event]:
