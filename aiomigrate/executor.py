@@ -444,7 +444,7 @@ class Executor:
         else:
             # A crash that loses it costs a look: what is done is found done. And nothing is
             # committed before it is durable: that would be announced, later in the same journal.
-            self._writer.follow(applied, self._head_row(script.line, script.version))
+            self._writer.follow(applied, lifts=self._head_row(script.line, script.version))
             self._leave(work)
         report = replace(report, ledger_s=work.ledger_s)
         log.info(

@@ -61,6 +61,7 @@ class Lease:
         owner: This holder's nonce.
         taken_at: Monotonic time before the update that took it: its TTL counts from here.
         waited: Whether another process held it first.
+        returned: Whether the last holder gave it back, so that it writes nothing any more.
         head: The head as read right after it was taken.
     """
 
@@ -69,6 +70,7 @@ class Lease:
     owner: str
     taken_at: float
     waited: bool
+    returned: bool = False
     head: Head = field(default_factory=Head, repr=False, compare=False)
 
     def row(self, line: str, version: int, *, at: dt.datetime, digest: str) -> HeadRow:
@@ -283,7 +285,12 @@ async def take(
     if now is None or (now.epoch, now.owner) != (epoch, owner):
         unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
         return refused if unchanged else None
-    return Lease(key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited, head=taken)
+    # One that was never held, or that `unlock` took from its holder, has no beat.
+    returned = not row.owner and bool(row.beat)
+    return Lease(
+        key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited, returned=returned,
+        head=taken,
+    )  # fmt: skip
 
 
 def is_unfenced(head: Head, key: str, epoch: int) -> bool:

@@ -278,16 +278,19 @@ class Runner:
             head = None  # an older holder may have written up to then
         events = await self._ledger.read_journal()
         seen = {str(epoch): seq for epoch, seq in seen_epochs(events, lease.key).items()}
-        await writer.record(
-            Event(
-                **_UNSET,
-                at=self._clock.wall(),
-                kind=Kind.OPENED,
-                waited_s=self.lease_s,
-                detail={"seen": seen},
-            )
+        opened = Event(
+            **_UNSET,
+            at=self._clock.wall(),
+            kind=Kind.OPENED,
+            waited_s=self.lease_s,
+            detail={"seen": seen},
         )
-        # Later events of older epochs do not count: they were not seen.
+        # Later events of older epochs do not count: they were not seen. Where nobody is left who
+        # could write them, it is durable early enough with the first event that needs to be.
+        if lease.returned or not seen:
+            writer.follow(opened)
+        else:
+            await writer.record(opened)
         return await look(head, events)
 
     async def upgrade(
@@ -325,8 +328,8 @@ class Runner:
             last = before.head.leases.get(lease.key)
             if lease.epoch == (last.epoch or 0 if last else 0) + 1:  # no other run came between
                 executor.know(opened, opened_at)
-            await self._settle(seen, writer, lease, executor)
-            await self._run_plan(seen, executor, self._reverser(writer, executor))
+            own = await self._settle(seen, writer, lease, executor)
+            await self._run_plan(seen, executor, self._reverser(writer, executor), own=own)
             if any(step.script.contracts and self._is_done(step) for step in seen.plan.steps):
                 await writer.sync()
                 seen = await look(None, None)
@@ -380,7 +383,8 @@ class Runner:
             if not seen.plan.needs_background:
                 return
             self.plan = seen.plan.part(Part.BACKGROUND)
-            await self._settle(seen, writer, lease, self._executor(writer))
+            own = await self._settle(seen, writer, lease, self._executor(writer))
+            await own()
             await writer.sync()
             await self._ledger.ensure_lease(BACKGROUND_LEASE)
             head = await self._ledger.read_head()
@@ -419,8 +423,8 @@ class Runner:
             lines = {step.script.line for step in plan.steps} | seen.plan.busy
             seen = replace(seen, plan=plan)
             executor = self._executor(writer)
-            await self._settle(seen, writer, lease, executor, only=lines)
-            await self._run_plan(seen, executor, self._reverser(writer, executor))
+            own = await self._settle(seen, writer, lease, executor, only=lines)
+            await self._run_plan(seen, executor, self._reverser(writer, executor), own=own)
 
         await self._under(lease, work, "starting")
         return True
@@ -439,7 +443,9 @@ class Runner:
 
         async def work(writer: Writer, lease: Lease) -> None:
             executor = self._executor(writer)
-            await self._settle(await self.take_over(writer, lease, read), writer, lease, executor)
+            seen = await self.take_over(writer, lease, read)
+            own = await self._settle(seen, writer, lease, executor)
+            await own()
             await writer.sync()
             seen = await look(None, None)
             self.plan = seen.plan
@@ -521,8 +527,8 @@ class Runner:
         executor: Executor,
         *,
         only: Collection[str] | None = None,
-    ) -> None:
-        """Makes the head ours and as the journal says, line by line.
+    ) -> Callable[[], Awaitable[None]]:
+        """Lets the head follow the journal, line by line.
 
         Args:
             seen: What was read.
@@ -530,6 +536,9 @@ class Runner:
             lease: The lease.
             executor: For cleaning.
             only: The lines; by default all but those that work in the background has in hand.
+
+        Returns:
+            What makes the rows ours that are not, which need not come before the first migrations.
         """
         pending = {step.script.line for step in seen.plan.steps}
         owned: list[HeadRow] = []
@@ -551,14 +560,19 @@ class Runner:
             if state.act is Act.ADOPT:
                 adopted.append(await self._adoption(state))
                 self._log.info(ev.LEDGER_ADOPTED, table=line, version=state.current)
-        if adopted:
-            await writer.record(*adopted)
-        await self._ledger.own_rows(owned)
+        writer.follow(*adopted)
         for state in mine.values():
             if (left := uncleaned(state.history, seen.journal)) is not None:
                 await executor.clean_after(left)
         for state in lifted:
             executor.lift(state.line, state.current)
+
+        async def own() -> None:
+            if adopted:
+                await writer.record()  # the journal has what the head is about to say of them
+            await self._ledger.own_rows(owned)
+
+        return own
 
     def _row(self, line: str, version: int, lease: Lease) -> HeadRow:
         digest = digest_at(self._scripts, line, version)
@@ -589,9 +603,21 @@ class Runner:
     # ---- the plan -------------------------------------------------------------------------------
 
     async def _run_plan(
-        self, seen: Seen, executor: Executor, reverser: Reverser, decide: Decide | None = None
+        self,
+        seen: Seen,
+        executor: Executor,
+        reverser: Reverser,
+        decide: Decide | None = None,
+        *,
+        own: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
     ) -> None:
+        """Runs the migrations of a plan, and beside the first of them what `own` does.
+
+        No line goes on to its second before that is done: after a crash then, a row that is not
+        ours would be believed less than tables as the journal last saw them.
+        """
         plan = seen.plan
+        is_owned = anyio.Event()
         ended: dict[Key, anyio.Event] = {}
         begun = self._clock.monotonic()
         lines: dict[str, list[Any]] = {}
@@ -618,6 +644,11 @@ class Runner:
                     self._options.telemetry.ended(result)
                     self._tell(step.script, result.outcome.value)
                     ended[step.key].set()
+                    await is_owned.wait()
+
+        async def own_rows() -> None:
+            await own()
+            is_owned.set()
 
         async def run_step(step: Step, free_at: float, depended_s: float) -> StepReport:
             script = step.script
@@ -638,6 +669,7 @@ class Runner:
             return result
 
         async with anyio.create_task_group() as group:
+            group.start_soon(own_rows)
             for number, line in enumerate(lines):
                 group.start_soon(run_line, line)
                 if number % _STARTED_AT_ONCE == 0:

@@ -84,24 +84,24 @@ class Writer:
 
     # ---- asked by others ------------------------------------------------------------------------
 
-    def follow(self, event: Event, lifts: HeadRow) -> None:
-        """Hands in an event that nobody waits for: it rides with the next commit to the journal.
+    def follow(self, *events: Event, lifts: HeadRow | None = None) -> None:
+        """Hands in events that nobody waits for: they ride with the next commit to the journal.
 
-        So it is durable before anything is that is recorded later, and not later than the next
-        renewal of the lease. A crash before loses it.
+        So they are durable before anything is that is recorded later, and not later than the next
+        renewal of the lease. A crash before loses them.
 
         Args:
-            event: The event.
-            lifts: Head row that follows once the event is durable.
+            events: The events.
+            lifts: Head row that follows once they are durable.
 
         Raises:
             LeaseLostError: Another process has the lease.
         """
         self._refuse_if_over()
-        self._requests.append(_Request((event,), lifts))
+        self._requests.append(_Request(events, lifts))
 
     async def record(self, *events: Event) -> None:
-        """Appends events to the journal; they are durable on return.
+        """Appends events to the journal; they, and what was handed in before, are durable then.
 
         Raises:
             LeaseLostError: Another process has the lease; nothing was appended.
@@ -257,7 +257,8 @@ class Writer:
         self._seq += len(events)
         begun = self._clock.monotonic()
         try:
-            await self._ledger.append(events, self.lease.owner, stamp)
+            if events:
+                await self._ledger.append(events, self.lease.owner, stamp)
             self._append_s = self._clock.monotonic() - begun
         except BaseException:
             self._requests = batch + self._requests  # told with everyone else

@@ -235,3 +235,76 @@ async def test_a_savepoint_that_is_cleaned_away_before_it_is_made_is_done_withou
     assert [step.outcome for step in report.steps] == [Outcome.APPLIED]
     rows = await rows_of(tmp_path, "t")
     assert sorted((row["id"], row["x"]) for row in rows) == [(1, 1), (2, 2)]
+
+
+# ---- what a run writes of itself beside its first migrations ------------------------------------
+
+
+def two_of(table: str) -> list[Migration]:
+    """Returns two migrations of one table."""
+    return [
+        Migration(table=table, version=n, operations=[op.AddColumns({f"c{n}": pa.int64()})])
+        for n in (1, 2)
+    ]
+
+
+async def test_no_line_goes_on_before_the_head_has_its_row(tmp_path: Path) -> None:
+    """A death then would leave a row that is believed less than what the tables look like."""
+    order: list[str] = []
+    is_first = anyio.Event()
+    inserts = 0
+
+    async def hold(verb: str, table: str) -> None:
+        nonlocal inserts
+        inserts += (verb, table) == ("insert_missing", "table_migrations")
+        if inserts == 2:  # the first was the lease's own row
+            inserts += 1
+            with anyio.fail_after(5):
+                await is_first.wait()
+            await anyio.sleep(0.1)  # enough for a second migration that does not wait
+            order.append("head")
+
+    async def note(verb: str, table: str) -> None:
+        if table == "t0":
+            order.append(verb)
+            is_first.set()
+
+    await make(tmp_path, T, [{"id": 1}], table="t0")
+    kind = watched_manager(before=hold, after=note)
+    async with kind(tmp_path, migrations=two_of("t0"), logger=quiet_logger()) as manager:
+        await manager.upgrade()
+
+    assert order == ["add_columns", "head", "add_columns"]
+
+
+@pytest.mark.parametrize("left", ["returned", "unlocked", "silent"])
+async def test_a_start_is_recorded_before_anything_where_another_may_still_write(
+    tmp_path: Path, left: str
+) -> None:
+    """Who follows a holder that gave the lease back lets its first event wait for company."""
+    migrations = two_of("t0")
+    options = {"logger": quiet_logger(), "lease_ttl": 0.3}
+    await make(tmp_path, T, [{"id": 1}], table="t0")
+    async with MigrationManager(tmp_path, migrations=migrations[:1], **options) as manager:
+        await manager.upgrade()
+    connection = await lancedb.connect_async(tmp_path)
+    head = await connection.open_table("table_migrations")
+    if left != "returned":
+        values = {"owner": "someone", "beat": 7} if left == "silent" else {"beat": 0}
+        await head.update(values, where="tableName = ':lease:run'")
+    journal = await connection.open_table("table_migrations_history")
+    commits: list[int] = []
+
+    async def look(verb: str, table: str) -> None:
+        if (verb, table) == ("add_columns", "t0"):
+            await journal.checkout_latest()
+            kinds = (await journal.query().to_arrow())["kind"].to_pylist()
+            assert kinds.count(Kind.OPENED) == 2
+            commits.append(await journal.version() - before)
+
+    before = await journal.version()
+    kind = watched_manager(before=look)
+    async with kind(tmp_path, migrations=migrations, **options) as manager:
+        await manager.upgrade()
+
+    assert commits == [1 if left == "returned" else 2]
