@@ -23,6 +23,7 @@ from aiomigrate.applier import Applier, Progress, witness_name
 from aiomigrate.checksum import ALGORITHM
 from aiomigrate.clock import Clock
 from aiomigrate.context import Context
+from aiomigrate.effects import Effect, shape_effect
 from aiomigrate.errors import (
     AiomigrateError,
     KeepsProgressError,
@@ -35,6 +36,7 @@ from aiomigrate.errors import (
     UnresolvedError,
 )
 from aiomigrate.fold import Unfinished
+from aiomigrate.foresight import foreseen
 from aiomigrate.lance import Opened, Store
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
@@ -42,7 +44,7 @@ from aiomigrate.operations.data import Run
 from aiomigrate.places import Place, Places
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
-from aiomigrate.savepoint import branch_name, drop_branch, is_ours, shape_effect
+from aiomigrate.savepoint import branch_name, drop_branch, is_ours
 from aiomigrate.telemetry import LEDGER, OPERATION, Telemetry
 from aiomigrate.together import each
 from aiomigrate.touched import Touched
@@ -206,10 +208,11 @@ class Executor:
         """Runs some of a migration's operations, given by position, one after another."""
         script = work.script
         with self._writer.working(), work.beside():
-            for position in chain:
+            for number, position in enumerate(chain):
                 operation = script.operations[position]
                 words = operation.describe()
                 work.doing = in_hand(words)
+                await self._foresee(work, chain[number:])
                 self._progress(script, words, len(work.done), len(script.operations))
                 try:
                     await self._apply(work, position, log)
@@ -221,6 +224,21 @@ class Executor:
                 work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
                 work.held_back.append(event_of(script, Kind.ADVANCED, detail=advance(work.done)))
 
+    async def _foresee(self, work: Work, left: Sequence[int]) -> None:
+        """Lets a table know what is about to be done to it, if that is more than one commit."""
+        script = work.script
+        first = script.operations[left[0]]
+        touched = work.tables.get(first.table or "")
+        if touched is None or touched.is_announced or (len(left) == 1 and first.shows):
+            return
+        named = [
+            (script.operations[position], _witness_of(script, position))
+            for position in itertools.takewhile(
+                lambda position: _is_foreseeable(script.operations[position], first.table), left
+            )
+        ]
+        touched.ahead = await foreseen(named, touched.state)
+
     async def _apply(self, work: Work, position: int, log: Any) -> None:
         script = work.script
         operation = script.operations[position]
@@ -230,7 +248,7 @@ class Executor:
                 await self.run_function(work, operation, log)
             else:
                 touched = work.tables[operation.table or ""]
-                witness = witness_name(script, operation, script.operations[:position])
+                witness = _witness_of(script, position)
                 await self.applier.apply(operation, touched, script, witness)
 
     async def touch(self, work: Work) -> None:
@@ -377,11 +395,14 @@ class Executor:
 
     def _announcer(self, work: Work) -> Any:
         async def announce(
-            table: str, base: int, effect: Mapping[str, Any], foreign: Sequence[tuple[int, int]]
+            table: str, base: int, effects: Sequence[Effect], foreign: Sequence[tuple[int, int]]
         ) -> None:
             held_back, work.held_back = work.held_back, []
-            event = intended(work.script, table, base, effect, foreign)
-            await self.record(work, *held_back, event)
+            events = [
+                intended(work.script, table, base + n, effect, foreign, foreseen=n > 0)
+                for n, effect in enumerate(effects)
+            ]
+            await self.record(work, *held_back, *events)
 
         return announce
 
@@ -639,6 +660,15 @@ def chains(operations: Sequence[Operation], done: Collection[int]) -> list[list[
     for position in left:
         by_table.setdefault(operations[position].table, []).append(position)
     return list(by_table.values())
+
+
+def _is_foreseeable(operation: Operation, table: str | None) -> bool:
+    is_declared = not isinstance(operation, Run) and operation.identity is None
+    return is_declared and operation.table == table
+
+
+def _witness_of(script: Script, position: int) -> str:
+    return witness_name(script, script.operations[position], script.operations[:position])
 
 
 def _stands_alone(operation: Operation) -> bool:

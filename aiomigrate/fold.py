@@ -246,6 +246,27 @@ class _Line:
         )
 
 
+def standing(intents: Iterable[Event]) -> tuple[list[Event], list[Event]]:
+    """Returns the commits to one table that were made, and those that may have been.
+
+    What is announced when its turn comes says by its `base` that everything before it was seen:
+    what was foreseen for that table_version or a later one was not made. The last one announced,
+    and what was foreseen with it, may have been made up to any point.
+
+    Args:
+        intents: The `intended` events of one table in one unfinished migration, in order.
+    """
+    made: list[Event] = []
+    last: list[Event] = []
+    for intent in intents:
+        if not intent.detail.get("foreseen"):
+            base = int(intent.detail["base"])
+            seen = [e for e in last[1:] if int(e.detail["base"]) < base]
+            made, last = [*made, *last[:1], *seen], []
+        last.append(intent)
+    return made, last
+
+
 def uncleaned(history: LineHistory, journal: Journal) -> Event | None:
     """Returns the last `applied` or `rolled_back` of a line if it may not have been cleaned after.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import itertools
-import math
 import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.operations.base import Index, Statement, TableState
 from aiomigrate.operations.indexes import config_name, told_options
+from aiomigrate.operations.literals import sql_literal
 from aiomigrate.scale import Transform, add_by_ray
 from aiomigrate.together import each
 
@@ -962,36 +962,6 @@ def _concerned(where: str, sets: Mapping[str, str], schema: pa.Schema) -> pa.Sch
     text = " ".join((where, *sets, *sets.values())).casefold()
     named = [field for field in schema if field.name.casefold() in text]
     return pa.schema(named or list(schema))
-
-
-def sql_literal(value: object) -> str:
-    """Returns a Python value as SQL.
-
-    Raises:
-        ConfigurationError: SQL has no literal for it.
-    """
-    match value:
-        case None:
-            return "NULL"
-        case bool():
-            return "true" if value else "false"
-        case float() if not math.isfinite(value):
-            return f"CAST('{value}' AS DOUBLE)"
-        case int() | float():
-            return repr(value)
-        case str():
-            return "'" + value.replace("'", "''") + "'"
-        case bytes():
-            return f"X'{value.hex()}'"
-        case dt.datetime() | dt.date():
-            return f"'{value.isoformat()}'"
-        case list() | tuple():
-            return "[" + ", ".join(sql_literal(item) for item in value) + "]"
-        case _:
-            raise ConfigurationError(
-                f"{type(value).__name__} is no SQL literal.",
-                "Pass text, a number, a boolean, bytes, a date, a list of such, or None.",
-            )
 
 
 def _plain(text: str) -> str:

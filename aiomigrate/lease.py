@@ -28,9 +28,9 @@ import anyio
 from aiomigrate import events as ev
 from aiomigrate.clock import Clock
 from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
-from aiomigrate.lance import sql_literal
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import RUN_LEASE, HeadRow
+from aiomigrate.operations.literals import sql_literal
 from aiomigrate.report import Going, Holder
 
 HOST = platform.node()

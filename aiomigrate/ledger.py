@@ -36,8 +36,9 @@ from aiomigrate.errors import (
     UnsafeStoreError,
     WriterCongestionError,
 )
-from aiomigrate.lance import Store, Table, is_local, sql_literal
+from aiomigrate.lance import Store, Table, is_local
 from aiomigrate.model import MAX_VERSION, NOT_YET, RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.operations.literals import sql_literal
 from aiomigrate.together import each
 from aiomigrate.wellformed import fault_of
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from aiomigrate import events as ev
 from aiomigrate.applier import Applier
+from aiomigrate.effects import Effect, shape_effect
 from aiomigrate.errors import (
     OperationError,
     StoreError,
     TableVersionGoneError,
     UnresolvedError,
 )
-from aiomigrate.fold import Unfinished
+from aiomigrate.fold import Unfinished, standing
 from aiomigrate.lance import Store
 from aiomigrate.model import NOT_YET, Event, Kind, Script
 from aiomigrate.operations.base import TableState
@@ -31,7 +32,6 @@ from aiomigrate.savepoint import (
     is_branch_of,
     is_ours,
     restore_fenced,
-    shape_effect,
     uncover,
     unresolved,
     vacate,
@@ -141,8 +141,10 @@ def intended(
     script: Script,
     table: str,
     base: int,
-    effect: Mapping[str, Any],
+    effect: Effect,
     foreign: Sequence[tuple[int, int]] = (),
+    *,
+    foreseen: bool = False,
 ) -> Event:
     """Returns the announcement of a commit.
 
@@ -152,8 +154,11 @@ def intended(
         base: The table_version it is computed from.
         effect: What it does, as `savepoint.is_ours` knows it again.
         foreign: table_versions that others are known to have committed before.
+        foreseen: Whether it follows the one announced before it, if all goes as foreseen.
     """
     detail = {"table": table, "base": base, "effect": dict(effect), "foreign": list(foreign)}
+    if foreseen:
+        detail["foreseen"] = True
     return event_of(script, Kind.INTENDED, detail=detail)
 
 
@@ -407,12 +412,12 @@ class Recovery:
         """
         found = await self._store.find(table)
         head = 0 if found is None else await found.version()
-        intents = [i for i in unfinished.intents if i.detail["table"] == table]
-        if not intents or head == 0:
+        known, last = standing(i for i in unfinished.intents if i.detail["table"] == table)
+        if not last or head == 0:
             return None  # every commit is announced: none of ours was made, or nothing is left
-        expected = savepoint or int(intents[0].detail["base"])
+        expected = savepoint or int((*known, *last)[0].detail["base"])
         several = False  # whether the commit before was of a kind that makes several
-        for intent in intents:
+        for intent in (*known, *last):
             base = int(intent.detail["base"])
             effect = intent.detail["effect"]["do"]
             going_back = effect in ("restore", "vacate")  # what came before was checked then
@@ -423,17 +428,22 @@ class Recovery:
                 raise unresolved(script, table, savepoint, [(expected + 1, base)])
             expected = base + 1
             several = effect == "optimize"
-        last = intents[-1]
-        base = int(last.detail["base"])
-        effect = last.detail["effect"]
-        if head == base:
+        made = int(last[0].detail["base"])
+        if head == made:
             return head if head != savepoint else None
-        if await is_ours(self._store, table, base, effect):
+        for intent in last:
+            effect = intent.detail["effect"]
+            if head == made:
+                return head  # it was told with the one before, and not made
+            if not await is_ours(self._store, table, made, effect):
+                break
             if effect["do"] in ("restore", "vacate"):
                 return None  # it is back; what was committed on top of that stays
-            if head == base + 1 or several:
+            made += 1
+        else:
+            if head == made or several:
                 return head
-        raise unresolved(script, table, savepoint, [(base + 1, head)])
+        raise unresolved(script, table, savepoint, [(made + 1, head)])
 
 
 def _back_effect(to: int) -> dict[str, Any]:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from aiomigrate.effects import digest, row_digests, shape_effect
 from aiomigrate.errors import StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.lance import Store, Table
 from aiomigrate.model import Script
-from aiomigrate.operations.base import LEFTOVER, TableState, spell
+from aiomigrate.operations.base import LEFTOVER
 from aiomigrate.operations.digests import digests
 from aiomigrate.undo import spell_spans
 
@@ -225,51 +225,6 @@ async def drop_branch(store: Store, table: str, name: str) -> None:
 # ---- was that commit ours? ----------------------------------------------------------------------
 
 
-def shape_effect(
-    state: TableState, *, renames: Mapping[str, str] | None = None, loose: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Describes a commit that changes schema or indexes.
-
-    Args:
-        state: What is there after it.
-        renames: New name by old name: such columns hold what the old ones held.
-        loose: Columns (by their old names) whose values change their form.
-    """
-    return {
-        "do": "shape",
-        "fields": {f.name: spell(f) for f in state.schema}
-        if state.witnesses()
-        else state.shape()["fields"],
-        "indexes": sorted(str(i) for i in state.indexes),
-        "renames": dict(renames or {}),
-        "loose": sorted(loose),
-    }
-
-
-def add_effect(data: pa.Table) -> dict[str, Any]:
-    """Describes an append."""
-    return {"do": "add", "rows": len(data), "columns": data.schema.names, "digest": digest(data)}
-
-
-def insert_effect(data: pa.Table) -> dict[str, Any]:
-    """Describes an insert of those rows that are missing: a short digest of each."""
-    return {"do": "insert", "columns": data.schema.names, "rows": _row_digests(data)}
-
-
-def _row_digests(data: pa.Table) -> list[str]:
-    rows = zip(*(column.to_pylist() for column in data.columns), strict=True)
-    return [hashlib.blake2b(repr(row).encode(), digest_size=6).hexdigest() for row in rows]
-
-
-def merge_effect(key: str, data: pa.Table) -> dict[str, Any]:
-    """Describes a merge, with its rows, so that it can be replayed."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, data.schema) as stream:
-        stream.write_table(data)
-    payload = base64.b64encode(sink.getvalue().to_pybytes()).decode()
-    return {"do": "merge", "key": key, "data": payload}
-
-
 async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any]) -> bool:
     """Returns whether the commit after `base` is what an announced one would have written.
 
@@ -328,7 +283,7 @@ async def _was_inserted(before: Table, after: Table, effect: Mapping[str, Any]) 
     old = await before.count_rows()
     told = set(effect["rows"])
     async for rows in _windows(after, effect["columns"], start=old):
-        if not told.issuperset(_row_digests(rows)):
+        if not told.issuperset(row_digests(rows)):
             return False
     return True
 
@@ -412,17 +367,3 @@ async def _windows(table: Table, columns: Sequence[str], start: int = 0) -> Any:
         rows = await table.window(columns, start, _WINDOW_ROWS)
         yield rows
         start += max(len(rows), 1)
-
-
-def digest(data: pa.Table) -> str:
-    """Returns a digest of rows that does not depend on chunks, offsets or validity buffers."""
-    hasher = hashlib.sha256(repr([data.schema.names, len(data)]).encode())
-    for column in data.columns:
-        values: Any = column
-        if pa.types.is_fixed_size_list(column.type) and not column.null_count:
-            values = pc.list_flatten(column)  # respects offsets: slices of one array hash alike
-        if pa.types.is_floating(values.type) and not values.null_count:
-            hasher.update(values.to_numpy().tobytes())
-        else:
-            hasher.update(repr(values.to_pylist()).encode())
-    return hasher.hexdigest()

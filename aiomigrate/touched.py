@@ -14,8 +14,9 @@ from typing import Any
 import anyio
 import pyarrow as pa
 
-from aiomigrate import calling
+from aiomigrate import calling, effects
 from aiomigrate import filling as filling_of
+from aiomigrate.effects import CREATE, Effect, add_effect, insert_effect, merge_effect, shape_effect
 from aiomigrate.errors import (
     CommitConflictError,
     KeepsProgressError,
@@ -27,25 +28,17 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     UnresolvedError,
 )
-from aiomigrate.lance import Commit, Opened, Store, Table, sql_literal
+from aiomigrate.lance import Commit, Opened, Store, Table
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, Transform, remember
 from aiomigrate.operations.fill import Filling, Pace
-from aiomigrate.operations.indexes import with_index
-from aiomigrate.savepoint import (
-    Guard,
-    add_effect,
-    crossed,
-    insert_effect,
-    merge_effect,
-    same_content,
-    shape_effect,
-)
+from aiomigrate.savepoint import Guard, crossed, same_content
 from aiomigrate.scale import Transform as ClusterTransform
 
-Announce = Callable[[str, int, Mapping[str, Any], Sequence[tuple[int, int]]], Awaitable[None]]
-"""Makes durable what is about to be committed: table, table_version it is based on, effect, and
-the ranges of table_versions that others committed before it."""
+Announce = Callable[[str, int, Sequence[Effect], Sequence[tuple[int, int]]], Awaitable[None]]
+"""Makes durable what is about to be committed: table, table_version it is based on, effects of
+that commit and of those foreseen after it, and the ranges of table_versions that others committed
+before it."""
 
 
 class Touched:
@@ -66,6 +59,7 @@ class Touched:
         told: What operations tell of their work, JSON values by topic.
         on_progress: Told how far the operation in hand is: done, total, and a few words.
         protect: Makes its savepoint, once its first commit is announced.
+        ahead: What the next commits will do, as far as that can be foreseen: announced at once.
     """
 
     def __init__(
@@ -100,12 +94,13 @@ class Touched:
         self.told: dict[str, Any] = {}
         self.on_progress: Callable[[int, int | None, str], None] = lambda done, total, note: None
         self.protect: Callable[[], Awaitable[None]] | None = None
+        self.ahead: Sequence[Effect] = ()
         self._protecting = anyio.Lock()
         self._store = store
         self._guard = guard
         self._announce = announce
         self._others = others
-        self._announced: Mapping[str, Any] | None = None
+        self._announced: list[Effect] = []
         self._table: Table | None = None
         self._state: TableState | None = None
 
@@ -144,6 +139,7 @@ class Touched:
         await self._look()
         if self.version != known:  # lower: someone dropped it and made it again
             self.foreign.append((min(known, self.version) + 1, self.version))
+            del self._announced[1:]  # foreseen for another table_version
 
     @property
     def state(self) -> TableState | None:
@@ -175,9 +171,14 @@ class Touched:
             return None
         return Opened(self._table, self.version, self._state)
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether the next commit may be announced already."""
+        return bool(self._announced)
+
     async def _commit(
         self,
-        effect: Mapping[str, Any],
+        effect: Effect,
         run: Callable[[Table], Awaitable[int]],
         *,
         look: bool = False,
@@ -192,20 +193,26 @@ class Touched:
         table = self.table
         # Not again when another commit came first: with a handle this fresh it may succeed, and
         # since that commit is foreign, the base matters no more.
-        if effect != self._announced:
+        if self._announced[:1] != [effect]:
             await self._tell(self.version, effect)
-            self._announced = effect
         await self._may_write()
         table.on_commit = self._note
         base = self.version
         await run(table)
-        self._announced = None
+        self._made(base)
         indexed = bool(self._known().indexes) or look or self.version != base + 1
         self._state = await table.state(indexed=indexed)
 
-    async def _tell(self, base: int, effect: Mapping[str, Any]) -> None:
+    async def _tell(self, base: int, effect: Effect) -> None:
         self._refuse_if_ended()
-        await self._announce(self.name, base, effect, self.foreign)
+        ahead, self.ahead = self.ahead, ()
+        told = list(ahead) if ahead and ahead[0] == effect else [effect]
+        await self._announce(self.name, base, told, self.foreign)
+        self._announced = told
+
+    def _made(self, base: int) -> None:
+        """Notes that the commit announced first was made."""
+        del self._announced[: 1 if self.version == base + 1 else None]
 
     async def _may_write(self) -> None:
         self._refuse_if_ended()
@@ -250,10 +257,12 @@ class Touched:
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table; one that another process created meanwhile is brought back."""
-        await self._tell(self.version, {"do": "create"})
+        base = self.version
+        await self._tell(base, CREATE)
         await self._may_write()
         making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
         await self._store.settle(self.name, lambda: self._created(making))
+        self._made(base)
         self.rows += 0 if rows is None else len(rows)
 
     async def _created(self, making: Awaitable[Table]) -> None:
@@ -421,28 +430,18 @@ class Touched:
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
         """Adds nullable columns; a struct that is there gets the fields it lacks."""
-        after = self._known().with_schema(paths.merged(self._known().schema, fields))
-        await self._commit(shape_effect(after), lambda t: t.add_columns(fields))
+        _, effect = effects.adding(self._known(), fields)
+        await self._commit(effect, lambda t: t.add_columns(fields))
 
     async def drop_columns(self, names: Sequence[str]) -> None:
         """Drops columns."""
-        gone: dict[str, paths.Change] = {name: lambda _: None for name in names}
-        after = self._known().with_schema(paths.changed(self._known().schema, gone))
+        _, effect = effects.dropping(self._known(), names)
         # LanceDB drops the last column that holds data, and fails at the next look only.
-        await self._commit(shape_effect(after), lambda t: t.drop_columns(names), look=True)
+        await self._commit(effect, lambda t: t.drop_columns(names), look=True)
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
         """Renames columns, changes their nullability or their type, in one commit."""
-        state = self._known()
-        schema = paths.changed(state.schema, {str(a["path"]): _altering(a) for a in alterations})
-        names = {str(a["path"]): str(a["rename"]) for a in alterations if "rename" in a}
-        after = TableState(schema, tuple(index.renamed(names) for index in state.indexes))
-        # What the content can be compared by, should we die right after it.
-        loose = {paths.root(str(a["path"])) for a in alterations if "data_type" in a}
-        loose |= {paths.root(path) for path in names if "." in path}
-        effect = shape_effect(
-            after, renames={p: n for p, n in names.items() if "." not in p}, loose=loose
-        )
+        _, effect = effects.altering(self._known(), alterations)
         await self._commit(effect, lambda t: t.alter_columns(alterations))
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
@@ -451,8 +450,8 @@ class Touched:
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index."""
-        after = with_index(self._known(), index)
-        await self._commit(shape_effect(after), lambda t: t.create_index(index, options), look=True)
+        _, effect = effects.indexing(self._known(), index)
+        await self._commit(effect, lambda t: t.create_index(index, options), look=True)
 
     async def cover_key(self, key: str) -> None:
         """Builds the index on a key anew, for all rows that are there."""
@@ -488,9 +487,8 @@ class Touched:
         keeps it (measured): then it is dropped again.
         """
         for _ in range(_DROPS):
-            state = self._known()
-            after = TableState(state.schema, tuple(i for i in state.indexes if i.name != name))
-            await self._commit(shape_effect(after), lambda t: t.drop_index(name))
+            _, effect = effects.unindexing(self._known(), name)
+            await self._commit(effect, lambda t: t.drop_index(name))
             if all(index.name != name for index in self._known().indexes):
                 return
         raise StaleHandleError(
@@ -502,17 +500,20 @@ class Touched:
     async def update(
         self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None
     ) -> int:
-        """Sets columns of the matching rows; returns how many."""
+        """Sets columns of the matching rows, in no commit where none matches; returns how many."""
+        if where is not None and not await self.count_rows(where):
+            return 0
+        return await self._updated(effects.updating(values, sql, where))
+
+    async def _updated(self, effect: Effect) -> int:
         changed = 0
-        # As SQL, so that what is announced is what is done, and can be written as JSON.
-        whole = {**sql, **{column: sql_literal(value) for column, value in values.items()}}
 
         async def run(table: Table) -> int:
             nonlocal changed
-            changed, version = await table.update(sql=whole, where=where)
+            # What is announced, so that it can be done again to tell it.
+            changed, version = await table.update(sql=effect["sql"], where=effect["where"])
             return version
 
-        effect = {"do": "update", "sql": whole, "where": where}
         await self._commit(effect, run)
         self.rows += changed
         return changed
@@ -538,8 +539,6 @@ class Touched:
         if batch_rows is None:
             batch_rows = _BATCH_ROWS if await self.is_live() else 0
         if not batch_rows:
-            if not await self.count_rows(where):
-                return 0
             return await self.update(values=values, sql=sql, where=where)
         changed = 0
         for _ in range(_PASSES):
@@ -549,7 +548,7 @@ class Touched:
             for start in range(0, len(todo), batch_rows):
                 chunk = todo[start : start + batch_rows]
                 within = f"({where}) AND _rowid >= {chunk[0]} AND _rowid <= {chunk[-1]}"
-                changed += await self.update(values=values, sql=sql, where=within)
+                changed += await self._updated(effects.updating(values, sql, within))
                 self.progress(start + len(chunk), len(todo))
             await self.reopen()
         return changed
@@ -811,12 +810,3 @@ def foreign_among(made: Sequence[Commit], *, before: int, after: int, compacted:
 def _differ(one: TableState, other: TableState) -> bool:
     names = [sorted(index.name for index in state.indexes) for state in (one, other)]
     return names[0] != names[1] or not one.schema.equals(other.schema, check_metadata=True)
-
-
-def _altering(alteration: Mapping[str, Any]) -> paths.Change:
-    def change(field: pa.Field[Any]) -> pa.Field[Any]:
-        altered = field.with_name(str(alteration.get("rename", field.name)))
-        altered = altered.with_type(alteration.get("data_type", field.type))
-        return altered.with_nullable(bool(alteration.get("nullable", field.nullable)))
-
-    return change

@@ -27,8 +27,9 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     WriterCongestionError,
 )
-from aiomigrate.lance import _CONFLICTS, Sketch, Store, Table, sql_literal
+from aiomigrate.lance import _CONFLICTS, Sketch, Store, Table
 from aiomigrate.operations.base import Statement
+from aiomigrate.operations.literals import sql_literal
 
 T = TypeVar("T")
 

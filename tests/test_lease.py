@@ -14,10 +14,11 @@ import structlog
 
 from aiomigrate.clock import Clock
 from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
-from aiomigrate.lance import Store, sql_literal
+from aiomigrate.lance import Store
 from aiomigrate.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_text, unlock
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import RUN_LEASE, HeadRow
+from aiomigrate.operations.literals import sql_literal
 
 T = TypeVar("T")
 Hook = Callable[[int], Awaitable[None]]

@@ -16,19 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiomigrate.effects import add_effect, digest, merge_effect, shape_effect
 from aiomigrate.errors import LeaseLostError, StoreError, UnresolvedError
 from aiomigrate.lance import Store, Table
 from aiomigrate.model import Script
 from aiomigrate.operations.base import Index
 from aiomigrate.savepoint import (
-    add_effect,
     branch_name,
-    digest,
     drop_branch,
     is_ours,
-    merge_effect,
     restore_fenced,
-    shape_effect,
 )
 
 T = TypeVar("T")

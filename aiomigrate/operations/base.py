@@ -337,6 +337,11 @@ class Operation:
         return True
 
     @property
+    def repeats(self) -> bool:
+        """Whether, if its effect does not show, making it again does the same to the same rows."""
+        return False
+
+    @property
     def witnessed(self) -> bool:
         """Whether it has a column of ours on the table while it runs, its witness."""
         return not self.shows

@@ -86,6 +86,10 @@ class Update(Operation):
         return False
 
     @property
+    def repeats(self) -> bool:
+        return not self.sql
+
+    @property
     def needs_savepoint(self) -> bool:
         return True
 

@@ -1,0 +1,38 @@
+"""Python values as LanceDB's SQL spells them. Pure."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+
+from aiomigrate.errors import ConfigurationError
+
+
+def sql_literal(value: object) -> str:
+    """Returns a Python value as SQL.
+
+    Raises:
+        ConfigurationError: SQL has no literal for it.
+    """
+    match value:
+        case None:
+            return "NULL"
+        case bool():
+            return "true" if value else "false"
+        case float() if not math.isfinite(value):
+            return f"CAST('{value}' AS DOUBLE)"
+        case int() | float():
+            return repr(value)
+        case str():
+            return "'" + value.replace("'", "''") + "'"
+        case bytes():
+            return f"X'{value.hex()}'"
+        case dt.datetime() | dt.date():
+            return f"'{value.isoformat()}'"
+        case list() | tuple():
+            return "[" + ", ".join(sql_literal(item) for item in value) + "]"
+        case _:
+            raise ConfigurationError(
+                f"{type(value).__name__} is no SQL literal.",
+                "Pass text, a number, a boolean, bytes, a date, a list of such, or None.",
+            )
