@@ -35,13 +35,15 @@ async def foreseen(operations: Iterable[Named], state: TableState | None) -> lis
     told: list[Effect] = []
     before: list[tuple[Operation, str, TableState | None]] = []
     for operation, witness in operations:
+        if state is None and operation.when_missing is Missing.SKIP:
+            break  # a table that comes later would not be passed over
         future = _Future(state, witness)
         try:
-            if state is not None or operation.when_missing is not Missing.SKIP:
-                if operation.done(state, witness):
-                    continue
+            if not operation.done(state, witness):
                 await operation.apply(cast("Target", future))
         except (_UnforeseenError, AiomigrateError):  # told when its turn comes
+            break
+        if not operation.shows and not all(earlier.shows for earlier, _, _ in before):
             break
         if not all(_may_follow(now, *earlier) for now in future.states for earlier in before):
             break
