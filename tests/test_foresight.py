@@ -220,16 +220,23 @@ async def test_four_commits_are_one_commit_of_the_journal(tmp_path: Path) -> Non
     assert await rows_of(tmp_path, "t") == [{**row, "gone": 0} for row in ROWS]
 
 
-async def test_what_others_commit_among_them_is_told_anew(tmp_path: Path) -> None:
-    """After a commit of theirs the next of ours is announced again, and says that it saw it."""
+@pytest.mark.parametrize("verb", ["update", "alter_columns", "create_index"])
+async def test_what_others_commit_among_them_is_told_anew(tmp_path: Path, verb: str) -> None:
+    """After a commit of theirs the next of ours is announced again, and says that it saw it.
+
+    It came before an update, which LanceDB puts on top of it, or before a change of the schema,
+    which it refuses then, so that it is made again.
+    """
     await make(tmp_path, T, ROWS, table="t")
     theirs = await (await lancedb.connect_async(tmp_path)).open_table("t")
 
-    async def write(verb: str, table: str) -> None:
-        if (verb, table) == ("update", "t"):
+    async def write(seen: str, table: str) -> None:
+        if (seen, table) == (verb, "t") and not others:
             await theirs.checkout_latest()
             await theirs.add([{"id": 3, "x": 3, "y": "c", "gone": 3}])
+            others.append(await theirs.version())
 
+    others: list[int] = []
     _, version = await found(tmp_path, "t")
     kind = watched_manager(before=write)
     async with kind(
@@ -237,9 +244,9 @@ async def test_what_others_commit_among_them_is_told_anew(tmp_path: Path) -> Non
     ) as running:
         await running.upgrade()
 
-    bases = [version, version + 1, version + 2, version + 3, version + 3, version + 4]
-    assert [base for base, _ in await announced(tmp_path)] == bases
-    assert [ahead for _, ahead in await announced(tmp_path)][-2:] == [False, True]
+    told = await announced(tmp_path)
+    assert told[:4] == [(version + n, n > 0) for n in range(4)]
+    assert told[4] == (others[0] + 1, False)
     assert [row["gone"] for row in await rows_of(tmp_path, "t")] == [0, 0, 3]
 
 
