@@ -149,7 +149,7 @@ class RecordedTable:
             LeaseLostError: Another process has taken over; nothing was written.
             StoreError: LanceDB refused it.
         """
-        return await self._touched.update(values=values or {}, sql=sql or {}, where=where)
+        return await self._touched.update(values=values or {}, sql=sql or {}, where=where) or 0
 
     async def delete(self, where: str) -> int:
         """Deletes the matching rows in one commit; returns how many there were.

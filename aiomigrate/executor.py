@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,15 @@ from aiomigrate.together import each
 from aiomigrate.touched import Touched
 from aiomigrate.undo import destroys
 from aiomigrate.writer import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class _Uncleaned:
+    """A migration that is done, and whose savepoint branches go once that is durable."""
+
+    version: int
+    branches: Mapping[str, str]
+    is_durable: anyio.Event
 
 
 class Executor:
@@ -98,6 +107,7 @@ class Executor:
         self._telemetry = telemetry
         self._keeps = keeps
         self._just_seen: dict[str, tuple[float, Opened]] = {}
+        self._uncleaned: dict[str, _Uncleaned] = {}
         self.applier = Applier(store, writer.check, progress=progress, log=log)
         lease = writer.lease
         self.recovery = Recovery(
@@ -117,6 +127,7 @@ class Executor:
         *,
         depended_s: float = 0.0,
         is_retry: bool = False,
+        is_followed: Callable[[], bool] = lambda: False,
     ) -> StepReport:
         """Runs one migration to its end: applied, or undone and failed.
 
@@ -129,6 +140,8 @@ class Executor:
             ready_at: Monotonic time since when its wait counts.
             depended_s: Seconds of that wait that were for what it depends on.
             is_retry: Whether an earlier attempt failed: what it could not remove is looked for.
+            is_followed: Asked at its end whether the next migration of its line is run right after
+                it: that it is applied is then recorded with what that one announces.
 
         Raises:
             LeaseLostError: Another process has the lease; nothing was undone.
@@ -141,6 +154,7 @@ class Executor:
         # themselves in one commit.
         work = Work(script, is_quick=_is_quick(script), depended_s=depended_s)
         work.place = place if work.is_quick else None
+        work.is_followed = is_followed
         try:
             async with place:  # not held while waiting for the journal at the end
                 work.started_s = self._clock.monotonic()
@@ -424,6 +438,7 @@ class Executor:
     async def _finish(self, work: Work, log: Any) -> StepReport:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
+        await self._clean_before(script.line)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
         if not work.is_quick and any(t.version != t.before for t in work.tables.values()):
             with self._writer.working(), contextlib.suppress(StoreError):
@@ -458,13 +473,19 @@ class Executor:
             size=work.size,
             detail={key: value for key, value in told.items() if value},
         )
-        if cleanup or told["branches"] or script.runs_code:
+        branches = told["branches"]
+        # A crash that loses it costs a look: what is done is found done, or set to the same values
+        # once more. And nothing is committed before it is durable: that would be announced, later
+        # in the same journal.
+        if cleanup or script.runs_code or (branches and not work.is_followed()):
             await self.record(work, applied)
-            await self.clean(script.line, script.version, cleanup, told["branches"])
+            await self.clean(script.line, script.version, cleanup, branches)
             self.lift(script.line, script.version)
+        elif branches:
+            is_durable = self._writer.follow(applied)
+            self._uncleaned[script.line] = _Uncleaned(script.version, branches, is_durable)
+            self._leave(work)
         else:
-            # A crash that loses it costs a look: what is done is found done. And nothing is
-            # committed before it is durable: that would be announced, later in the same journal.
             self._writer.follow(applied, lifts=self._head_row(script.line, script.version))
             self._leave(work)
         report = replace(report, ledger_s=work.ledger_s)
@@ -493,6 +514,20 @@ class Executor:
         """
         if cleaned := await self.applier.clean(tables, branches):
             await self._record_cleaned(line, version, cleaned)
+
+    async def _clean_before(self, line: str) -> None:
+        """Cleans after the migration before in a line, if that is still to be done.
+
+        So there is one at most, the last that the journal has: whoever comes after a crash looks
+        for no other.
+        """
+        left = self._uncleaned.pop(line, None)
+        if left is None:
+            return
+        if not left.is_durable.is_set():
+            await self._writer.record()
+        await self.clean(line, left.version, [], left.branches)
+        self.lift(line, left.version)
 
     async def clean_after(self, ended: Event) -> None:
         """Cleans after a migration whose process may have died before, or while, it did so.
@@ -609,6 +644,7 @@ class Executor:
             )
         )
         await self.record(work, *events)
+        await self._clean_before(script.line)
         if is_back:
             await self.applier.clean([], work.made_branches())
         log.error(

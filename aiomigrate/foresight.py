@@ -120,7 +120,12 @@ class _Future:
         self._becomes(effects.unindexing(self._now, name))
 
     async def update(
-        self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None
+        self,
+        *,
+        values: Mapping[str, Any],
+        sql: Mapping[str, str],
+        where: str | None,
+        unless_live: bool = False,
     ) -> int:
         self._becomes((self._now, effects.updating(values, sql, where)))
         return 0
@@ -134,9 +139,6 @@ class _Future:
         batch_rows: int | None,
     ) -> int:
         return await self.update(values=values, sql=sql, where=where)
-
-    async def is_live(self) -> bool:
-        return False
 
     async def count_rows(self, where: str | None = None) -> int:
         return 0  # what is counted are obstacles, or rows to be deleted

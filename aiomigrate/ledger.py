@@ -144,6 +144,21 @@ class Head:
     is_adopted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A head as it was read a moment ago.
+
+    Attributes:
+        table: Its handle.
+        content: Its rows; columns that were added since are not in it.
+        is_new: Whether it has rows, and did not have our columns: no version of it is beneath.
+    """
+
+    table: Table
+    content: pa.Table
+    is_new: bool
+
+
 class Ledger:
     """The metadata tables of one database."""
 
@@ -174,6 +189,7 @@ class Ledger:
         self._on_unsafe_store = on_unsafe_store
         self._journal: Table | None = None
         self._read: tuple[int, list[Event]] | None = None
+        self._seen: tuple[Table, pa.Table] | None = None
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -199,9 +215,13 @@ class Ledger:
         """
         try:
             table = await self._find(self.head_name)
-            return None if table is None else await table.read()
+            if table is None:
+                return None
+            content = await table.read()
         except StoreError as exc:
             raise self._unreadable(self.head_name, exc) from exc
+        self._seen = table, content
+        return content
 
     async def read_journal(self) -> list[Event]:
         """Reads all events, valid or not, in no order; none when there is no journal.
@@ -266,21 +286,21 @@ class Ledger:
             LedgerError: A table cannot be read or made.
             UnsafeStoreError: The store, asked when the journal is founded, loses commits.
         """
-        known: tuple[Table, pa.Table] | None = None
+        content: list[pa.Table] = []
 
         async def found_journal() -> None:
             if self._journal is None:
                 await self._found_journal()
 
-        async def adopt() -> None:
-            nonlocal known
+        async def found_head() -> None:
             known = await self._adopt_structure()
+            _, found = await self._founded(
+                self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease, known=known
+            )
+            content.append(found)
 
-        await each((found_journal, adopt), lambda make: make())
-        _, content = await self._founded(
-            self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease, known=known
-        )
-        return parse_head(content, self.head_name)
+        await each((found_journal, found_head), lambda make: make())
+        return parse_head(content[0], self.head_name)
 
     async def _found_journal(self) -> Table:
         self._journal, _ = await self._founded(
@@ -296,7 +316,7 @@ class Ledger:
         first: Callable[[], Awaitable[pa.Table]],
         is_founded: Callable[[pa.Table], bool],
         *,
-        known: tuple[Table, pa.Table] | None = None,
+        known: _Known | None = None,
     ) -> tuple[Table, pa.Table]:
         """Opens and reads a table that has its first row, making both if need be.
 
@@ -309,21 +329,25 @@ class Ledger:
         last: StoreError | None = None
         for attempt in range(_ATTEMPTS):
             try:
+                is_new = False
                 if known is not None:  # as it was read a moment ago
-                    (table, content), known = known, None
+                    table, content, is_new = known.table, known.content, known.is_new
+                    known = None
                 else:
                     found = await self._find(name)
                     table = found or await self.store.create(name, schema)
                     content = await table.read()
                 if is_founded(content):
                     return table, content
-                rows = await self._beneath(table, is_founded)
+                rows = None if is_new else await self._beneath(table, is_founded)
                 if rows is None:
                     rows = await first()
                 elif len(rows):
                     self._log.warning(ev.LEDGER_HEALED, ledger_table=name, rows=len(rows))
                 self.commits += 1
-                await table.insert_missing(key, rows)
+                if await table.insert_missing(key, rows) == len(rows) == 1:
+                    # What others have written since is seen by whoever takes the lease.
+                    return table, pa.concat_tables([content, rows], promote_options="default")
             except (
                 TableExistsError,
                 CommitConflictError,
@@ -417,24 +441,27 @@ class Ledger:
         )
         return rows_to_arrow([row])
 
-    async def _adopt_structure(self) -> tuple[Table, pa.Table] | None:
+    async def _adopt_structure(self) -> _Known | None:
         """Adds our columns to a head that another system made, and makes its key primary.
 
         Returns:
             The table with its content, `None` where there is no head.
         """
-        is_head = False
+        content: pa.Table | None = None
+        version = 0
+        seen, self._seen = self._seen, None
         for attempt in range(_ATTEMPTS):
             try:
                 table = await self.store.find(self.head_name)
                 if table is None:
                     return None
                 state = await table.state()
-                content = None
-                if not is_head:  # refuse what is none before anything is changed
-                    content = await table.read()
-                    parse_head(content, self.head_name)
-                    is_head = True
+                if seen is not None:  # by the caller, a moment ago
+                    content, version = seen[1], await seen[0].version()
+                    seen = None
+                if content is None or await table.version() != version:
+                    content, version = await table.read(), await table.version()
+                parse_head(content, self.head_name)  # refuses what is none before it is changed
                 missing = [f for f in _OURS if not state.has(f.name)]
                 keyed = state.schema.field("tableName").metadata or {}
                 if state.indexes:  # with an index the primary key would not protect
@@ -445,7 +472,11 @@ class Ledger:
                     await table.add_columns(missing)
                     self._log.info(ev.LEDGER_ADOPTED, ledger_table=self.head_name)
                 else:
-                    return table, await table.read() if content is None else content
+                    is_new = len(content) > 0 and not set(content.schema.names).issuperset(
+                        f.name for f in _OURS
+                    )
+                    return _Known(table, content, is_new)
+                version += 1  # what is there otherwise was not made by us alone
                 self.commits += 1
             except StoreError as exc:  # another process is adopting too: look again
                 if attempt == _ATTEMPTS - 1:

@@ -380,7 +380,9 @@ class MigrationManager:
         wait_s, delay_s = self._options.lease.wait_s, 0.05
         while True:
             # Without a script there is nothing to wait for, not even for a database.
-            _, current = await self._glimpse(await self._open(), scripts, self._log)
+            store = await self._open()
+            ledger = None if store is None else self._ledger(store, self._log)
+            _, current = await self._glimpse(ledger, scripts)
             if current is not None or not scripts.all:
                 lines, deferred = current or ({}, ())
                 return self._ended(report, begun, lines=lines, deferred=deferred)
@@ -447,11 +449,11 @@ class MigrationManager:
         scripts = await self.scripts()
         store = await self._open()
         report = Report(run_id=run_id, database=self.database, started_at=started_at)
-        head, current = await self._glimpse(store, scripts, log)
+        known = None if store is None else self._ledger(store, log)
+        head, current = await self._glimpse(known, scripts)
         if current is not None and tables is None and to is None:
             log.debug(ev.RUN_AT_TARGET, lines=len(current[0]), deferred=len(current[1]))
             return self._ended(report, begun, lines=current[0], deferred=current[1])
-        known = None if store is None else self._ledger(store, log)
         before = await self._look(
             store, scripts, log, tables=tables, to=to, head=head, ledger=known
         )
@@ -520,7 +522,7 @@ class MigrationManager:
         return result
 
     async def _glimpse(
-        self, store: Store | None, scripts: Scripts, log: Any
+        self, ledger: Ledger | None, scripts: Scripts
     ) -> tuple[Head, tuple[dict[str, int], tuple[tuple[str, int], ...]] | None]:
         """Reads the head, once.
 
@@ -528,9 +530,8 @@ class MigrationManager:
             The head (empty where it was not parsed), and, if it alone proves that a start has
             nothing to do, the version of each line and what is left for the background.
         """
-        if store is None:
+        if ledger is None:
             return Head(), None
-        ledger = self._ledger(store, log)
         content = await ledger.read_head_content()
         if content is None:
             return Head(), None

@@ -6,6 +6,7 @@ The facade that decides whether a run is needed at all is `manager`; one migrati
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -155,6 +156,7 @@ class Runner:
         self._since = clock.wall().isoformat(timespec="seconds")
         self._running: dict[str, str] = {}
         self._going: dict[str, Going] = {}
+        self._following: dict[Key, Step] = {}
         self._deaf = False
         self.results: dict[Key, StepReport] = {}
         self.plan: Plan | None = None
@@ -330,7 +332,7 @@ class Runner:
                 executor.know(opened, opened_at)
             own = await self._settle(seen, writer, lease, executor)
             await self._run_plan(seen, executor, self._reverser(writer, executor), own=own)
-            if any(step.script.contracts and self._is_done(step) for step in seen.plan.steps):
+            if any(step.script.contracts and self._is_done(step.key) for step in seen.plan.steps):
                 await writer.sync()
                 seen = await look(None, None)
             await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
@@ -469,8 +471,8 @@ class Runner:
         await self.hold(work, is_done=_never, doing="pruning")
         return tuple(found)
 
-    def _is_done(self, step: Step) -> bool:
-        result = self.results.get(step.key)
+    def _is_done(self, key: Key) -> bool:
+        result = self.results.get(key)
         return result is not None and result.outcome.is_done
 
     async def _prune(
@@ -620,13 +622,19 @@ class Runner:
         is_owned = anyio.Event()
         ended: dict[Key, anyio.Event] = {}
         begun = self._clock.monotonic()
-        lines: dict[str, list[Any]] = {}
+        lines: dict[str, list[Step]] = {}
         for number, step in enumerate(plan.steps):
             ended[step.key] = anyio.Event()
             lines.setdefault(step.script.line, []).append(step)
             self._tell(step.script, "waiting")
             if number % _STARTED_AT_ONCE == 0:
                 await anyio.lowlevel.checkpoint()
+
+        self._following = {
+            step.key: following
+            for steps in lines.values()
+            for step, following in itertools.pairwise(steps)
+        }
 
         async def run_line(line: str) -> None:
             with self._options.telemetry.span(TABLE, {"db.collection.name": line}):
@@ -705,7 +713,21 @@ class Runner:
         failed = seen.journal.of(script.line).failed
         is_retry = failed is not None and failed.version == script.version
         return await executor.run(
-            script, unfinished, free_at, depended_s=depended_s, is_retry=is_retry
+            script,
+            unfinished,
+            free_at,
+            depended_s=depended_s,
+            is_retry=is_retry,
+            is_followed=partial(self._is_followed, step.key),
+        )
+
+    def _is_followed(self, key: Key) -> bool:
+        """Returns whether the next migration of a line can begin as soon as this one has ended."""
+        following = self._following.get(key)
+        return (
+            following is not None
+            and not following.resumes
+            and all(before == key or self._is_done(before) for before in following.after)
         )
 
     def _skipped(self, script: Script, cause: Key, depended_s: float) -> StepReport:

@@ -498,11 +498,27 @@ class Touched:
         )
 
     async def update(
-        self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None
-    ) -> int:
-        """Sets columns of the matching rows, in no commit where none matches; returns how many."""
-        if where is not None and not await self.count_rows(where):
+        self,
+        *,
+        values: Mapping[str, Any],
+        sql: Mapping[str, str],
+        where: str | None,
+        unless_live: bool = False,
+    ) -> int | None:
+        """Sets columns of the matching rows, in no commit where none matches; returns how many.
+
+        Args:
+            values: Literals by column.
+            sql: Expressions by column.
+            where: The rows, `None` for all.
+            unless_live: Do nothing, and return `None`, where that would hold up others.
+        """
+        count = await self.count_rows(where)
+        if not count:
+            self._announced.clear()  # what was foreseen after it is told anew, together
             return 0
+        if unless_live and count >= _LIVE_ROWS and await self._is_committed_to():
+            return None
         return await self._updated(effects.updating(values, sql, where))
 
     async def _updated(self, effect: Effect) -> int:
@@ -539,7 +555,7 @@ class Touched:
         if batch_rows is None:
             batch_rows = _BATCH_ROWS if await self.is_live() else 0
         if not batch_rows:
-            return await self.update(values=values, sql=sql, where=where)
+            return await self.update(values=values, sql=sql, where=where) or 0
         changed = 0
         for _ in range(_PASSES):
             todo = await self.table.row_ids(where)
@@ -689,8 +705,9 @@ class Touched:
 
     async def is_live(self) -> bool:
         """Returns whether others committed to a large table within the last minute."""
-        if await self.count_rows() < _LIVE_ROWS:
-            return False
+        return await self.count_rows() >= _LIVE_ROWS and await self._is_committed_to()
+
+    async def _is_committed_to(self) -> bool:
         recent = await self.table.recent_commits(_LIVE_S)
         foreign = [v for v in recent if v <= self.before or self._is_foreign(v)]
         return len(foreign) >= _LIVE_COMMITS

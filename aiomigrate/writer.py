@@ -84,7 +84,7 @@ class Writer:
 
     # ---- asked by others ------------------------------------------------------------------------
 
-    def follow(self, *events: Event, lifts: HeadRow | None = None) -> None:
+    def follow(self, *events: Event, lifts: HeadRow | None = None) -> anyio.Event:
         """Hands in events that nobody waits for: they ride with the next commit to the journal.
 
         So they are durable before anything is that is recorded later, and not later than the next
@@ -94,11 +94,16 @@ class Writer:
             events: The events.
             lifts: Head row that follows once they are durable.
 
+        Returns:
+            What is set once they are durable, or the lease is lost.
+
         Raises:
             LeaseLostError: Another process has the lease.
         """
         self._refuse_if_over()
-        self._requests.append(_Request(events, lifts))
+        request = _Request(events, lifts)
+        self._requests.append(request)
+        return request.done
 
     async def record(self, *events: Event) -> None:
         """Appends events to the journal; they, and what was handed in before, are durable then.

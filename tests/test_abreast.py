@@ -5,6 +5,7 @@ That a death anywhere among them ends as if undisturbed is shown by `test_crash`
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from aiomigrate import Context, Migration, MigrationFailedError, Outcome, op
 from aiomigrate.executor import advance, chains
 from aiomigrate.fold import fold
+from aiomigrate.lance import Store
 from aiomigrate.manager import MigrationManager
 from aiomigrate.model import Kind
 from tests.faults import watched_manager
@@ -308,3 +310,71 @@ async def test_a_start_is_recorded_before_anything_where_another_may_still_write
         await manager.upgrade()
 
     assert commits == [1 if left == "returned" else 2]
+
+
+# ---- what is recorded with what the next migration of the line announces -------------------------
+
+
+def filled(column: str) -> op.Operation:
+    """Returns an operation that has a savepoint, which goes when it is done."""
+    return op.AddColumns({column: pa.int64()}, values={column: 0})
+
+
+async def savepoints(path: Path, table: str) -> list[str]:
+    """Returns the branches of a table."""
+    return await (await (await Store.connect(str(path))).open(table)).branches()
+
+
+async def test_a_migration_is_recorded_with_what_the_next_announces(tmp_path: Path) -> None:
+    """Its savepoint goes while the next one runs: two of them share the journal's commits."""
+    await make(tmp_path, T, [{"id": 1, "x": 1}], table="t0")
+    migrations = [
+        Migration(table="t0", version=n, operations=[filled(f"c{n}")]) for n in range(1, 5)
+    ]
+    async with MigrationManager(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        report = await manager.upgrade()
+        events = [e.kind for e in await manager.history("t0")]
+
+    assert events == [Kind.STARTED, Kind.INTENDED, Kind.INTENDED, Kind.APPLIED] * 4
+    assert await savepoints(tmp_path, "t0") == []
+    assert await rows_of(tmp_path, "t0") == [{"id": 1, "x": 1, **{f"c{n}": 0 for n in range(1, 5)}}]
+    # Founding two tables, taking the lease, rows for the lines, one for each of the four and the
+    # last end, and giving the lease back.
+    assert report.ledger_commits <= 10
+
+
+@pytest.mark.parametrize("next_one", ["fails", "is cancelled", "is passed over"])
+async def test_what_is_done_stays_done_whatever_becomes_of_the_next(
+    tmp_path: Path, next_one: str
+) -> None:
+    """It is recorded, its savepoint is gone and its row in the head is right."""
+    await make(tmp_path, T, [{"id": 1, "x": None}], table="t0")
+    scope = anyio.CancelScope()
+
+    async def stop(verb: str, table: str) -> None:
+        if (verb, table, next_one) == ("alter_columns", "t0", "is cancelled"):
+            scope.cancel()
+
+    second: op.Operation = op.SetNotNull("x")
+    if next_one == "is cancelled":
+        second = op.RenameColumns({"x": "y"})
+    elif next_one == "is passed over":
+        second = op.Update({"x": 1}, where="id > 9")
+    migrations = [
+        Migration(table="t0", version=1, operations=[filled("z")]),
+        Migration(table="t0", version=2, operations=[second]),
+    ]
+    kind = watched_manager(before=stop)
+    with contextlib.suppress(MigrationFailedError), scope:
+        async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+            await manager.upgrade()
+    connection = await lancedb.connect_async(tmp_path)
+    head = (await (await connection.open_table("table_migrations")).query().to_arrow()).to_pylist()
+    async with MigrationManager(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        events = [e.kind for e in await manager.history("t0") if e.version == 1]
+
+    assert [kind for kind in events if kind != Kind.INTENDED] == [Kind.STARTED, Kind.APPLIED]
+    assert await savepoints(tmp_path, "t0") == []
+    at = 2 if next_one == "is passed over" else 1
+    assert [row["currentVersion"] for row in head if row["tableName"] == "t0"] == [at]
+    assert await rows_of(tmp_path, "t0") == [{"id": 1, "x": None, "z": 0}]

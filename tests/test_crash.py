@@ -180,6 +180,21 @@ JOURNEYS = [
         written="both",
     ),
     Journey(
+        name="one migration right after the other",
+        tables={TABLE: Given(rows=MANY, indexes=INDEXES[:1])},
+        migrations=[
+            Migration(table=TABLE, version=1, operations=[op.Update({"n": 1}, where="n < 3")]),
+            Migration(
+                table=TABLE,
+                version=2,
+                operations=[op.AddColumns({"x": pa.int64()}), op.Update({"x": 2})],
+            ),
+            Migration(table=TABLE, version=3, operations=[op.AddColumns({"n": pa.int64()})]),
+            Migration(table=TABLE, version=4, operations=[op.Update(sql={"x": "x + n"})]),
+        ],
+        written=TABLE,
+    ),
+    Journey(
         name="change two tables at once",
         tables={TABLE: Given(indexes=INDEXES[:1]), "others": Given(rows=MANY)},
         migrations=[

@@ -40,17 +40,18 @@ LOG = structlog.wrap_logger(structlog.ReturnLogger())
 class ScriptedStore(Store):
     """Lets a test act before or after the next call of a verb, which may fail all the same."""
 
+    of: str | None = None  # the table whose calls count, by default any
     before: tuple[str, Callable[[], Awaitable[None]]] | None = None
     after: tuple[str, Callable[[], Awaitable[None]]] | None = None
 
     async def call(
         self, verb: str, table: str, run: Callable[[], Awaitable[T]], *, mutates: bool = False
     ) -> T:
-        if self.before is not None and self.before[0] == verb:
+        if self.before is not None and self.before[0] == verb and self.of in (None, table):
             act, self.before = self.before[1], None
             await act()
         result = await super().call(verb, table, run, mutates=mutates)
-        if self.after is not None and self.after[0] == verb:
+        if self.after is not None and self.after[0] == verb and self.of in (None, table):
             act, self.after = self.after[1], None
             await act()
         return result
@@ -247,6 +248,7 @@ async def test_a_creator_that_comes_while_another_founds_leaves_one_ledger(
 ) -> None:
     """An overwrite at any step of founding ends in one founding event and one lease row."""
     store = await connect(tmp_path / "db")
+    store.of = JOURNAL  # LanceDB's overwrite panics beside another creation of the same table
     setattr(store, when, (verb, lambda: overwrite(store, JOURNAL)))
     await bind(store).ensure()
     await bind(await connect(tmp_path / "db")).ensure()

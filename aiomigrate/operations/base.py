@@ -253,8 +253,13 @@ class Target(Protocol):
     async def drop_index(self, name: str) -> None: ...
 
     async def update(
-        self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None
-    ) -> int: ...
+        self,
+        *,
+        values: Mapping[str, Any],
+        sql: Mapping[str, str],
+        where: str | None,
+        unless_live: bool = False,
+    ) -> int | None: ...
 
     async def update_in_batches(
         self,

@@ -125,11 +125,15 @@ class Update(Operation):
 
     async def apply(self, target: Target) -> int:
         done = quote(target.witness)
-        if not self.sql and self.batch_rows == 0:
-            return await target.update(values=self.values, sql={}, where=self.where)
-        if not self.existing(target.state).has(target.witness):
-            if not self.sql and not await target.is_live():
-                return await target.update(values=self.values, sql={}, where=self.where)
+        at_once = self.batch_rows == 0
+        is_begun = self.existing(target.state).has(target.witness)
+        if not self.sql and (at_once or not is_begun):
+            changed = await target.update(
+                values=self.values, sql={}, where=self.where, unless_live=not at_once
+            )
+            if changed is not None:
+                return changed
+        if not is_begun:
             await target.add_columns([pa.field(target.witness, pa.bool_())])
         return await target.update_in_batches(
             values={**self.values, target.witness: True},
