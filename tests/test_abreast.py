@@ -354,7 +354,12 @@ async def test_what_is_done_stays_done_whatever_becomes_of_the_next(
     async def stop(verb: str, table: str) -> None:
         if (verb, table, next_one) == ("alter_columns", "t0", "is cancelled"):
             scope.cancel()
+        if (verb, table) == ("delete_branch", "t0"):
+            own = await lancedb.connect_async(tmp_path)
+            journal = await (await own.open_table("table_migrations_history")).query().to_arrow()
+            recorded.append(Kind.APPLIED in journal["kind"].to_pylist())
 
+    recorded: list[bool] = []
     second: op.Operation = op.SetNotNull("x")
     if next_one == "is cancelled":
         second = op.RenameColumns({"x": "y"})
@@ -373,6 +378,8 @@ async def test_what_is_done_stays_done_whatever_becomes_of_the_next(
     async with MigrationManager(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
         events = [e.kind for e in await manager.history("t0") if e.version == 1]
 
+    assert recorded
+    assert all(recorded)
     assert [kind for kind in events if kind != Kind.INTENDED] == [Kind.STARTED, Kind.APPLIED]
     assert await savepoints(tmp_path, "t0") == []
     at = 2 if next_one == "is passed over" else 1
