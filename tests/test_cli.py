@@ -699,7 +699,7 @@ class TestSignals:
         ) as process:
             assert process.stderr is not None
             for line in process.stderr:
-                if '"step.applied"' in line:
+                if '"step.applied"' in line and '"memos"' in line:
                     break
             _wait_for(lambda: self._rows("./db", "memos") == 1)
             for _ in range(5):
