@@ -279,7 +279,7 @@ class Executor:
         }
 
         async def opened(touched: Touched) -> None:
-            await touched.open(self._seen(work, touched.name))
+            await touched.open(self._seen(work, touched.name), is_latest=work.is_quick)
             if touched.name in work.savepoints:
                 await touched.resume_from(work.savepoints[touched.name])
 
@@ -300,15 +300,26 @@ class Executor:
         for name in names:
             self._just_seen.pop(name, None)
 
-    def _seen(self, work: Work, name: str) -> Opened | None:
-        """Returns a table as it was a moment ago, for a migration that is quickly done.
+    async def state_of(self, name: str) -> tuple[int, TableState | None]:
+        """Returns table_version and state of a table, as it was a moment ago if it was seen then.
 
-        Its first commit tells if others came between, as it does of those that come right after
-        a look.
+        Raises:
+            StoreError: It exists but cannot be opened.
+        """
+        at_s, opened = self._just_seen.get(name, (0.0, None))
+        if opened is not None and self._clock.monotonic() - at_s < _JUST_S:
+            return opened.version, opened.state
+        return await self._store.state_of(name)
+
+    def _seen(self, work: Work, name: str) -> Opened | None:
+        """Returns a table as it was a moment ago.
+
+        To a migration that is quickly done that is good enough: its first commit tells if others
+        came between, as it does of those that come right after a look.
         """
         at_s, opened = self._just_seen.pop(name, (0.0, None))
         is_fresh = self._clock.monotonic() - at_s < _JUST_S
-        return opened if is_fresh and work.is_quick and not work.savepoints else None
+        return opened if is_fresh and not work.savepoints else None
 
     def _leave(self, work: Work) -> None:
         now = self._clock.monotonic()
@@ -481,6 +492,8 @@ class Executor:
             await self.record(work, applied)
             await self.clean(script.line, script.version, cleanup, branches)
             self.lift(script.line, script.version)
+            if not (cleanup or script.runs_code):  # else it is not as it was seen
+                self._leave(work)
         elif branches:
             is_durable = self._writer.follow(applied)
             self._uncleaned[script.line] = _Uncleaned(script.version, branches, is_durable)

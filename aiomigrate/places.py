@@ -55,9 +55,15 @@ class Place:
 
     async def __aenter__(self) -> Self:
         """Waits for it."""
-        await self._places.limiter.acquire_on_behalf_of(self)
-        self._is_held = True
+        await self._take()
         return self
+
+    async def _take(self) -> None:
+        try:
+            self._places.limiter.acquire_on_behalf_of_nowait(self)
+        except anyio.WouldBlock:
+            await self._places.limiter.acquire_on_behalf_of(self)
+        self._is_held = True
 
     async def __aexit__(
         self,
@@ -88,8 +94,7 @@ class Place:
             self._places.lent -= 1
         begun = self._clock.monotonic()
         deadline, self._limit.deadline = self._limit.deadline, math.inf
-        await self._places.limiter.acquire_on_behalf_of(self)
-        self._is_held = True
+        await self._take()
         waited_s = self._clock.monotonic() - begun
         self._limit.deadline = deadline + waited_s
         self.waited_s += waited_s

@@ -560,7 +560,7 @@ class Runner:
             if state.act in (Act.ADOPT, Act.REOWN, Act.LIFT):
                 lifted.append(state)
             if state.act is Act.ADOPT:
-                adopted.append(await self._adoption(state))
+                adopted.append(await self._adoption(state, executor))
                 self._log.info(ev.LEDGER_ADOPTED, table=line, version=state.current)
         writer.follow(*adopted)
         for state in mine.values():
@@ -580,7 +580,7 @@ class Runner:
         digest = digest_at(self._scripts, line, version)
         return lease.row(line, version, at=self._clock.wall(), digest=digest)
 
-    async def _adoption(self, state: LineState) -> Event:
+    async def _adoption(self, state: LineState, executor: Executor) -> Event:
         tables = [s.table for s in self._scripts.of(state.line) if s.table]
         return Event(
             **_UNSET,
@@ -589,18 +589,9 @@ class Runner:
             line=state.line,
             version=state.current,
             algorithm=ALGORITHM,
-            tables=await self.shapes(tables[:1]),
+            tables=await _shapes(tables[:1], executor),
             detail={"checksums": newly_covered(state, self._scripts)},
         )
-
-    async def shapes(self, tables: Sequence[str]) -> dict[str, Any]:
-        """Returns version and shape of tables, as events record them; no shape where none is."""
-        result: dict[str, Any] = {}
-        for name in tables:
-            version, state = await self._store.state_of(name)
-            shape = None if state is None else state.shape()
-            result[name] = {"before": version, "after": version, "shape": shape}
-        return result
 
     # ---- the plan -------------------------------------------------------------------------------
 
@@ -802,7 +793,7 @@ class Runner:
                         line=line,
                         version=version,
                         algorithm=ALGORITHM,
-                        tables=await self.shapes(tables),
+                        tables=await _shapes(tables, executor),
                         detail={"checksums": checksums},
                     )
                 )
@@ -825,6 +816,16 @@ class Runner:
 
 _STARTED_AT_ONCE = 64
 """How many lines and migrations begin before the event loop is let in between."""
+
+
+async def _shapes(tables: Sequence[str], executor: Executor) -> dict[str, Any]:
+    """Returns version and shape of tables, as events record them; no shape where none is."""
+    result: dict[str, Any] = {}
+    for name in tables:
+        version, state = await executor.state_of(name)
+        shape = None if state is None else state.shape()
+        result[name] = {"before": version, "after": version, "shape": shape}
+    return result
 
 
 async def _never(_: Head) -> bool:

@@ -104,14 +104,15 @@ class Touched:
         self._table: Table | None = None
         self._state: TableState | None = None
 
-    async def open(self, known: Opened | None = None) -> None:
+    async def open(self, known: Opened | None = None, *, is_latest: bool = False) -> None:
         """Opens the table at its latest version and reads its state; it may not exist.
 
         Args:
-            known: The same table as it was a moment ago, whose handle is taken over as it is: a
-                commit that others made since is found by the next one of ours.
+            known: The same table as it was a moment ago, whose handle is taken over.
+            is_latest: Whether that is good enough as it is: a commit that others made since is
+                found by the next one of ours.
         """
-        if known is None:
+        if known is None or not (is_latest or await _is_latest(known)):
             await self._look()
         else:
             self._table, self.version, self._state = known.table, known.version, known.state
@@ -782,6 +783,15 @@ class Touched:
     async def count_rows(self, where: str | None = None) -> int:
         """Returns how many rows match."""
         return await self.table.count_rows(where)
+
+
+async def _is_latest(known: Opened) -> bool:
+    """Returns whether nobody has committed since; the handle moves on to what was."""
+    try:
+        await known.table.refresh()
+        return await known.table.version() == known.version
+    except StoreError:
+        return False
 
 
 _OVERWRITES = 3

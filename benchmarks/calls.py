@@ -34,7 +34,7 @@ class Journal:
     def __init__(self, table: lancedb.AsyncTable) -> None:
         self._table = table
         self._lock = anyio.Lock()
-        self._waiting: list[Event] = []
+        self._waiting = [_event("", 0)]
 
     async def record(self, name: str, version: int) -> None:
         """Makes durable what aiomigrate tells of a migration: three events."""
@@ -51,7 +51,7 @@ async def grow(path: str, names: Sequence[str], versions: range, *, concurrency:
     """Makes some versions of `workload.grown`, of tables and a ledger that are there."""
     connection = await lancedb.connect_async(path)
     head = await connection.open_table(HEAD)
-    journal = await take(connection, reads=3)
+    journal = await take(connection, reads=3, fences=True)
     log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
@@ -80,7 +80,7 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     head = await connection.create_table(HEAD, schema=HEAD_SCHEMA)
     await head.add(rows_to_arrow([_row(_LEASE, 0), *(_row(name, 0) for name in names)]))
     await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
-    journal = await take(connection, reads=3)
+    journal = await take(connection, reads=2)
     log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
@@ -103,17 +103,18 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     connection.close()
 
 
-async def take(connection: lancedb.AsyncConnection, *, reads: int) -> lancedb.AsyncTable:
+async def take(
+    connection: lancedb.AsyncConnection, *, reads: int, fences: bool = False
+) -> lancedb.AsyncTable:
     """Reads the ledger, takes the lease and fences who held it before; returns the journal."""
     for _ in range(reads):
         await (await connection.open_table(HEAD)).query().to_arrow()
     await (await connection.open_table(JOURNAL)).query().to_arrow()
     head = await connection.open_table(HEAD)
     await head.update({"epoch": 2}, where=f"tableName = '{_LEASE}'")
-    await head.update({"epoch": 2}, where="tableName <> ''")
-    journal = await connection.open_table(JOURNAL)
-    await journal.add(events_to_arrow([_event("", 0)], "by hand"))
-    return journal
+    if fences:
+        await head.update({"epoch": 2}, where="tableName <> ''")
+    return await connection.open_table(JOURNAL)
 
 
 async def adopt(connection: lancedb.AsyncConnection) -> lancedb.AsyncTable:
@@ -125,7 +126,6 @@ async def adopt(connection: lancedb.AsyncConnection) -> lancedb.AsyncTable:
         journal = await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
         merge = journal.merge_insert("id").when_not_matched_insert_all()
         await merge.execute(events_to_arrow([_event("", 0)], "by hand"))
-        await (await connection.open_table(JOURNAL)).query().to_arrow()
 
     async def fit() -> None:
         for index in await head.list_indices():
@@ -133,7 +133,6 @@ async def adopt(connection: lancedb.AsyncConnection) -> lancedb.AsyncTable:
         there = (await head.schema()).names
         fields = [field for field in HEAD_SCHEMA if field.name not in there]
         await head.add_columns([field.remove_metadata() for field in fields])
-        await head.query().to_arrow()
 
     async with anyio.create_task_group() as group:
         group.start_soon(found)

@@ -1,7 +1,7 @@
 """The memo application's upgrade by hand: only the changes, tables at once, each in its best order.
 
 `Bare` makes them and nothing else: what no migration tool can undercut. `Careful` also makes what
-aiomigrate's guarantees ask of LanceDB (see `calls`): the ledger taken over and kept, each commit
+aiomigrate's guarantees ask of LanceDB (see `calls`): the ledger taken over and kept, commits
 announced first, savepoints, a look before and after; it decides nothing and protects nothing.
 """
 
@@ -38,6 +38,9 @@ class Bare:
     async def begin(self, connection: lancedb.AsyncConnection) -> None:
         """Comes before everything."""
 
+    async def beside(self) -> None:
+        """Goes on beside the first changes."""
+
     async def end(self) -> None:
         """Comes after everything."""
 
@@ -61,13 +64,20 @@ class Careful(Bare):
     async def begin(self, connection: lancedb.AsyncConnection) -> None:
         """Takes over the predecessor's ledger, and the lease."""
         self._head = await calls.adopt(connection)
-        self._log = calls.Journal(await calls.take(connection, reads=2))
+        self._log = calls.Journal(await calls.take(connection, reads=1))
+        self._saved: dict[str, tuple[lancedb.AsyncTable, str]] = {}
+
+    async def beside(self) -> None:
+        """Records what it took over, and makes its rows ours."""
         await self._log.record(HEAD, 1)
         await calls.own(self._head, [*_OLD, *_NEW])
 
     async def end(self) -> None:
-        """Lets the head follow."""
+        """Lets savepoints go, and the head follow."""
         await self._log.record(HEAD, 2)
+        async with anyio.create_task_group() as group:
+            for name in list(self._saved):
+                group.start_soon(self._let_go, name)
         await calls.follow(self._head, [*_OLD, *_NEW], 21)
 
     async def create(
@@ -83,21 +93,26 @@ class Careful(Bare):
     async def migrate(
         self, table: lancedb.AsyncTable, version: int, *commits: Commit, saved: bool
     ) -> None:
-        """Looks, and announces each commit; a savepoint goes once the end is recorded."""
+        """Looks, and announces; a savepoint goes once the next announcement is recorded."""
         await table.version()
         await table.schema()
         await table.list_indices()
         savepoint = f"by-hand-{version}"
-        for number, commit in enumerate(commits):
-            await self._log.record(table.name, version)
-            if saved and not number:
-                await table.branches.create(savepoint)
+        await self._log.record(table.name, version)
+        if saved:
+            await table.branches.create(savepoint)
+        for commit in commits:
             await commit(table)
             await table.schema()
             await table.list_indices()
+        if table.name in self._saved:
+            await self._let_go(table.name)
         if saved:
-            await self._log.record(table.name, version)
-            await table.branches.delete(savepoint)
+            self._saved[table.name] = table, savepoint
+
+    async def _let_go(self, name: str) -> None:
+        table, savepoint = self._saved.pop(name)
+        await table.branches.delete(savepoint)
 
 
 async def upgrade(path: str, hand: Bare) -> None:
@@ -145,6 +160,7 @@ async def upgrade(path: str, hand: Bare) -> None:
         await hand.migrate(table, 2, *(_indexed(column) for column in indexed), saved=False)
 
     async with anyio.create_task_group() as group:
+        group.start_soon(hand.beside)
         for change in (users, memos, categories, attachments, relations):
             group.start_soon(change)
         for name in _NEW:

@@ -385,3 +385,36 @@ async def test_what_is_done_stays_done_whatever_becomes_of_the_next(
     at = 2 if next_one == "is passed over" else 1
     assert [row["currentVersion"] for row in head if row["tableName"] == "t0"] == [at]
     assert await rows_of(tmp_path, "t0") == [{"id": 1, "x": None, "z": 0}]
+
+
+async def test_what_rewrites_rows_begins_with_what_others_wrote_just_before(tmp_path: Path) -> None:
+    """A table left a moment ago is looked at again: their rows are filled, and kept by undoing."""
+    await make(tmp_path, T, [{"id": 1, "x": None}], table="t0")
+    theirs = await (await lancedb.connect_async(tmp_path)).open_table("t0")
+
+    async def write(verb: str, table: str) -> None:
+        if (verb, table) == ("alter_columns", "t0") and not written.is_set():
+            written.set()
+            await theirs.checkout_latest()
+            await theirs.add([{"id": 2, "y": None}])
+
+    written = anyio.Event()
+    migrations = [
+        Migration(table="t0", version=1, operations=[op.RenameColumns({"x": "y"})]),
+        Migration(table="t0", version=2, operations=[op.Update({"y": 5}), op.SetNotNull("id")]),
+        Migration(
+            table="t0",
+            version=3,
+            operations=[filled("z"), op.Update({"y": None}), op.SetNotNull("y")],
+        ),
+    ]
+    kind = watched_manager(after=write)
+    async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        with pytest.raises(MigrationFailedError) as failure:
+            await manager.upgrade()
+        report = failure.value.report
+
+    assert [(s.version, s.outcome) for s in report.steps] == [
+        (1, Outcome.APPLIED), (2, Outcome.APPLIED), (3, Outcome.FAILED),
+    ]  # fmt: skip
+    assert await rows_of(tmp_path, "t0") == [{"id": 1, "y": 5}, {"id": 2, "y": 5}]

@@ -32,7 +32,8 @@ from aiomigrate.errors import AiomigrateError, ConfigurationError
 from aiomigrate.fold import fold, seen_epochs, uncleaned
 from aiomigrate.ledger import parse_journal
 from aiomigrate.model import Event
-from aiomigrate.operations.stored import decode
+from aiomigrate.operations.base import TableState
+from aiomigrate.operations.stored import decode, encode
 from aiomigrate.undo import kept_savepoints, unsettled
 from tests import scenario
 from tests.tools import manager, rows_of
@@ -206,6 +207,22 @@ def test_a_stored_state_is_read_or_refused(whole: bytes) -> None:
     for text in (base64.b64encode(zlib.compress(whole)).decode(), base64.b64encode(whole).decode()):
         with pytest.raises(ValueError, match=r".*"):
             decode(text)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 400])
+def test_a_stored_state_comes_back_short_or_long(columns: int) -> None:
+    """A few columns are written as they are, many are compressed; both are read again."""
+    fields = [pa.field(f"column {n} 名", pa.list_(pa.float32(), n + 1)) for n in range(columns)]
+    state = TableState(pa.schema(fields), (op.Index("BTree", (fields[0].name,), "an index"),))
+
+    text = encode(state)
+    back = decode(text)
+
+    assert text is not None
+    assert base64.b64decode(text).startswith(b"\0") is (columns < 400)
+    assert back is not None
+    assert back.shape() == state.shape()
+    assert back.schema.equals(state.schema)
 
 
 async def test_nothing_in_a_database_is_executed(tmp_path: Path) -> None:

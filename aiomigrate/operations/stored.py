@@ -22,9 +22,16 @@ def encode(state: TableState | None) -> str | None:
     schema = kept.with_metadata({EMBEDDING: told} if told else {}).serialize().to_pybytes()
     indexes = json.dumps([{**index_to(i), "name": i.name} for i in state.indexes])
     whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
-    # With a small window: zlib's usual one is 256 KB of memory, fetched and given back each time.
-    packer = zlib.compressobj(wbits=12, memLevel=5)
-    return base64.b64encode(packer.compress(whole) + packer.flush()).decode()
+    if len(whole) > _SHORT:
+        # With a small window: zlib's usual one is 256 KB of memory, fetched and given back each
+        # time.
+        packer = zlib.compressobj(wbits=12, memLevel=5)
+        whole = packer.compress(whole) + packer.flush()
+    return base64.b64encode(whole).decode()
+
+
+_SHORT = 1000
+"""Bytes that take longer to compress than to write."""
 
 
 def decode(text: str | None) -> TableState | None:
@@ -36,7 +43,9 @@ def decode(text: str | None) -> TableState | None:
     if text is None:
         return None
     try:
-        whole = zlib.decompress(base64.b64decode(text))
+        whole = base64.b64decode(text)
+        if not whole.startswith(b"\0"):  # which no compressed text does
+            whole = zlib.decompress(whole)
         length = int.from_bytes(whole[:4], "big")
         schema = pa.ipc.read_schema(pa.py_buffer(whole[4 : 4 + length]))
         indexes: list[Any] = json.loads(whole[4 + length :])
