@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from aiomigrate.lance import Opened, Store
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
+from aiomigrate.operations.tables import CreateTable
 from aiomigrate.places import Place, Places
 from aiomigrate.recovery import Recovery, Work, event_of, intended
 from aiomigrate.report import Outcome, StepReport
@@ -106,7 +108,8 @@ class Executor:
         self._progress = progress
         self._telemetry = telemetry
         self._keeps = keeps
-        self._just_seen: dict[str, tuple[float, Opened]] = {}
+        self._just_seen: dict[str, tuple[float, Opened | None]] = {}
+        self._ran_code = False
         self._uncleaned: dict[str, _Uncleaned] = {}
         self.applier = Applier(store, writer.check, progress=progress, log=log)
         lease = writer.lease
@@ -279,18 +282,20 @@ class Executor:
         }
 
         async def opened(touched: Touched) -> None:
-            await touched.open(self._seen(work, touched.name), is_latest=work.is_quick)
+            is_seen, known = self._seen(work, touched.name)
+            if not (is_seen and known is None):  # else it was not there, as a new `Touched` says
+                await touched.open(known, is_latest=work.is_quick and not self._ran_code)
             if touched.name in work.savepoints:
                 await touched.resume_from(work.savepoints[touched.name])
 
         await each(tables.values(), opened)
         work.tables |= tables  # only now: what is not opened yet has no state to be told of
 
-    def know(self, seen: Mapping[str, Opened], at_s: float) -> None:
+    def know(self, seen: Mapping[str, Opened | None], at_s: float) -> None:
         """Takes over tables as they were seen a moment ago, by nobody but whom we know of.
 
         Args:
-            seen: What was seen, by table.
+            seen: What was seen, by table; `None` where there was none.
             at_s: Monotonic time of it.
         """
         self._just_seen |= {name: (at_s, opened) for name, opened in seen.items()}
@@ -311,15 +316,19 @@ class Executor:
             return opened.version, opened.state
         return await self._store.state_of(name)
 
-    def _seen(self, work: Work, name: str) -> Opened | None:
-        """Returns a table as it was a moment ago.
+    def _seen(self, work: Work, name: str) -> tuple[bool, Opened | None]:
+        """Returns whether a table was looked at a moment ago, and what was there.
 
         To a migration that is quickly done that is good enough: its first commit tells if others
-        came between, as it does of those that come right after a look.
+        came between, as it does of those that come right after a look. That there was none is good
+        enough for one that begins by making it; code may have made it through its own connection.
         """
-        at_s, opened = self._just_seen.pop(name, (0.0, None))
-        is_fresh = self._clock.monotonic() - at_s < _JUST_S
-        return opened if is_fresh and not work.savepoints else None
+        at_s, opened = self._just_seen.pop(name, (-math.inf, None))
+        is_fresh = self._clock.monotonic() - at_s < _JUST_S and not work.savepoints
+        if opened is None:
+            first = next(iter(work.script.operations), None)
+            is_fresh = is_fresh and isinstance(first, CreateTable) and first.table == name
+        return is_fresh, opened if is_fresh else None
 
     def _leave(self, work: Work) -> None:
         now = self._clock.monotonic()
@@ -404,6 +413,7 @@ class Executor:
             apply=apply,
             progress=lambda done, total: self._progress(script, "running", done, total),
         )
+        self._ran_code = True
         try:
             await operation.function(context)
         except anyio.get_cancelled_exc_class() as exc:
@@ -501,7 +511,8 @@ class Executor:
         else:
             self._writer.follow(applied, lifts=self._head_row(script.line, script.version))
             self._leave(work)
-        report = replace(report, ledger_s=work.ledger_s)
+        if work.ledger_s != report.ledger_s:
+            report = replace(report, ledger_s=work.ledger_s)
         log.info(
             ev.STEP_APPLIED,
             description=script.description,

@@ -1277,18 +1277,21 @@ class MigrationManager:
                 told += operation.estimate(await survey(rows, store.free_bytes()))
         return replace(plan, warnings=(*plan.warnings, *told))
 
-    async def _checked(self, store: Store | None, plan: Plan) -> tuple[Plan, dict[str, Opened]]:
+    async def _checked(
+        self, store: Store | None, plan: Plan
+    ) -> tuple[Plan, Mapping[str, Opened | None]]:
         """Returns a plan that fits the tables as they are, and the tables as they were seen.
 
         Raises:
             AiomigrateError: It does not fit.
         """
         states: dict[str, TableState | None] = dict.fromkeys(plan.touched())
-        seen: dict[str, Opened] = {}
+        existing = set() if store is None else set(await store.table_names())
+        seen: dict[str, Opened | None] = dict.fromkeys(states.keys() - existing)
         if store is not None:
-            existing = set(await store.table_names())
-            seen = await store.look_at([name for name in states if name in existing])
-            states |= {name: opened.state for name, opened in seen.items()}
+            found = await store.look_at([name for name in states if name in existing])
+            states |= {name: opened.state for name, opened in found.items()}
+            seen |= found
         checked, trials = await anyio.to_thread.run_sync(
             check_operations, plan, states, self._options.on_destructive
         )

@@ -296,14 +296,14 @@ class Runner:
         return await look(head, events)
 
     async def upgrade(
-        self, before: Seen, look: Look, opened: Mapping[str, Opened], opened_at: float
+        self, before: Seen, look: Look, opened: Mapping[str, Opened | None], opened_at: float
     ) -> bool:
         """Takes the lease and brings the database to the plan's target, but for the background.
 
         Args:
             before: What was seen without the lease: a hint, and the failures known then.
             look: Reads and decides again.
-            opened: Tables as they were seen after that.
+            opened: Tables as they were seen after that, `None` for those that were not there.
             opened_at: Monotonic time before they were.
 
         Returns:

@@ -28,7 +28,7 @@ from aiomigrate.model import Kind
 from tests.faults import watched_manager
 from tests.processes import quiet_logger
 from tests.test_fold import event, opened
-from tests.tools import make, rows_of
+from tests.tools import found, make, rows_of
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("x", pa.int64())])
 NAMES = [f"t{number}" for number in range(8)]
@@ -418,3 +418,49 @@ async def test_what_rewrites_rows_begins_with_what_others_wrote_just_before(tmp_
         (1, Outcome.APPLIED), (2, Outcome.APPLIED), (3, Outcome.FAILED),
     ]  # fmt: skip
     assert await rows_of(tmp_path, "t0") == [{"id": 1, "y": 5}, {"id": 2, "y": 5}]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+async def test_a_table_that_others_make_after_it_was_looked_for_is_theirs(
+    tmp_path: Path, alike: bool
+) -> None:
+    """What was not there a moment ago is made without a look; what is there by then is kept."""
+    theirs = pa.table({"id": [1], "x": [2]}, T) if alike else pa.table({"other": [1]})
+
+    async def create(verb: str, table: str) -> None:
+        if (verb, table) == ("update", "table_migrations") and not made.is_set():
+            made.set()
+            connection = await lancedb.connect_async(tmp_path)
+            await connection.create_table("t0", theirs)
+
+    made = anyio.Event()
+    kind = watched_manager(before=create)
+    migrations = [Migration(table="t0", version=1, operations=[op.CreateTable(T)])]
+    async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        if alike:
+            assert (await manager.upgrade()).applied
+        else:
+            with pytest.raises(MigrationFailedError, match="exists with another schema"):
+                await manager.upgrade()
+
+    assert made.is_set()
+    assert await rows_of(tmp_path, "t0") == theirs.to_pylist()
+
+
+async def test_a_table_that_code_makes_is_not_taken_for_missing(tmp_path: Path) -> None:
+    """Also if it is made through the connection, and was not there when the run began."""
+
+    async def make_another(context: Context) -> None:
+        await context.connection.create_table("t1", schema=T)
+
+    added = op.AddColumns({"y": pa.int64()}, when_missing=op.Missing.SKIP)
+    migrations = [
+        Migration(table="t0", version=1, operations=[op.CreateTable(T), op.Run(make_another)]),
+        Migration(table="t1", version=1, operations=[added], depends_on={"t0": 1}),
+    ]
+    async with MigrationManager(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        await manager.upgrade()
+
+    state, _ = await found(tmp_path, "t1")
+    assert state is not None
+    assert state.has("y")
