@@ -141,4 +141,4 @@ class _Future:
         return await self.update(values=values, sql=sql, where=where)
 
     async def count_rows(self, where: str | None = None) -> int:
-        return 0  # what is counted are obstacles, or rows to be deleted
+        return 0  # what is counted are rows to be deleted

@@ -240,6 +240,11 @@ CASES = [
         commits=1,
     ),
     Case(
+        name="update with literals that no row takes",
+        operations=[op.Update({"n": 7}, where="n = 99"), op.Update({"n": 7}, where="n < -9")],
+        commits=0,
+    ),
+    Case(
         name="update with NULL, a boolean and a fraction",
         operations=[op.Update({"yes": True, "part": -0.5, "text": None})],
         schema=pa.schema([*THINGS, pa.field("yes", pa.bool_()), pa.field("part", pa.float64())]),

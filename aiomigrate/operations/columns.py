@@ -424,14 +424,17 @@ class SetNotNull(Operation):
         return (SetNullable(*was, table=self.table),) if was else ()
 
     async def apply(self, target: Target) -> int:
-        for column in self.columns:
-            if nulls := await target.count_rows(f"{quote(column)} IS NULL"):
-                raise self.refuse(
-                    f"{nulls} rows have NULL in {column!r}.",
-                    f'Fill them: op.SetNotNull("{column}", fill={{"{column}": ...}}), or before '
-                    "it with op.Update.",
-                )
-        await target.alter_columns([{"path": c, "nullable": False} for c in self.columns])
+        try:
+            await target.alter_columns([{"path": c, "nullable": False} for c in self.columns])
+        except ColumnNotNullableError:
+            for column in self.columns:
+                if nulls := await target.count_rows(f"{quote(column)} IS NULL"):
+                    raise self.refuse(
+                        f"{nulls} rows have NULL in {column!r}.",
+                        f'Fill them: op.SetNotNull("{column}", fill={{"{column}": ...}}), or '
+                        "before it with op.Update.",
+                    ) from None
+            raise
         return 0
 
 

@@ -29,10 +29,11 @@ from aiomigrate.operations.base import (
 class Update(Operation):
     """Set columns of the rows that match, in one commit or, beside other writers, in batches.
 
-    Takes effect once: literal values may safely be set twice; SQL expressions, which may not, are
-    guarded by a witness, a column of ours that the same commit sets and that is dropped once the
-    migration is recorded. An expression may use the column it sets, but no other column that is
-    set with it: LanceDB evaluates them one after another in no fixed order (measured).
+    Takes effect once: literal values may safely be set twice, and make no commit where no row
+    matches; SQL expressions, which may not, are guarded by a witness, a column of ours that the
+    same commit sets and that is dropped once the migration is recorded. An expression may use the
+    column it sets, but no other column that is set with it: LanceDB evaluates them one after
+    another in no fixed order (measured).
 
     Attributes:
         values: New value by column: text, numbers, booleans or `None`.
