@@ -38,7 +38,7 @@ HOLDING: dict[str, Step] = {
         "create_branch", "people", "before"),
     "a function has read what it will write": ("read", "people", "after"),
     "a migration is recorded, its savepoint there, the head below": (
-        "list_branches", "people", "before"),
+        "delete_branch", "people", "before"),
     "all is recorded, the head below": ("stats", HEAD, "before"),
     "all is done but the last update of the head": ("stats", JOURNAL, "after"),
 }  # fmt: skip
