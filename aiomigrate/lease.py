@@ -61,7 +61,7 @@ class Lease:
         owner: This holder's nonce.
         taken_at: Monotonic time before the update that took it: its TTL counts from here.
         waited: Whether another process held it first.
-        returned: Whether the last holder gave it back, so that it writes nothing any more.
+        returned: Epoch of the last holder if it gave it back, so that it writes nothing any more.
         head: The head as read right after it was taken.
     """
 
@@ -70,7 +70,7 @@ class Lease:
     owner: str
     taken_at: float
     waited: bool
-    returned: bool = False
+    returned: int | None = None
     head: Head = field(default_factory=Head, repr=False, compare=False)
 
     def row(self, line: str, version: int, *, at: dt.datetime, digest: str) -> HeadRow:
@@ -286,7 +286,7 @@ async def take(
         unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
         return refused if unchanged else None
     # One that was never held, or that `unlock` took from its holder, has no beat.
-    returned = not row.owner and bool(row.beat)
+    returned = row.epoch if not row.owner and row.beat else None
     return Lease(
         key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited, returned=returned,
         head=taken,

@@ -288,8 +288,9 @@ class Runner:
             detail={"seen": seen},
         )
         # Later events of older epochs do not count: they were not seen. Where nobody is left who
-        # could write them, it is durable early enough with the first event that needs to be.
-        if lease.returned or not seen:
+        # could write them (the last holder shut out those before it, and is done), it is durable
+        # early enough with the first event that needs to be.
+        if not seen or str(lease.returned) in seen:
             writer.follow(opened)
         else:
             await writer.record(opened)

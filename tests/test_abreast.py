@@ -279,7 +279,7 @@ async def test_no_line_goes_on_before_the_head_has_its_row(tmp_path: Path) -> No
     assert order == ["add_columns", "head", "add_columns"]
 
 
-@pytest.mark.parametrize("left", ["returned", "unlocked", "silent"])
+@pytest.mark.parametrize("left", ["returned", "returned unused", "unlocked", "silent"])
 async def test_a_start_is_recorded_before_anything_where_another_may_still_write(
     tmp_path: Path, left: str
 ) -> None:
@@ -293,8 +293,8 @@ async def test_a_start_is_recorded_before_anything_where_another_may_still_write
     connection = await lancedb.connect_async(tmp_path)
     head = await connection.open_table("table_migrations")
     if left != "returned":
-        values = {"owner": "someone", "beat": 7} if left == "silent" else {"beat": 0}
-        await head.update(values, where="tableName = ':lease:run'")
+        values = {"silent": {"owner": "someone", "beat": 7}, "returned unused": {"epoch": 5}}
+        await head.update(values.get(left, {"beat": 0}), where="tableName = ':lease:run'")
     journal = await connection.open_table("table_migrations_history")
     commits: list[int] = []
 
