@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aiomigrate import Migration, MigrationFailedError, op
 from aiomigrate.errors import AiomigrateError
 from aiomigrate.fold import standing
-from aiomigrate.foresight import _Future, foreseen
+from aiomigrate.foresight import MOST, _Future, foreseen
 from aiomigrate.model import Event, Kind
 from aiomigrate.operations.base import Operation, TableState, Target
 from tests.faults import dying_manager, watched_manager
@@ -85,6 +85,14 @@ async def test_commits_are_told_together_up_to_where_a_look_would_not_do(
     given_state = TableState(T, (op.Index("BTree", ("y",), "y_idx"),) if count == 2 else ())
 
     assert len(await foreseen(named(operations), given_state)) == count
+
+
+async def test_no_more_are_told_together_than_are_quickly_foreseen() -> None:
+    """However many there are, so many are looked at, and the others not even asked for."""
+    asked = iter(named([op.AddColumns({f"c{n}": N}) for n in range(3 * MOST)]))
+
+    assert len(await foreseen(asked, TableState(T))) == MOST
+    assert len(list(asked)) == 2 * MOST
 
 
 async def test_a_table_is_told_with_its_indexes() -> None:
