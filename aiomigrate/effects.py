@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from aiomigrate.operations import paths
 from aiomigrate.operations.base import Index, TableState, spell
 from aiomigrate.operations.indexes import with_index
-from aiomigrate.operations.literals import sql_literal
+from aiomigrate.operations.literals import as_sql
 
 Effect = Mapping[str, Any]
 """What a commit does, as the journal tells it: a JSON value."""
@@ -73,8 +73,7 @@ def updating(values: Mapping[str, Any], sql: Mapping[str, str], where: str | Non
         sql: Expressions by column.
         where: The rows, `None` for all.
     """
-    literals = {column: sql_literal(value) for column, value in values.items()}
-    return {"do": "update", "sql": {**sql, **literals}, "where": where}
+    return {"do": "update", "sql": as_sql(values, sql), "where": where}
 
 
 def shape_effect(

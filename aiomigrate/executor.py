@@ -155,9 +155,10 @@ class Executor:
         place = Place(self._places, limit, self._clock)
         # What is quickly done lets others in while it waits for the journal: then many announce
         # themselves in one commit.
-        work = Work(script, is_quick=_is_quick(script), depended_s=depended_s)
+        work = Work(
+            script, is_quick=_is_quick(script), depended_s=depended_s, is_followed=is_followed
+        )
         work.place = place if work.is_quick else None
-        work.is_followed = is_followed
         try:
             async with place:  # not held while waiting for the journal at the end
                 work.started_s = self._clock.monotonic()
@@ -248,12 +249,12 @@ class Executor:
         touched = work.tables.get(first.table or "")
         if touched is None or touched.is_announced or (len(left) == 1 and first.shows):
             return
-        named = [
-            (script.operations[position], _witness_of(script, position))
-            for position in itertools.takewhile(
-                lambda position: _is_foreseeable(script.operations[position], first.table), left
-            )
-        ]
+        of_table = itertools.takewhile(
+            lambda position: _is_foreseeable(script.operations[position], first.table), left
+        )
+        named = (
+            (script.operations[position], _witness_of(script, position)) for position in of_table
+        )
         touched.ahead = await foreseen(named, touched.state)
 
     async def _apply(self, work: Work, position: int, log: Any) -> None:
@@ -364,10 +365,10 @@ class Executor:
         # Each is made before the first commit to its table: what is never changed needs none.
         for name in work.branches:
             work.tables[name].protect = partial(self._protect, work, name)
-        if script.runs_code or any(o.identity is not None for o in declared):
-            await self.record(work, started)
-        else:
+        if all(map(_is_plain, script.operations)):
             work.held_back.append(started)  # the first commit's announcement takes it along
+        else:
+            await self.record(work, started)
 
     async def _protect(self, work: Work, name: str) -> None:
         """Makes the savepoint branch of one table."""
@@ -502,14 +503,12 @@ class Executor:
             await self.record(work, applied)
             await self.clean(script.line, script.version, cleanup, branches)
             self.lift(script.line, script.version)
-            if not (cleanup or script.runs_code):  # else it is not as it was seen
-                self._leave(work)
         elif branches:
             is_durable = self._writer.follow(applied)
             self._uncleaned[script.line] = _Uncleaned(script.version, branches, is_durable)
-            self._leave(work)
         else:
             self._writer.follow(applied, lifts=self._head_row(script.line, script.version))
+        if not (cleanup or script.runs_code):  # else it is not as it was seen
             self._leave(work)
         if work.ledger_s != report.ledger_s:
             report = replace(report, ledger_s=work.ledger_s)
@@ -723,18 +722,21 @@ def chains(operations: Sequence[Operation], done: Collection[int]) -> list[list[
 
 
 def _is_foreseeable(operation: Operation, table: str | None) -> bool:
-    is_declared = not isinstance(operation, Run) and operation.identity is None
-    return is_declared and operation.table == table
+    return _is_plain(operation) and operation.table == table
 
 
 def _witness_of(script: Script, position: int) -> str:
     return witness_name(script, script.operations[position], script.operations[:position])
 
 
+def _is_plain(operation: Operation) -> bool:
+    """Returns whether an operation is neither code nor work that is paid for."""
+    return not isinstance(operation, Run) and operation.identity is None
+
+
 def _stands_alone(operation: Operation) -> bool:
     return (
-        not isinstance(operation, Run)
-        and operation.identity is None
+        _is_plain(operation)
         and (operation.needs_savepoint or not operation.traits.destructive)
         and operation.tables == (operation.table,)
     )

@@ -40,7 +40,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.operations.base import Index, Statement, TableState
 from aiomigrate.operations.indexes import config_name, told_options
-from aiomigrate.operations.literals import sql_literal
+from aiomigrate.operations.literals import as_sql
 from aiomigrate.scale import Transform, add_by_ray
 from aiomigrate.together import each
 
@@ -755,8 +755,7 @@ class Table:
         both = dict(sql or {})
         literal = dict(values or {})
         if both and literal:
-            both |= {column: sql_literal(value) for column, value in literal.items()}
-            literal = {}
+            both, literal = as_sql(literal, both), {}
         result = await self._commit(
             "update",
             lambda: self.handle.update(literal or None, where=where, updates_sql=both or None),
@@ -925,8 +924,7 @@ class Sketch:
 
         One that concerns equal columns of several tables is asked about once.
         """
-        sets = dict(statement.sets)
-        sets |= {column: sql_literal(value) for column, value in statement.values.items()}
+        sets = as_sql(statement.values, statement.sets)
         narrow = _concerned(statement.where or "", sets, schema)
         key = (statement.where, tuple(sets.items()), narrow)
         if key in self._taken:

@@ -448,6 +448,7 @@ class Ledger:
             The table with its content, `None` where there is no head.
         """
         content: pa.Table | None = None
+        checked: pa.Table | None = None
         version = 0
         seen, self._seen = self._seen, None
         for attempt in range(_ATTEMPTS):
@@ -461,7 +462,9 @@ class Ledger:
                     seen = None
                 if content is None or await table.version() != version:
                     content, version = await table.read(), await table.version()
-                parse_head(content, self.head_name)  # refuses what is none before it is changed
+                if content is not checked:  # refuse what is none before it is changed
+                    parse_head(content, self.head_name)
+                    checked = content
                 missing = [f for f in _OURS if not state.has(f.name)]
                 keyed = state.schema.field("tableName").metadata or {}
                 if state.indexes:  # with an index the primary key would not protect

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+from collections.abc import Mapping
 
 from aiomigrate.errors import ConfigurationError
 
@@ -36,3 +37,16 @@ def sql_literal(value: object) -> str:
                 f"{type(value).__name__} is no SQL literal.",
                 "Pass text, a number, a boolean, bytes, a date, a list of such, or None.",
             )
+
+
+def as_sql(values: Mapping[str, object], sql: Mapping[str, str]) -> dict[str, str]:
+    """Returns what an update sets as expressions alone, by column.
+
+    Args:
+        values: Literals by column.
+        sql: Expressions by column.
+
+    Raises:
+        ConfigurationError: SQL has no literal for a value.
+    """
+    return {**sql, **{column: sql_literal(value) for column, value in values.items()}}
