@@ -274,33 +274,39 @@ class Writer:
             request.done.set()
 
     async def _write_head(self, *, closing: bool) -> None:
-        started = self._clock.monotonic()
+        """Writes the lease row and what was lifted, until it is there.
+
+        An attempt may renew the lease and yet miss rows that others wrote: then there is a whole
+        TTL again for those, and the next attempt has a beat of its own, which others see.
+        """
         released = closing and self._release
-        lease_row = HeadRow(
-            name=lease_row_name(self.lease.key),
-            version=0,
-            migrated_at=self._clock.wall(),
-            epoch=self.lease.epoch,
-            owner="" if released else self.lease.owner,
-            beat=self._beat + 1,
-            phase="" if released else self._phase(),
-            lease=self.lease.key,
-        )
-        dirty = dict(self._dirty)
-        rows = [lease_row, *dirty.values()]
-        deadline = self._renewed_at + self._options.ttl_s
+        self._beat += 1
         while True:
+            started = self._clock.monotonic()
+            lease_row = HeadRow(
+                name=lease_row_name(self.lease.key),
+                version=0,
+                migrated_at=self._clock.wall(),
+                epoch=self.lease.epoch,
+                owner="" if released else self.lease.owner,
+                beat=self._beat,
+                phase="" if released else self._phase(),
+                lease=self.lease.key,
+            )
+            dirty = dict(self._dirty)
             try:
+                rows = [lease_row, *dirty.values()]
                 done = await self._ledger.write_rows(rows, self.lease.epoch, self.lease.owner)
             except StoreError as exc:
                 done = False
                 self._log.warning(ev.LEDGER_RETRIED, error=exc.what)
-            if done or await self._is_written(lease_row, dirty):
+            if done or await self._is_written(lease_row, dirty, started):
                 break
-            if self._clock.monotonic() > deadline:
+            if self._clock.monotonic() > self._renewed_at + self._options.ttl_s:
                 raise self._lost("could not renew it in time")
             await anyio.sleep(min(0.05, self._options.ttl_s / 20))
-        self._beat += 1
+            if not released:  # given back, it is not written again
+                self._beat += 1
         self._renewed_at = started
         for name, row in dirty.items():
             if self._dirty.get(name) is row:  # else it was lifted again meanwhile
@@ -310,8 +316,12 @@ class Writer:
         elif closing:
             self._log.warning(ev.LEASE_LEFT, epoch=self.lease.epoch)
 
-    async def _is_written(self, lease_row: HeadRow, dirty: Mapping[str, HeadRow]) -> bool:
+    async def _is_written(
+        self, lease_row: HeadRow, dirty: Mapping[str, HeadRow], started: float
+    ) -> bool:
         """Looks why not every row was replaced; returns whether they are there all the same.
+
+        If at least the lease row is, the lease is renewed as of `started`.
 
         Raises:
             LeaseLostError: The lease row carries a newer epoch, or another owner.
@@ -330,8 +340,10 @@ class Writer:
             raise self._lost(f"epoch {row.epoch} is held by {row.owner or 'nobody'}")
         have = {r.name: (r.version, r.digest, r.epoch) for r in head.rows}
         want = {n: (r.version, r.digest, r.epoch) for n, r in dirty.items()}
-        if row.beat == lease_row.beat and all(have.get(n) == v for n, v in want.items()):
-            return True
+        if row.beat == lease_row.beat:
+            self._renewed_at = started
+            if all(have.get(n) == v for n, v in want.items()):
+                return True
         # Another system rewrote a row of ours meanwhile: take it over again.
         await self._ledger.own_rows([r for n, r in dirty.items() if have.get(n) != want[n]])
         return False

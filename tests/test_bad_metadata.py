@@ -82,7 +82,7 @@ async def refused(
     before = on_disk(database)
     errors = []
     for verb in ("initialize", "plan"):
-        async with manager(database, given, lease_ttl=0.5, **options) as manager_:
+        async with manager(database, given, **options) as manager_:
             with pytest.raises(kind) as caught:
                 await getattr(manager_, verb)()
         errors.append(caught.value)
@@ -191,7 +191,7 @@ async def test_stamp_and_status_refuse_a_head_that_lost_its_versions(database: P
     shutil.rmtree(database / f"{HEAD}.lance" / "_versions")
     before = tree(database)
 
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         for verb in ("stamp", "get_status", "upgrade"):
             with pytest.raises(LedgerUnreadableError, match=HEAD):
                 await getattr(manager_, verb)()
@@ -206,7 +206,7 @@ async def test_the_ghost_of_a_killed_create_is_no_damage(database: Path) -> None
         for part in ("_versions", "data"):
             shutil.rmtree(database / f"{name}.lance" / part)
 
-    async with manager(database, migrations(1), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations(1)) as manager_:
         report = await manager_.initialize()
 
     assert report.lines == {"memos": 1, "users": 1}  # the tables fit: they are taken as they are
@@ -318,7 +318,7 @@ async def test_identical_duplicate_rows_are_merged(database: Path) -> None:
     """Two equal rows of one line, as two racing predecessors leave them, become one."""
     await predecessor(database, row("memos", 1), row("memos", 1))
 
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         await manager_.initialize()
 
     found = [r for r in (await read(database, HEAD)).to_pylist() if r["tableName"] == "memos"]
@@ -332,7 +332,7 @@ async def test_duplicate_rows_that_differ_are_an_error(database: Path) -> None:
     await refused(
         database, migrations(), LedgerConflictError, "'memos'", "1, 2", "stamp", line="memos"
     )
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         await manager_.stamp(tables=["memos"], to=1)
         report = await manager_.initialize()
 
@@ -342,7 +342,7 @@ async def test_duplicate_rows_that_differ_are_an_error(database: Path) -> None:
 async def test_duplicate_rows_of_a_line_without_scripts_cost_nothing(database: Path) -> None:
     """What other systems keep in the head about lines unknown to us is theirs, twice or not."""
     await predecessor(database, row("ghosts", 3), row("ghosts", 4))
-    async with manager(database, migrations(1), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations(1)) as manager_:
         await manager_.initialize()
         before = tree(database)
         await manager_.initialize()
@@ -386,9 +386,7 @@ async def test_other_lines_go_on_beside_one_that_is_ahead(database: Path) -> Non
     await initialized(database, 3)
     more = Migration(table="users", version=2, operations=[op.AddColumns({"n": pa.int64()})])
 
-    async with manager(
-        database, [*migrations(2), more], on_ahead=OnAhead.WARN, lease_ttl=0.5
-    ) as manager_:
+    async with manager(database, [*migrations(2), more], on_ahead=OnAhead.WARN) as manager_:
         report = await manager_.initialize()
 
     assert [(s.line, s.version) for s in report.applied] == [("users", 2)]
@@ -419,7 +417,7 @@ async def test_a_head_below_the_journal_follows_it(database: Path) -> None:
     await initialized(database)
     await change(database, HEAD, "update", {"currentVersion": 1}, where="tableName = 'memos'")
 
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         report = await manager_.initialize()
         status = await manager_.get_status()
 
@@ -447,7 +445,7 @@ async def test_what_the_head_lost_is_put_back_when_the_data_is_as_the_journal_sa
     await initialized(database)
     await lose(database, how)
 
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         report = await manager_.initialize()
         mended = tree(database)
         again = await manager_.initialize()

@@ -19,6 +19,7 @@ from aiomigrate.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_te
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import RUN_LEASE, HeadRow
 from aiomigrate.operations.literals import sql_literal
+from aiomigrate.writer import Writer
 
 T = TypeVar("T")
 Hook = Callable[[int], Awaitable[None]]
@@ -520,3 +521,47 @@ async def test_who_takes_the_lease_fences_who_held_it(tmp_path: Path, refused: b
     assert newer is not None
     assert is_unfenced(newer.head, RUN_LEASE, newer.epoch) is refused
     assert await ledger.write_rows([row], older.epoch, "older") is refused
+
+
+# ---- renewing -----------------------------------------------------------------------------------
+
+
+async def test_a_row_that_another_system_keeps_taking_does_not_cost_the_lease(
+    tmp_path: Path,
+) -> None:
+    """A head update that renews the lease but misses a row has a whole TTL for the next attempt."""
+    store, ledger = await ledger_at(tmp_path / "db")
+    hand = Hand()
+    lease = await take(ledger, "holder", clock=hand.clock)
+    assert lease is not None
+    row = lease.row("users", 1, at=NOW, digest="")
+    options = LeaseOptions(ttl_s=TTL_S, beat_s=TTL_S * 100)
+    writer = Writer(
+        ledger, lease, options, clock=hand.clock, log=LOG, stamp={}, phase=lambda: "users 1"
+    )
+    beats = []
+
+    async def theirs() -> None:
+        await ledger.own_rows([row])
+        head = await store.open(HEAD)
+        await head.update(values={"epoch": None, "owner": None}, where="tableName = 'users'")
+
+    async def taken_again() -> None:
+        hand.now += 0.8 * TTL_S
+        beats.append((await row_of(ledger)).beat)
+        if len(beats) < 3:
+            await theirs()
+            store.updated = taken_again
+
+    await theirs()
+    store.updated = taken_again
+    async with anyio.create_task_group() as group:
+        group.start_soon(writer.run)
+        writer.lift(row)
+        await writer.sync()
+        writer.close(release=True)
+
+    head = await ledger.read_head()
+    assert beats == [1, 2, 3]
+    assert [(r.name, r.version, r.epoch) for r in head.rows] == [("users", 1, lease.epoch)]
+    assert writer.error is None

@@ -115,7 +115,7 @@ async def wrong(database: Path, given: Any, kind: type[AiomigrateError], *verbs:
     """Asserts that looking raises, and changes nothing."""
     before = on_disk(database)
 
-    async with manager(database, given, lease_ttl=0.5) as manager_:
+    async with manager(database, given) as manager_:
         for verb in verbs:
             with pytest.raises(kind):
                 await getattr(manager_, verb)()
@@ -218,7 +218,7 @@ async def test_at_target_lines_of_others_cost_nothing(database: Path) -> None:
     """Lines that no script knows, left by the predecessor, do not make the start look closer."""
     await predecessor.build(database, predecessor.State.V1)
     given = [Migration(table="users", version=1, operations=[op.CreateTable(SCHEMA)])]
-    async with manager(database, given, lease_ttl=0.5) as manager_:
+    async with manager(database, given) as manager_:
         await manager_.initialize()
 
     calls = await at_target(database, given)

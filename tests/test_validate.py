@@ -304,7 +304,7 @@ async def test_initialize_raises_where_a_line_stays_behind(ready: Path) -> None:
 
 async def stamped(database: Path, given: Sequence[Migration], line: str, to: int) -> None:
     """Does what an error message said, and asserts that all is well then."""
-    async with manager(database, given, lease_ttl=0.5) as manager_:
+    async with manager(database, given) as manager_:
         assert await manager_.stamp(tables=[line], to=to) == {line: to}
         report = await manager_.initialize()
         assert all(line == step.line for step in report.steps)
@@ -319,7 +319,7 @@ async def stamped(database: Path, given: Sequence[Migration], line: str, to: int
 async def test_stamp_accepts_an_edited_script(ready: Path) -> None:
     """What the error says: the database is right as it is, the scripts are taken as they are."""
     given = edited()
-    async with manager(ready, given, lease_ttl=0.5) as manager_:
+    async with manager(ready, given) as manager_:
         with pytest.raises(ChecksumMismatchError, match="stamp --table memos --to 3"):
             await manager_.initialize()
 
@@ -329,9 +329,9 @@ async def test_stamp_accepts_an_edited_script(ready: Path) -> None:
 async def test_stamp_accepts_an_inserted_script(database: Path) -> None:
     """A script inserted below is recorded as applied, and never run."""
     without = [m for m in migrations() if m.version != 2]
-    async with manager(database, without, lease_ttl=0.5) as manager_:
+    async with manager(database, without) as manager_:
         await manager_.initialize()
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         with pytest.raises(OutOfOrderError, match="stamp --table memos --to 3"):
             await manager_.initialize()
 
@@ -341,7 +341,7 @@ async def test_stamp_accepts_an_inserted_script(database: Path) -> None:
 async def test_stamp_accepts_a_script_that_is_gone(ready: Path) -> None:
     """A deleted script is forgotten."""
     without = [m for m in migrations() if m.version != 2]
-    async with manager(ready, without, lease_ttl=0.5) as manager_:
+    async with manager(ready, without) as manager_:
         with pytest.raises(MissingScriptError, match="stamp --table memos --to 3"):
             await manager_.initialize()
 
@@ -358,7 +358,7 @@ async def test_stamp_resolves_a_conflict(ready: Path, kind: str) -> None:
         await with_table(db, HEAD, "delete", "tableName = 'memos'")
         await with_table(db, "memos", "drop_columns", ["tag"])
     db.close()
-    async with manager(ready, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(ready, migrations()) as manager_:
         with pytest.raises(LedgerConflictError, match="stamp --table memos --to VERSION"):
             await manager_.upgrade(to=3 if kind[0] == "h" else None)
 
@@ -386,7 +386,7 @@ async def test_stamp_ends_a_migration_that_could_not_be_undone(ready: Path, comp
     def given(up: Any) -> list[Migration]:
         return [*migrations(), Migration(table="memos", version=4, up=up)]
 
-    async with manager(ready, given(tangled), lease_ttl=0.5) as manager_:
+    async with manager(ready, given(tangled)) as manager_:
         for _ in range(2):  # told again and again, never guessed
             with pytest.raises(MigrationFailedError) as caught:
                 await manager_.initialize()
@@ -413,7 +413,7 @@ async def test_stamp_baselines_an_existing_database(database: Path) -> None:
         await db.create_table(name, schema=MEMOS)
     db.close()
 
-    async with manager(database, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(database, migrations()) as manager_:
         assert await manager_.stamp(to=1) == {"memos": 1, "users": 1}
         plan = await manager_.plan()
         report = await manager_.initialize()
@@ -424,10 +424,10 @@ async def test_stamp_baselines_an_existing_database(database: Path) -> None:
 
 async def test_stamp_to_0_forgets(ready: Path) -> None:
     """A line stamped at 0 starts again; the tables that fit are taken as they are."""
-    async with manager(ready, migrations()[2:], lease_ttl=0.5) as manager_:
+    async with manager(ready, migrations()[2:]) as manager_:
         await manager_.stamp(tables=["users"], to=0)
         status = await manager_.get_status()
-    async with manager(ready, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(ready, migrations()) as manager_:
         report = await manager_.initialize()
 
     assert (status.lines["users"].current, status.lines["users"].pending) == (0, (1,))
@@ -449,7 +449,7 @@ async def test_stamp_refuses_what_cannot_be(ready: Path, options: Any, words: st
     """A wrong line or version is told before anything is written."""
     before = tree(ready)
 
-    async with manager(ready, migrations(), lease_ttl=0.5) as manager_:
+    async with manager(ready, migrations()) as manager_:
         with pytest.raises(TargetError) as caught:
             await manager_.stamp(**options)
 
@@ -539,7 +539,7 @@ async def test_history_tells_failures_and_stamps(ready: Path) -> None:
         raise ValueError("wrong on purpose")
 
     given = [*migrations(), Migration(table="memos", version=4, up=fails)]
-    async with manager(ready, given, lease_ttl=0.5) as manager_:
+    async with manager(ready, given) as manager_:
         with pytest.raises(MigrationFailedError):
             await manager_.initialize()
         await manager_.stamp(tables=["memos"], to=4)
