@@ -171,8 +171,7 @@ class Context:
 
     Attributes:
         params: The run's parameters.
-        connection: LanceDB's `AsyncConnection`. Commits made through it are not recorded: after a
-            crash they count as someone else's, and a person must decide. Prefer `table`.
+        took_connection: Whether the function asked for the connection.
         log: A structlog logger bound to the run and the migration.
     """
 
@@ -189,12 +188,23 @@ class Context:
     ) -> None:
         """Built by the executor."""
         self.params = params
-        self.connection = connection
+        self.took_connection = False
+        self._connection = connection
         self.log = log
         self._script = script
         self._tables = tables
         self._apply = apply
         self._progress = progress
+
+    @property
+    def connection(self) -> Any:
+        """LanceDB's `AsyncConnection`.
+
+        Commits made through it are not recorded: after a crash they count as someone else's, and a
+        person must decide. Prefer `table`.
+        """
+        self.took_connection = True
+        return self._connection
 
     def table(self, name: str | None = None) -> RecordedTable:
         """Returns a table that this migration touches, the migration's own by default.

@@ -38,7 +38,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.fold import Unfinished
 from aiomigrate.foresight import foreseen
-from aiomigrate.lance import Opened, Store
+from aiomigrate.lance import Opened, Store, Table
 from aiomigrate.model import Event, HeadRow, Kind, Params, Script
 from aiomigrate.operations.base import Operation, TableState
 from aiomigrate.operations.data import Run
@@ -60,6 +60,7 @@ class _Uncleaned:
 
     version: int
     branches: Mapping[str, str]
+    opened: Mapping[str, Table]
     is_durable: anyio.Event
 
 
@@ -130,7 +131,6 @@ class Executor:
         *,
         depended_s: float = 0.0,
         is_retry: bool = False,
-        is_followed: Callable[[], bool] = lambda: False,
     ) -> StepReport:
         """Runs one migration to its end: applied, or undone and failed.
 
@@ -143,8 +143,6 @@ class Executor:
             ready_at: Monotonic time since when its wait counts.
             depended_s: Seconds of that wait that were for what it depends on.
             is_retry: Whether an earlier attempt failed: what it could not remove is looked for.
-            is_followed: Asked at its end whether the next migration of its line is run right after
-                it: that it is applied is then recorded with what that one announces.
 
         Raises:
             LeaseLostError: Another process has the lease; nothing was undone.
@@ -155,9 +153,7 @@ class Executor:
         place = Place(self._places, limit, self._clock)
         # What is quickly done lets others in while it waits for the journal: then many announce
         # themselves in one commit.
-        work = Work(
-            script, is_quick=_is_quick(script), depended_s=depended_s, is_followed=is_followed
-        )
+        work = Work(script, is_quick=_is_quick(script), depended_s=depended_s)
         work.place = place if work.is_quick else None
         try:
             async with place:  # not held while waiting for the journal at the end
@@ -417,6 +413,7 @@ class Executor:
         self._ran_code = True
         try:
             await operation.function(context)
+            work.acted = context.took_connection or any(t.commits for t in work.tables.values())
         except anyio.get_cancelled_exc_class() as exc:
             await anyio.lowlevel.checkpoint_if_cancelled()  # the run's own goes on
             raise OperationError(
@@ -460,12 +457,12 @@ class Executor:
     async def _finish(self, work: Work, log: Any) -> StepReport:
         script = work.script
         ran_s = max(0.0, self._clock.monotonic() - work.started_s - work.ledger_s)
-        await self._clean_before(script.line)
+        await self.clean_line(script.line)
         cleanup = [t.name for t in work.tables.values() if t.state and t.state.witnesses()]
         if not work.is_quick and any(t.version != t.before for t in work.tables.values()):
             with self._writer.working(), contextlib.suppress(StoreError):
                 there = [t for t in work.tables.values() if t.state is not None]
-                work.size = sum([await t.table.size() for t in there])
+                work.size = await _size(there)
         report = self.report(work, Outcome.APPLIED, ran_s)
         was = {t.name: t.was for t in work.tables.values()}
         destroyed = destroys(script, was) if self._keeps else ()
@@ -496,16 +493,17 @@ class Executor:
             detail={key: value for key, value in told.items() if value},
         )
         branches = told["branches"]
+        opened = {t.name: t.opened.table for t in work.tables.values() if t.opened is not None}
         # A crash that loses it costs a look: what is done is found done, or set to the same values
         # once more. And nothing is committed before it is durable: that would be announced, later
         # in the same journal.
-        if cleanup or script.runs_code or (branches and not work.is_followed()):
+        if cleanup or work.acted:
             await self.record(work, applied)
-            await self.clean(script.line, script.version, cleanup, branches)
+            await self.clean(script.line, script.version, cleanup, branches, opened)
             self.lift(script.line, script.version)
         elif branches:
             is_durable = self._writer.follow(applied)
-            self._uncleaned[script.line] = _Uncleaned(script.version, branches, is_durable)
+            self._uncleaned[script.line] = _Uncleaned(script.version, branches, opened, is_durable)
         else:
             self._writer.follow(applied, lifts=self._head_row(script.line, script.version))
         if not (cleanup or script.runs_code):  # else it is not as it was seen
@@ -526,7 +524,12 @@ class Executor:
         return report
 
     async def clean(
-        self, line: str, version: int, tables: list[str], branches: Mapping[str, str]
+        self,
+        line: str,
+        version: int,
+        tables: list[str],
+        branches: Mapping[str, str],
+        opened: Mapping[str, Table] | None = None,
     ) -> None:
         """Removes what a recorded migration needed only while it ran, and records those commits.
 
@@ -535,22 +538,25 @@ class Executor:
         Raises:
             LeaseLostError: Another process has taken over.
         """
-        if cleaned := await self.applier.clean(tables, branches):
+        if cleaned := await self.applier.clean(tables, branches, opened):
             await self._record_cleaned(line, version, cleaned)
 
-    async def _clean_before(self, line: str) -> None:
-        """Cleans after the migration before in a line, if that is still to be done.
+    async def clean_line(self, line: str) -> None:
+        """Cleans after the last migration of a line, if that is still to be done.
 
-        So there is one at most, the last that the journal has: whoever comes after a crash looks
-        for no other.
+        Before the next one ends, so there is one at most, the last that the journal has: whoever
+        comes after a crash looks for no other. And when none follows at once. Shielded.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
         """
         left = self._uncleaned.pop(line, None)
-        if left is None:
+        if left is None or self._writer.error is not None:
             return
-        if not left.is_durable.is_set():
-            await self._writer.record()
-        await self.clean(line, left.version, [], left.branches)
-        self.lift(line, left.version)
+        with anyio.CancelScope(shield=True):
+            await self._writer.ripen(left.is_durable)
+            await self.clean(line, left.version, [], left.branches, left.opened)
+            self.lift(line, left.version)
 
     async def clean_after(self, ended: Event) -> None:
         """Cleans after a migration whose process may have died before, or while, it did so.
@@ -667,7 +673,7 @@ class Executor:
             )
         )
         await self.record(work, *events)
-        await self._clean_before(script.line)
+        await self.clean_line(script.line)
         if is_back:
             await self.applier.clean([], work.made_branches())
         log.error(
@@ -756,6 +762,17 @@ def advance(done: Collection[int]) -> dict[str, Any]:
 def _is_quick(script: Script) -> bool:
     """Returns whether a migration neither rewrites rows nor runs code."""
     return not any(o.traits.rewriting or isinstance(o, Run) for o in script.operations)
+
+
+async def _size(tables: Iterable[Touched]) -> int:
+    """Returns of how many bytes the data of some tables consists."""
+    sizes: list[int] = []
+
+    async def one(touched: Touched) -> None:
+        sizes.append(await touched.table.size())
+
+    await each(tables, one)
+    return sum(sizes)
 
 
 def _check(script: Script, tables: Mapping[str, Touched]) -> None:

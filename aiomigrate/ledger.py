@@ -584,7 +584,7 @@ class Ledger:
                 if self._journal is None:
                     self._journal = await self.store.open(self.journal_name)
                 self.commits += 1
-                await self._journal.add(data)
+                await self._journal.append(data)
             except StoreError:
                 # Unknown: it may have been committed. Look; and heal if it was overwritten.
                 journal = await self._found_journal()
@@ -645,24 +645,26 @@ def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
 
 def events_to_arrow(events: Iterable[Event], owner: str, stamp: Stamp | None = None) -> pa.Table:
     """Returns events as Arrow, in `JOURNAL_SCHEMA`; the id is unique per holder and sequence."""
-    given = list(events)
-    columns: dict[str, list[Any]] = {
-        name: list(map(operator.attrgetter(name), given))
-        for name in JOURNAL_SCHEMA.names
-        if name != "id"
-    }
-    if stamp is not None:
-        columns |= {name: [value] * len(given) for name, value in stamp.common.items()}
-        columns["seq"] = list(range(stamp.seq, stamp.seq + len(given)))
-        columns["at"] = [stamp.at if at == NOT_YET else at for at in columns["at"]]
-    keys = zip(columns["lease"], columns["epoch"], columns["seq"], strict=True)
-    columns["id"] = [f"{lease}:{epoch}:{seq}:{owner}" for lease, epoch, seq in keys]
-    columns["kind"] = list(map(str, columns["kind"]))
-    for name in _JSON:
-        columns[name] = [
-            json.dumps(value, ensure_ascii=False) if value else None for value in columns[name]
-        ]
-    return pa.Table.from_pydict(columns, schema=JOURNAL_SCHEMA)
+    rows: list[dict[str, Any]] = []
+    for number, event in enumerate(events):
+        row = dict(zip(_TOLD, _told_by(event), strict=True))
+        if stamp is not None:
+            row |= stamp.common
+            row["seq"] = stamp.seq + number
+            row["at"] = stamp.at if event.at == NOT_YET else event.at
+        row["id"] = f"{row['lease']}:{row['epoch']}:{row['seq']}:{owner}"
+        row["kind"] = str(event.kind)
+        for name in _JSON:
+            row[name] = json.dumps(row[name], ensure_ascii=False) if row[name] else None
+        rows.append(row)
+    # As structs: four times as fast as column by column, for the few rows of most commits.
+    structs: Any = pa.array(rows, _EVENT)
+    return pa.Table.from_struct_array(structs)
+
+
+_EVENT = pa.struct(list(JOURNAL_SCHEMA))
+_TOLD = [name for name in JOURNAL_SCHEMA.names if name != "id"]
+_told_by = operator.attrgetter(*_TOLD)
 
 
 def parse_head(content: pa.Table, name: str) -> Head:

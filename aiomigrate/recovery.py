@@ -51,7 +51,7 @@ class Work:
         done: Positions of the operations that are known to be complete.
         doing: The operation in hand, in words; empty before the first.
         resumed: Whether it goes on where a dead process was.
-        is_followed: Tells whether the next migration of its line is run right after it.
+        acted: Whether code of it did what a crash must not make it do again, as far as we know.
         savepoints: table_version of each table when it was first begun, where it is resumed.
         branches: Savepoint branch by table, made or to be made.
         protected: The tables whose branch was made.
@@ -71,7 +71,7 @@ class Work:
     done: frozenset[int] = frozenset()
     doing: str = ""
     resumed: bool = False
-    is_followed: Callable[[], bool] = lambda: False
+    acted: bool = False
     savepoints: Mapping[str, int] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     protected: frozenset[str] = frozenset()

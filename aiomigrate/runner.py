@@ -6,7 +6,6 @@ The facade that decides whether a run is needed at all is `manager`; one migrati
 from __future__ import annotations
 
 import datetime as dt
-import itertools
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -156,7 +155,6 @@ class Runner:
         self._since = clock.wall().isoformat(timespec="seconds")
         self._running: dict[str, str] = {}
         self._going: dict[str, Going] = {}
-        self._following: dict[Key, Step] = {}
         self._deaf = False
         self.results: dict[Key, StepReport] = {}
         self.plan: Plan | None = None
@@ -563,7 +561,7 @@ class Runner:
             if state.act is Act.ADOPT:
                 adopted.append(await self._adoption(state, executor))
                 self._log.info(ev.LEDGER_ADOPTED, table=line, version=state.current)
-        writer.follow(*adopted)
+        durable = writer.follow(*adopted)
         for state in mine.values():
             if (left := uncleaned(state.history, seen.journal)) is not None:
                 await executor.clean_after(left)
@@ -572,7 +570,7 @@ class Runner:
 
         async def own() -> None:
             if adopted:
-                await writer.record()  # the journal has what the head is about to say of them
+                await writer.ripen(durable)  # the journal has what the head is about to say
             await self._ledger.own_rows(owned)
 
         return own
@@ -622,29 +620,12 @@ class Runner:
             if number % _STARTED_AT_ONCE == 0:
                 await anyio.lowlevel.checkpoint()
 
-        self._following = {
-            step.key: following
-            for steps in lines.values()
-            for step, following in itertools.pairwise(steps)
-        }
-
         async def run_line(line: str) -> None:
             with self._options.telemetry.span(TABLE, {"db.collection.name": line}):
-                free_at = begun
-                for step in lines[line]:
-                    for key in step.after:
-                        await ended[key].wait()
-                    result = await run_step(step, free_at, self._clock.monotonic() - free_at)
-                    began_s = free_at - self._begun_at + result.waited_s
-                    result = replace(result, began_s=began_s)
-                    free_at = self._clock.monotonic()
-                    self.results[step.key] = result
-                    self._running.pop(line, None)
-                    self._going.pop(line, None)
-                    self._options.telemetry.ended(result)
-                    self._tell(step.script, result.outcome.value)
-                    ended[step.key].set()
-                    await is_owned.wait()
+                try:
+                    await self._run_line(lines[line], begun, executor, run_step, ended, is_owned)
+                finally:
+                    await executor.clean_line(line)
 
         async def own_rows() -> None:
             await own()
@@ -674,6 +655,33 @@ class Runner:
                 group.start_soon(run_line, line)
                 if number % _STARTED_AT_ONCE == 0:
                     await anyio.lowlevel.checkpoint()
+
+    async def _run_line(
+        self,
+        steps: Sequence[Step],
+        free_at: float,
+        executor: Executor,
+        run_step: Callable[[Step, float, float], Awaitable[StepReport]],
+        ended: Mapping[Key, anyio.Event],
+        is_owned: anyio.Event,
+    ) -> None:
+        """Runs a line's migrations in order, each once those are done that it follows."""
+        for step in steps:
+            for key in step.after:
+                if not ended[key].is_set():
+                    await executor.clean_line(step.script.line)  # it may take long
+                    await ended[key].wait()
+            result = await run_step(step, free_at, self._clock.monotonic() - free_at)
+            began_s = free_at - self._begun_at + result.waited_s
+            result = replace(result, began_s=began_s)
+            free_at = self._clock.monotonic()
+            self.results[step.key] = result
+            self._running.pop(step.script.line, None)
+            self._going.pop(step.script.line, None)
+            self._options.telemetry.ended(result)
+            self._tell(step.script, result.outcome.value)
+            ended[step.key].set()
+            await is_owned.wait()
 
     async def _run_step(
         self,
@@ -710,16 +718,6 @@ class Runner:
             free_at,
             depended_s=depended_s,
             is_retry=is_retry,
-            is_followed=partial(self._is_followed, step.key),
-        )
-
-    def _is_followed(self, key: Key) -> bool:
-        """Returns whether the next migration of a line can begin as soon as this one has ended."""
-        following = self._following.get(key)
-        return (
-            following is not None
-            and not following.resumes
-            and all(before == key or self._is_done(before) for before in following.after)
         )
 
     def _skipped(self, script: Script, cause: Key, depended_s: float) -> StepReport:

@@ -8,6 +8,7 @@ discard a commit that is not known to be ours. When to go back is for `executor`
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -210,8 +211,19 @@ def _branch_end(script: Script) -> str:
     return f"{hashlib.sha256(script.line.encode()).hexdigest()[:8]}-{script.version}"
 
 
-async def drop_branch(store: Store, table: str, name: str) -> None:
-    """Deletes a savepoint branch if it is there."""
+async def drop_branch(store: Store, table: str, name: str, known: Table | None = None) -> None:
+    """Deletes a savepoint branch if it is there.
+
+    Args:
+        store: The database.
+        table: The table that it is a branch of.
+        name: The branch.
+        known: A handle of the table, if one is open: then it is opened anew only on failure.
+    """
+    if known is not None:
+        with contextlib.suppress(StoreError):
+            await known.delete_branch(name)
+            return
     handle = await store.find(table)
     if handle is None:
         return

@@ -22,6 +22,7 @@ from aiomigrate.lease import Lease, LeaseOptions
 from aiomigrate.ledger import Ledger, Stamp, lease_row_name
 from aiomigrate.model import Event, HeadRow
 
+_RIPE_S = 0.02
 _MAX_GATHER_S = 0.05
 
 
@@ -120,6 +121,20 @@ class Writer:
         await request.done.wait()
         if request.error is not None:
             raise request.error
+
+    async def ripen(self, durable: anyio.Event) -> None:
+        """Waits for what `follow` returned: a moment for others to commit it, else it is committed.
+
+        Raises:
+            LeaseLostError: Another process has the lease.
+            StoreError: The journal could not be written.
+        """
+        with anyio.move_on_after(_RIPE_S):
+            await durable.wait()
+        if self.error is not None:
+            raise self.error
+        if not durable.is_set():
+            await self.record()
 
     def _refuse_if_over(self) -> None:
         if self.error is not None:

@@ -89,9 +89,9 @@ class CreateIndex(Operation):
         return with_index(before, self.index)
 
     def _fits(self, state: TableState) -> bool:
+        wanted = self.index
         return any(
-            index == self.index
-            and all(index.options.get(k, v) == v for k, v in self.options.items())
+            index == wanted and all(index.options.get(k, v) == v for k, v in self.options.items())
             for index in state.indexes
         )
 
@@ -179,7 +179,8 @@ def forgotten(state: TableState, memory: Mapping[str, Any]) -> list[Index]:
 
 
 def _reported(index: Index) -> Index:
-    return replace(index, kind=_REPORTED.get(index.kind, index.kind))
+    named = _REPORTED.get(index.kind)
+    return index if named is None else replace(index, kind=named)
 
 
 def with_index(state: TableState, index: Index) -> TableState:
