@@ -236,7 +236,9 @@ class Executor:
                 work.done |= {position}
                 # Durable before the next commit of its table, with whose announcement it goes.
                 work.held_back = [e for e in work.held_back if e.kind != Kind.ADVANCED]
-                work.held_back.append(event_of(script, Kind.ADVANCED, detail=advance(work.done)))
+                if len(work.done) < len(script.operations):
+                    done = event_of(script, Kind.ADVANCED, detail=advance(work.done))
+                    work.held_back.append(done)
 
     async def _foresee(self, work: Work, left: Sequence[int]) -> None:
         """Lets a table know what is about to be done to it, if that is more than one commit."""

@@ -377,8 +377,9 @@ class Store:
             TableExistsError: There is one already.
             StoreError: LanceDB failed.
         """
-        data = pa.Table.from_batches([], schema) if rows is None else rows
-        return await self._create(name, data.to_reader(), overwrite=overwrite)
+        none = pa.RecordBatchReader.from_batches(schema, [])
+        reader = none if rows is None else rows.to_reader()
+        return await self._create(name, reader, overwrite=overwrite)
 
     async def _create(self, name: str, reader: pa.RecordBatchReader, *, overwrite: bool) -> Table:
         """Creates a table past lancedb's Python half.

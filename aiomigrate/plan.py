@@ -419,7 +419,9 @@ def check_operations(
             statement = operation.statement
             asked = None if statement is None else states.get(statement.table)
             try:
-                states = operation.fold(states)
+                # Of its own tables alone: there may be thousands.
+                own = {name: states[name] for name in operation.tables if name in states}
+                states |= operation.fold(own)
             except OperationError as exc:
                 raise in_script(exc, step.script) from exc
             if statement is not None and asked is not None:

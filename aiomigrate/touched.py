@@ -95,7 +95,7 @@ class Touched:
         self.on_progress: Callable[[int, int | None, str], None] = lambda done, total, note: None
         self.protect: Callable[[], Awaitable[None]] | None = None
         self.ahead: Sequence[Effect] = ()
-        self._protecting = anyio.Lock()
+        self._protecting: anyio.Lock | None = None
         self._store = store
         self._guard = guard
         self._announce = announce
@@ -219,6 +219,7 @@ class Touched:
     async def _may_write(self) -> None:
         self._refuse_if_ended()
         if self.protect is not None:
+            self._protecting = self._protecting or anyio.Lock()
             async with self._protecting:
                 if self.protect is not None:
                     await self.protect()

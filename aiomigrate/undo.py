@@ -508,7 +508,7 @@ def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Op
         was: The state of each table before it.
     """
     concerned = {table for operation in script.operations for table in operation.tables}
-    found = {table: state for table, state in was.items() if table in concerned}
+    found = {table: was[table] for table in concerned if table in was}
     if not any(before is not None and o.discards(before) for o, before in _before(script, found)):
         return ()
     marked = {table: _marked(state) for table, state in found.items()}
