@@ -27,7 +27,7 @@ import anyio
 
 from aiomigrate import events as ev
 from aiomigrate.clock import Clock
-from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
+from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, LedgerError, StoreError
 from aiomigrate.ledger import Head, Ledger
 from aiomigrate.model import RUN_LEASE, HeadRow
 from aiomigrate.operations.literals import sql_literal
@@ -174,7 +174,6 @@ _REFUSED_S = 5.0
 
 async def acquire(
     ledger: Ledger,
-    head: Head,
     *,
     owner: str,
     phase: str,
@@ -183,11 +182,10 @@ async def acquire(
     log: Any,
     is_done: Callable[[Head], Awaitable[bool]],
 ) -> Lease | None:
-    """Takes the run lease, waiting for another holder if there is one.
+    """Makes the ledger if need be, and takes the run lease, waiting for another holder.
 
     Args:
-        ledger: Its tables exist.
-        head: The head as just read.
+        ledger: The ledger.
         owner: This holder's nonce.
         phase: What to write about ourselves.
         options: TTL and patience.
@@ -201,9 +199,16 @@ async def acquire(
 
     Raises:
         LeaseTimeoutError: Another holder kept it all the time.
-        LedgerError: The head cannot be read.
+        LedgerError: The ledger cannot be read or made.
     """
     begun = clock.monotonic()
+    head = await _founded(ledger, owner, phase)
+    row = head.leases.get(RUN_LEASE)
+    if row is not None and row.owner == owner:
+        return Lease(
+            key=RUN_LEASE, epoch=row.epoch or 0, owner=owner, taken_at=begun, waited=False,
+            head=head,
+        )  # fmt: skip
     watch = Watch(options.ttl_s, clock)
     waited = False
     refused: StoreError | None = None
@@ -238,6 +243,21 @@ async def acquire(
         head = await ledger.read_head()
         if waited and await is_done(head):
             return None
+
+
+async def _founded(ledger: Ledger, owner: str, phase: str) -> Head:
+    """Returns the head, with the lease taken if its row is made here; not so on failure."""
+    try:
+        return await ledger.ensure(owner, phase)
+    except BaseException:
+        with anyio.CancelScope(shield=True), contextlib.suppress(StoreError, LedgerError):
+            row = (await ledger.read_head()).leases.get(RUN_LEASE)
+            if row is not None and row.owner == owner:
+                mine = Lease(
+                    key=RUN_LEASE, epoch=row.epoch or 0, owner=owner, taken_at=0, waited=False
+                )
+                await give_back(ledger, mine)
+        raise
 
 
 async def take(

@@ -17,6 +17,7 @@ import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anyio
@@ -274,10 +275,14 @@ class Ledger:
 
     # ---- founding and adopting ------------------------------------------------------------------
 
-    async def ensure(self) -> Head:
+    async def ensure(self, owner: str = "", phase: str = "") -> Head:
         """Makes both tables, or makes an existing head fit, safely beside others doing the same.
 
-        Takes no lease. A crash leaves a state from which the next caller goes on.
+        A crash leaves a state from which the next caller goes on.
+
+        Args:
+            owner: Nonce of who takes the run lease if it is this call that makes its row.
+            phase: What to write about that one.
 
         Returns:
             The head, which has the run lease.
@@ -294,8 +299,9 @@ class Ledger:
 
         async def found_head() -> None:
             known = await self._adopt_structure()
+            first = partial(self._first_lease, owner, phase)
             _, found = await self._founded(
-                self.head_name, HEAD_SCHEMA, "tableName", self._first_lease, _has_lease, known=known
+                self.head_name, HEAD_SCHEMA, "tableName", first, _has_lease, known=known
             )
             content.append(found)
 
@@ -425,7 +431,7 @@ class Ledger:
             "pass on_unsafe_store=OnUnsafeStore.WARN (--on-unsafe-store warn).",
         )
 
-    async def _first_lease(self) -> pa.Table:
+    async def _first_lease(self, owner: str, phase: str) -> pa.Table:
         # Above every epoch ever used, so that no event of an earlier head is taken for a new one.
         events = await self.read_journal()
         top = max((event.epoch for event in events), default=0)
@@ -433,10 +439,10 @@ class Ledger:
             name=lease_row_name(RUN_LEASE),
             version=0,
             migrated_at=self._clock.wall(),
-            epoch=top,
-            owner="",
+            epoch=top + 1 if owner else top,
+            owner=owner,
             beat=0,
-            phase="",
+            phase=phase,
             lease=RUN_LEASE,
         )
         return rows_to_arrow([row])

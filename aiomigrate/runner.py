@@ -207,11 +207,9 @@ class Runner:
     ) -> bool:
         begun = self._clock.monotonic()
         self._store.abandoned.clear()  # of an earlier run: its lease has to expire first
-        head = await self._ledger.ensure()
         with self._options.telemetry.span(LEASE, {"db.operation.name": doing}):
             lease = await acquire(
                 self._ledger,
-                head,
                 owner=secrets.token_hex(6),
                 phase=self._said(doing),
                 options=self._options.lease,

@@ -43,7 +43,7 @@ async def stamped_often(
     count, runs = len(past), 0
     while count < events:
         head = await ledger.read_head()
-        lease = await _acquired(ledger, head, clock, log)
+        lease = await _acquired(ledger, clock, log)
         await ledger.take_rows(lease.key, lease.epoch, lease.owner)
         opened = _event(lease, 0, clock, Kind.OPENED, detail={"seen": _texts(seen)})
         await ledger.append([opened], lease.owner)
@@ -57,13 +57,12 @@ async def stamped_often(
     return runs
 
 
-async def _acquired(ledger: Ledger, head: Head, clock: Clock, log: Any) -> Lease:
+async def _acquired(ledger: Ledger, clock: Clock, log: Any) -> Lease:
     async def never(_: Head) -> bool:
         return False
 
     lease = await acquire(
         ledger,
-        head,
         owner=secrets.token_hex(6),
         phase="{}",
         options=LeaseOptions(),

@@ -429,7 +429,7 @@ async def test_a_table_that_others_make_after_it_was_looked_for_is_theirs(
     theirs = pa.table({"id": [1], "x": [2]}, T) if alike else pa.table({"other": [1]})
 
     async def create(verb: str, table: str) -> None:
-        if (verb, table) == ("update", "table_migrations") and not made.is_set():
+        if (verb, table) == ("insert_missing", "table_migrations") and not made.is_set():
             made.set()
             connection = await lancedb.connect_async(tmp_path)
             await connection.create_table("t0", theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,12 @@ import pytest
 import structlog
 
 from aiomigrate.clock import Clock
-from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, StoreError
+from aiomigrate.errors import (
+    LeaseHeldError,
+    LeaseTimeoutError,
+    LedgerUnreadableError,
+    StoreError,
+)
 from aiomigrate.lance import Store
 from aiomigrate.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_text, unlock
 from aiomigrate.ledger import Head, Ledger
@@ -25,6 +31,7 @@ T = TypeVar("T")
 Hook = Callable[[int], Awaitable[None]]
 
 HEAD = "table_migrations"
+JOURNAL = f"{HEAD}_history"
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 LOG = structlog.wrap_logger(structlog.ReturnLogger())
 TTL_S = 0.01
@@ -46,7 +53,10 @@ class ScriptedStore(Store):
         looked: Called after each read of the head, with its number from 1.
         updating: Called once, before the next update; may raise instead of it.
         updated: Called once, after the next update was applied; may raise although it was.
+        journaling: Called once, before the first event is inserted; may raise instead of it.
     """
+
+    journaling: Callable[[], Awaitable[None]] | None = None
 
     looked: Hook | None = None
     updating: Callable[[], Awaitable[None]] | None = None
@@ -58,6 +68,9 @@ class ScriptedStore(Store):
     ) -> T:
         if verb == "update" and self.updating is not None:
             act, self.updating = self.updating, None
+            await act()
+        if (verb, table) == ("insert_missing", JOURNAL) and self.journaling is not None:
+            act, self.journaling = self.journaling, None
             await act()
         result = await super().call(verb, table, run, mutates=mutates)
         if verb == "update" and self.updated is not None:
@@ -105,7 +118,6 @@ async def take(
     """Acquires the lease as a process with this nonce would."""
     return await acquire(
         ledger,
-        await ledger.read_head(),
         owner=owner,
         phase=phase_text(f"run-of-{owner}", NOW.isoformat(), row_ttl_s, "users 7"),
         options=LeaseOptions(**{"ttl_s": TTL_S, **options}),
@@ -131,6 +143,61 @@ async def release(ledger: Ledger, lease: Lease) -> None:
     """Gives the lease back as its holder would."""
     where = f"epoch = {lease.epoch} AND owner = {sql_literal(lease.owner)}"
     assert await ledger.update_lease({"owner": ""}, where, RUN_LEASE) == 1
+
+
+# ---- founding -----------------------------------------------------------------------------------
+
+
+async def founder(path: Path) -> tuple[ScriptedStore, Ledger]:
+    """Opens the ledger of a database that has none yet."""
+    store = await ScriptedStore.connect(str(path))
+    assert isinstance(store, ScriptedStore)
+    return store, Ledger(store, HEAD, clock=Clock(), log=LOG)
+
+
+async def test_who_founds_the_ledger_holds_the_lease_at_once(tmp_path: Path) -> None:
+    """The row is made as that of its holder: no update takes it, and whoever comes next waits."""
+    store, ledger = await founder(tmp_path / "db")
+    store.updating = reset
+    lease = await take(ledger, "founder")
+    row = await row_of(ledger)
+    _, other = await ledger_at(tmp_path / "db")
+
+    assert lease is not None
+    assert (lease.epoch, lease.owner, lease.waited, lease.returned) == (1, "founder", False, None)
+    assert (row.epoch, row.owner, row.beat) == (1, "founder", 0)
+    assert lease.head == await ledger.read_head()
+    assert store.updating is reset, "nothing was updated"
+    with pytest.raises(LeaseTimeoutError):
+        await take(other, "next", row_ttl_s=60, ttl_s=60, wait_s=0.1)
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_founding_that_fails_leaves_the_lease_free(tmp_path: Path, cancelled: bool) -> None:
+    """It may have been taken along with the head while the journal could not be made."""
+    store, ledger = await founder(tmp_path / "db")
+
+    async def head_is_there() -> None:
+        with anyio.fail_after(10):
+            while not (await ledger.read_head()).leases:  # noqa: ASYNC110 - it is in a table
+                await anyio.sleep(0.01)
+        if not cancelled:
+            raise StoreError("disk full", "Make room.")
+        scope.cancel()
+
+    store.journaling = head_is_there
+    with anyio.CancelScope() as scope:
+        with contextlib.suppress(LedgerUnreadableError):
+            await take(ledger, "founder")
+            raise AssertionError("nothing failed")
+
+    row = await row_of(ledger)
+    assert store.journaling is None
+    assert scope.cancelled_caught is cancelled
+    assert (row.epoch, row.owner) == (1, "")
+    lease = await take(ledger, "next")
+    assert lease is not None
+    assert lease.epoch == 2
 
 
 # ---- stealing -----------------------------------------------------------------------------------
