@@ -183,6 +183,7 @@ class Touched:
         effect: Effect,
         run: Callable[[Table], Awaitable[int]],
         *,
+        after: TableState | None = None,
         look: bool = False,
     ) -> None:
         """Makes one commit.
@@ -190,6 +191,7 @@ class Touched:
         Args:
             effect: What it does, for the journal.
             run: Makes it.
+            after: What the table should be afterwards; by default what it was before.
             look: Whether to ask for indexes even where there were none before.
         """
         table = self.table
@@ -203,7 +205,8 @@ class Touched:
         await run(table)
         self._made(base)
         indexed = bool(self._known().indexes) or look or self.version != base + 1
-        self._state = await table.state(indexed=indexed)
+        state = await table.state(indexed=indexed)
+        self._state = state.foreseen_as(self._known() if after is None else after)
 
     async def _tell(self, base: int, effect: Effect) -> None:
         self._refuse_if_ended()
@@ -433,19 +436,19 @@ class Touched:
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
         """Adds nullable columns; a struct that is there gets the fields it lacks."""
-        _, effect = effects.adding(self._known(), fields)
-        await self._commit(effect, lambda t: t.add_columns(fields))
+        after, effect = effects.adding(self._known(), fields)
+        await self._commit(effect, lambda t: t.add_columns(fields), after=after)
 
     async def drop_columns(self, names: Sequence[str]) -> None:
         """Drops columns."""
-        _, effect = effects.dropping(self._known(), names)
+        after, effect = effects.dropping(self._known(), names)
         # LanceDB drops the last column that holds data, and fails at the next look only.
-        await self._commit(effect, lambda t: t.drop_columns(names), look=True)
+        await self._commit(effect, lambda t: t.drop_columns(names), look=True, after=after)
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
         """Renames columns, changes their nullability or their type, in one commit."""
-        _, effect = effects.altering(self._known(), alterations)
-        await self._commit(effect, lambda t: t.alter_columns(alterations))
+        after, effect = effects.altering(self._known(), alterations)
+        await self._commit(effect, lambda t: t.alter_columns(alterations), after=after)
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
         """Sets entries of a column's metadata."""
@@ -453,9 +456,9 @@ class Touched:
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index."""
-        _, effect = effects.indexing(self._known(), index)
+        after, effect = effects.indexing(self._known(), index)
         base = self.version
-        await self._commit(effect, lambda t: t.create_index(index, options), look=True)
+        await self._commit(effect, lambda t: t.create_index(index, options), look=True, after=after)
         self._covered = index if self.version == base + 1 else None
 
     async def cover_key(self, key: str) -> None:
@@ -494,8 +497,8 @@ class Touched:
         keeps it (measured): then it is dropped again.
         """
         for _ in range(_DROPS):
-            _, effect = effects.unindexing(self._known(), name)
-            await self._commit(effect, lambda t: t.drop_index(name))
+            after, effect = effects.unindexing(self._known(), name)
+            await self._commit(effect, lambda t: t.drop_index(name), after=after)
             if all(index.name != name for index in self._known().indexes):
                 return
         raise StaleHandleError(
@@ -625,7 +628,7 @@ class Touched:
         for attempt in range(1, _COMPUTATIONS + 1):
             self.progress(0, None, f"on the cluster, attempt {attempt}")
             try:
-                await self._commit(shape_effect(after), run)
+                await self._commit(shape_effect(after), run, after=after)
             except _COMMITTED_FIRST:
                 self.retries += 1
                 await self.reopen()

@@ -118,9 +118,22 @@ class TableState:
 
     def same(self, other: TableState) -> bool:
         """Returns whether both have one shape."""
-        if self.indexes == other.indexes and self.schema.equals(other.schema):
-            return True  # the usual, and quickly told
+        if self._is_like(other):
+            return True
+        if not (self.witnesses() or other.witnesses()):
+            mine, theirs = self.schema.names, other.schema.names
+            if len(mine) != len(theirs) or set(mine) != set(theirs):
+                return False
         return self.shape() == other.shape()
+
+    def _is_like(self, other: TableState) -> bool:
+        return self.indexes == other.indexes and self.schema.equals(other.schema)
+
+    def foreseen_as(self, other: TableState) -> TableState:
+        """Returns this state, which knows its shape already if it came as it was foreseen."""
+        if self._is_like(other):
+            object.__setattr__(self, "_shape", other._shape)
+        return self
 
     def has(self, column: str) -> bool:
         """Returns whether the column exists, by path."""
