@@ -497,8 +497,8 @@ class Executor:
         branches = told["branches"]
         opened = {t.name: t.opened.table for t in work.tables.values() if t.opened is not None}
         # A crash that loses it costs a look: what is done is found done, or set to the same values
-        # once more. And nothing is committed before it is durable: that would be announced, later
-        # in the same journal.
+        # once more, and code that did nothing is run again. And nothing is committed before it is
+        # durable: that would be announced, later in the same journal.
         if cleanup or work.acted:
             await self.record(work, applied)
             await self.clean(script.line, script.version, cleanup, branches, opened)

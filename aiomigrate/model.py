@@ -250,8 +250,6 @@ class Scripts:
     all: tuple[Script, ...]
     has_background: bool = field(init=False, repr=False)
     _lines: Mapping[str, tuple[Script, ...]] = field(init=False, repr=False)
-    digests: dict[tuple[str, int], str] = field(default_factory=dict, init=False, repr=False)
-    """Chain digests of lines at versions, as far as `reconcile.digest_at` was asked for them."""
 
     def __post_init__(self) -> None:
         lines: dict[str, list[Script]] = {}

@@ -146,11 +146,7 @@ def at_target(scripts: Scripts) -> dict[str, tuple[int, str]]:
 
 def digest_at(scripts: Scripts, line: str, version: int) -> str:
     """Returns the chain digest a line has at a version, as the scripts now are."""
-    known = scripts.digests.get((line, version))
-    if known is None:
-        known = chain_digest((s.version, s.checksum) for s in scripts.up_to(line, version))
-        scripts.digests[line, version] = known
-    return known
+    return chain_digest((s.version, s.checksum) for s in scripts.up_to(line, version))
 
 
 def disputed(rows: Sequence[HeadRow], journal: Journal, scripts: Scripts) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ class Touched:
         self._announce = announce
         self._others = others
         self._announced: list[Effect] = []
-        self._covered: Index | None = None  # by the last commit that built one
+        self._covered: tuple[Index, int] | None = None  # and since which table_version
         self._table: Table | None = None
         self._state: TableState | None = None
 
@@ -459,7 +459,7 @@ class Touched:
         after, effect = effects.indexing(self._known(), index)
         base = self.version
         await self._commit(effect, lambda t: t.create_index(index, options), look=True, after=after)
-        self._covered = index if self.version == base + 1 else None
+        self._covered = (index, self.version) if self.version == base + 1 else None
 
     async def cover_key(self, key: str) -> None:
         """Builds the index on a key anew, for all rows that are there."""
@@ -476,7 +476,7 @@ class Touched:
         Raises:
             MigrationTimeoutError: It did not within the time.
         """
-        if self._covered == index:
+        if self._covered == (index, self.version):
             return
         with anyio.move_on_after(timeout_s):
             passes = 0
@@ -515,7 +515,9 @@ class Touched:
         where: str | None,
         unless_live: bool = False,
     ) -> int | None:
-        """Sets columns of the matching rows, in no commit where none matches; returns how many.
+        """Sets columns of the matching rows; returns how many.
+
+        Where none matches there is no commit, unless it was announced with an earlier one.
 
         Args:
             values: Literals by column.
@@ -523,17 +525,18 @@ class Touched:
             where: The rows, `None` for all.
             unless_live: Do nothing, and return `None`, where that would hold up others.
         """
-        # Its announcement has been paid for: to find out which rows match takes as long as it does.
-        is_told = self._announced[:1] == [effects.updating(values, sql, where)]
+        effect = effects.updating(values, sql, where)
         count = await self.count_rows()
-        if count >= _LIVE_ROWS or not is_told:
-            count = count and await self.count_rows(where)
+        # One that is announced is made: to find out which rows match takes as long.
+        is_told = count < _LIVE_ROWS and self._announced[:1] == [effect]
+        if count and where is not None and not is_told:
+            count = await self.count_rows(where)
         if not count:
             self._announced.clear()  # what was foreseen after it is told anew, together
             return 0
         if unless_live and count >= _LIVE_ROWS and await self._is_committed_to():
             return None
-        return await self._updated(effects.updating(values, sql, where))
+        return await self._updated(effect)
 
     async def _updated(self, effect: Effect) -> int:
         changed = 0

@@ -62,9 +62,9 @@ class Careful(Bare):
     """Also keeps a ledger and savepoints, and looks."""
 
     async def begin(self, connection: lancedb.AsyncConnection) -> None:
-        """Takes over the predecessor's ledger, and the lease."""
+        """Takes over the predecessor's ledger, with the lease."""
         self._head = await calls.adopt(connection)
-        self._log = calls.Journal(await calls.take(connection, reads=1))
+        self._log = calls.Journal(await calls.begin(connection))
         self._saved: dict[str, tuple[lancedb.AsyncTable, str]] = {}
 
     async def beside(self) -> None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiomigrate import Context, Migration, MigrationFailedError, Outcome, op
+from aiomigrate import Context, Migration, MigrationFailedError, Outcome, Progress, op
 from aiomigrate.executor import advance, chains
 from aiomigrate.fold import fold
 from aiomigrate.lance import Store
@@ -339,9 +339,9 @@ async def test_a_migration_is_recorded_with_what_the_next_announces(tmp_path: Pa
     assert events == [Kind.STARTED, Kind.INTENDED, Kind.INTENDED, Kind.APPLIED] * 4
     assert await savepoints(tmp_path, "t0") == []
     assert await rows_of(tmp_path, "t0") == [{"id": 1, "x": 1, **{f"c{n}": 0 for n in range(1, 5)}}]
-    # Founding two tables, taking the lease, rows for the lines, one for each of the four and the
+    # Founding two tables (with the lease), rows for the lines, one for each of the four and the
     # last end, and giving the lease back.
-    assert report.ledger_commits <= 10
+    assert report.ledger_commits <= 9
 
 
 @pytest.mark.parametrize("next_one", ["fails", "is cancelled", "is passed over"])
@@ -386,6 +386,135 @@ async def test_what_is_done_stays_done_whatever_becomes_of_the_next(
     at = 2 if next_one == "is passed over" else 1
     assert [row["currentVersion"] for row in head if row["tableName"] == "t0"] == [at]
     assert await rows_of(tmp_path, "t0") == [{"id": 1, "x": None, "z": 0}]
+
+
+async def test_what_follows_in_another_line_does_not_wait_for_a_savepoint_to_go(
+    tmp_path: Path,
+) -> None:
+    """That a migration is applied is recorded with what follows it; only then is it cleaned up."""
+    for table in ("t0", "t1"):
+        await make(tmp_path, T, [{"id": 1, "x": 1}], table=table)
+    is_next_done = anyio.Event()
+
+    async def wait(verb: str, table: str) -> None:
+        if (verb, table) == ("delete_branch", "t0"):
+            with anyio.fail_after(5):
+                await is_next_done.wait()
+
+    async def note(verb: str, table: str) -> None:
+        if (verb, table) == ("add_columns", "t1"):
+            is_next_done.set()
+
+    migrations = [
+        Migration(table="t0", version=1, operations=[filled("z")]),
+        Migration(
+            table="t1",
+            version=1,
+            operations=[op.AddColumns({"y": pa.int64()})],
+            depends_on={"t0": 1},
+        ),
+    ]
+    kind = watched_manager(before=wait, after=note)
+    async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        await manager.upgrade()
+        status = await manager.get_status()
+
+    assert is_next_done.is_set()
+    assert await savepoints(tmp_path, "t0") == []
+    assert [line.current for line in status.lines.values()] == [1, 1]
+
+
+async def test_a_line_that_is_done_is_cleaned_up_though_the_run_is_cancelled(
+    tmp_path: Path,
+) -> None:
+    """While other lines go on, the head already says so, and no savepoint is left."""
+    for table in ("t0", "t1"):
+        await make(tmp_path, T, [{"id": 1, "x": 1}], table=table)
+    scope = anyio.CancelScope()
+
+    async def for_ever(context: Context) -> None:
+        await anyio.sleep_forever()
+
+    def stop(progress: Progress) -> None:
+        if (progress.line, progress.state) == ("t0", "applied"):
+            scope.cancel()
+
+    migrations = [
+        Migration(table="t0", version=1, operations=[filled("z")]),
+        Migration(table="t1", version=1, operations=[op.Run(for_ever)]),
+    ]
+    with scope:
+        async with MigrationManager(
+            tmp_path, migrations=migrations, logger=quiet_logger(), on_progress=stop
+        ) as manager:
+            await manager.upgrade()
+    async with MigrationManager(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        status = await manager.get_status()
+
+    assert scope.cancelled_caught
+    assert await savepoints(tmp_path, "t0") == []
+    assert {name: line.current for name, line in status.lines.items()} == {"t0": 1, "t1": 0}
+
+
+async def test_a_line_that_waits_for_another_is_cleaned_up_meanwhile(tmp_path: Path) -> None:
+    """That may take hours: its savepoint is not kept so long."""
+    for table in ("t0", "t1"):
+        await make(tmp_path, T, [{"id": 1, "x": 1}], table=table)
+
+    async def long(context: Context) -> None:
+        with anyio.fail_after(5):
+            while not is_saved.is_set() or await savepoints(tmp_path, "t0"):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+
+    async def note(verb: str, table: str) -> None:
+        if (verb, table) == ("create_branch", "t0"):
+            is_saved.set()
+
+    is_saved = anyio.Event()
+    migrations = [
+        Migration(table="t0", version=1, operations=[filled("z")]),
+        Migration(table="t1", version=1, operations=[op.Run(long)]),
+        Migration(table="t0", version=2, operations=[filled("y")], depends_on={"t1": 1}),
+    ]
+    kind = watched_manager(after=note)
+    async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        report = await manager.upgrade()
+
+    assert len(report.applied) == 3
+
+
+@pytest.mark.parametrize("code", ["does nothing", "commits", "takes the connection"])
+async def test_code_that_committed_is_recorded_at_once(tmp_path: Path, code: str) -> None:
+    """It should not run twice for a death right after it; where it did nothing, it may wait."""
+    await make(tmp_path, T, [{"id": 1, "x": 1}], table="t0")
+    commits: list[int] = []
+
+    async def up(context: Context) -> None:
+        commits.append(await journal_version())
+        if code == "commits":
+            await context.table().update({"x": 2})
+        elif code == "takes the connection":
+            assert context.connection.is_open()
+
+    async def journal_version() -> int:
+        own = await lancedb.connect_async(tmp_path)
+        return await (await own.open_table("table_migrations_history")).version()
+
+    async def look(verb: str, table: str) -> None:
+        if (verb, table) == ("add_columns", "t0"):
+            commits.append(await journal_version())
+
+    migrations = [
+        Migration(table="t0", version=1, operations=[op.Run(up)]),
+        Migration(table="t0", version=2, operations=[op.AddColumns({"y": pa.int64()})]),
+    ]
+    kind = watched_manager(before=look)
+    async with kind(tmp_path, migrations=migrations, logger=quiet_logger()) as manager:
+        await manager.upgrade()
+
+    # The commit of the code is announced, too.
+    expected = {"does nothing": 1, "takes the connection": 2, "commits": 3}[code]
+    assert commits[1] - commits[0] == expected
 
 
 async def test_what_rewrites_rows_begins_with_what_others_wrote_just_before(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from aiomigrate.errors import (
     InvalidMigrationError,
     OperationError,
 )
-from aiomigrate.operations.base import spell
+from aiomigrate.model import Script
+from aiomigrate.operations.base import WITNESS_PREFIX, Index, spell
 from aiomigrate.operations.indexes import KINDS
 from tests.tools import TABLE, found, make, manager, rows_of, tree
 
@@ -1420,3 +1421,73 @@ async def test_rows_without_a_vector_are_kept_as_they_are(database: Path) -> Non
         assert str(vectors[1]) == "[nan, 1.0]"
         assert found["long"].to_pylist() == [None, [0.5] * 12, None, None]
     connection.close()
+
+
+# ---- shapes, quickly told ------------------------------------------------------------------------
+
+FIELDS = st.builds(
+    pa.field,
+    st.sampled_from(["a", "b", "c", "d", f"{WITNESS_PREFIX}1_x"]),
+    st.sampled_from([pa.int64(), pa.string()]),
+    nullable=st.booleans(),
+    metadata=st.sampled_from([None, {"k": "v"}]),
+)
+INDEXES = st.builds(Index, st.sampled_from(["BTree", "Bitmap"]), st.tuples(st.sampled_from("ab")))
+STATES = st.builds(
+    op.TableState,
+    st.lists(FIELDS, min_size=1, max_size=4, unique_by=lambda f: f.name).map(pa.schema),
+    st.lists(INDEXES, max_size=2).map(tuple),
+)
+
+
+def moved(state: op.TableState) -> st.SearchStrategy[op.TableState]:
+    """Returns the state with its columns in any order."""
+    return st.permutations(list(state.schema)).map(
+        lambda fields: op.TableState(pa.schema(fields), state.indexes)
+    )
+
+
+@given(STATES.flatmap(lambda state: st.tuples(st.just(state), st.one_of(STATES, moved(state)))))
+def test_two_states_are_the_same_if_their_shapes_are(
+    states: tuple[op.TableState, op.TableState],
+) -> None:
+    """However that is found out; and one that came as foreseen has the shape that was foreseen."""
+    one, other = states
+    equal = one.shape() == other.shape()
+    fresh = op.TableState(one.schema, one.indexes)
+
+    assert one.same(other) is equal
+    assert other.same(one) is equal
+    assert fresh.foreseen_as(other).shape() == one.shape()
+
+
+def shout(batch: pa.RecordBatch) -> list[str]:
+    """Computes something."""
+    return [str(value).upper() for value in batch["b"].to_pylist()]
+
+
+SCRIPT = Script(
+    line="t", version=3, description="", operations=(), touches=("t", "u"), depends_on={},
+    checksum="", table="t",
+)  # fmt: skip
+SAME = st.sampled_from([
+    op.Update({"a": 1}, table="t"), op.Update({"a": 2}, table="t"), op.Update({"a": 1}, table="u"),
+    op.Backfill("a", shout, key="id", source="b", table="t"),
+    op.Backfill("c", shout, key="id", source="b", table="t"),
+    op.Delete("a = 1", table="t"),
+])  # fmt: skip
+
+
+@given(st.lists(SAME, min_size=1, max_size=6))
+def test_each_operation_of_a_migration_has_a_witness_of_its_own(
+    operations: Sequence[op.Operation],
+) -> None:
+    """Also where it does what an earlier one did; those that need none have none."""
+    names = [
+        witness_name(SCRIPT, operation, operations[:position])
+        for position, operation in enumerate(operations)
+    ]
+
+    named = [(o.table, name) for o, name in zip(operations, names, strict=True) if name]
+    assert len(named) == len(set(named))
+    assert all(name for o, name in zip(operations, names, strict=True) if o.witnessed)
