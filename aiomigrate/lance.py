@@ -14,6 +14,7 @@ import itertools
 import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ from aiomigrate.together import each
 
 T = TypeVar("T")
 
+_is_settling: ContextVar[bool] = ContextVar("_is_settling", default=False)
 SCHEMES = ("s3", "s3+ddb", "gs", "az", "abfs", "abfss", "hf", "oss", "cos", "memory", "file")
 
 _CONFLICTS: tuple[tuple[str, type[StoreError], str], ...] = (
@@ -244,12 +246,15 @@ class Store:
         Cancellation is raised only once it has ended, at most after the grace time. Then it is
         abandoned, which `abandoned` tells, and it may still commit.
         """
+        if _is_settling.get():  # part of what somebody awaits so already
+            return await run()
         result: list[T] = []
         failure: list[BaseException] = []
         ended = anyio.Event()
         scope = anyio.CancelScope(shield=True)
 
         async def work() -> None:
+            _is_settling.set(True)  # here, in a task of its own
             with scope:
                 try:
                     result.append(await run())

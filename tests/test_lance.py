@@ -463,6 +463,29 @@ async def test_a_mutation_that_does_not_end_is_abandoned_and_said_to_be_unresolv
     assert asyncio.all_tasks() == tasks
 
 
+async def test_a_mutation_within_another_is_part_of_it(tmp_path: Path) -> None:
+    """It goes on in the same task, and is abandoned with the whole, under the name of that."""
+    store, table = await made(tmp_path / "db", grace_s=0.1)
+    tasks: list[int] = []
+
+    async def hang() -> None:
+        tasks.append(anyio.get_current_task().id)
+        await anyio.sleep_forever()
+
+    async def whole() -> None:
+        tasks.append(anyio.get_current_task().id)
+        await table.add(rows(1))
+        await store.call("hang", "part", hang, mutates=True)
+
+    with anyio.fail_after(5), anyio.move_on_after(0.1) as scope:
+        await store.settle("whole", whole)
+
+    assert scope.cancelled_caught
+    assert tasks[0] == tasks[1] != anyio.get_current_task().id
+    assert store.abandoned == {"whole"}
+    assert await (await store.open("t")).count_rows() == 1
+
+
 async def test_a_read_is_cancelled_at_once(tmp_path: Path) -> None:
     """Only mutations are given time: a read has nothing to resolve."""
     store, table = await made(tmp_path / "db", GatedStore, grace_s=60)
