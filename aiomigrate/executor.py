@@ -466,9 +466,9 @@ class Executor:
                 there = [t for t in work.tables.values() if t.state is not None]
                 work.size = await _size(there)
         report = self.report(work, Outcome.APPLIED, ran_s)
-        was = {t.name: t.was for t in work.tables.values()}
-        destroyed = destroys(script, was) if self._keeps else ()
         made = work.made_branches()
+        was = {t.name: t.was for t in work.tables.values()}
+        destroyed = destroys(script, was) if made and self._keeps else ()
         told: dict[str, Any] = {
             "cleanup": cleanup,
             "branches": {t: b for t, b in made.items() if t not in destroyed},
@@ -495,7 +495,11 @@ class Executor:
             detail={key: value for key, value in told.items() if value},
         )
         branches = told["branches"]
-        opened = {t.name: t.opened.table for t in work.tables.values() if t.opened is not None}
+        opened = {
+            name: handle.table
+            for name in branches
+            if (handle := work.tables[name].opened) is not None
+        }
         # A crash that loses it costs a look: what is done is found done, or set to the same values
         # once more, and code that did nothing is run again. And nothing is committed before it is
         # durable: that would be announced, later in the same journal.

@@ -160,7 +160,9 @@ async def calls_of(path: Path, upgrade: Upgrade) -> tuple[list[Call], int]:
         await manager.initialize()
         store = manager._store
     assert isinstance(store, FaultyStore)
-    return store.calls, store.calls.index(("update", HEAD))
+    # Taken by an update, or inserted with the head.
+    taking = {("update", HEAD), ("insert_missing", HEAD)}
+    return store.calls, next(at for at, call in enumerate(store.calls) if call in taking)
 
 
 async def at_steps(path: Path, upgrade: Upgrade, steps: Sequence[Step]) -> list[Fault]:
