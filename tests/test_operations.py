@@ -1423,6 +1423,52 @@ async def test_rows_without_a_vector_are_kept_as_they_are(database: Path) -> Non
     connection.close()
 
 
+# ---- tables that do not fit ----------------------------------------------------------------------
+
+UNFIT = [
+    op.AddColumns({"a": pa.int64()}, values={"a": 1}), op.DropColumns("a"),
+    op.RenameColumns({"a": "b"}), op.RenameColumns({"a": "b", "b": "a"}),
+    op.AlterType({"a": pa.int64()}), op.SetNullable("a"), op.SetNotNull("a"),
+    op.SetMetadata("a", {"unit": "cm"}), op.SetMetadata("s.a", {"unit": "cm"}),
+    op.Update({"a": 1}), op.Delete("a = 1"), op.CreateIndex("a"), op.DropIndex("a"),
+    op.Backfill("a", str, key="id"), op.CopyInto("other", key="id"), op.Optimize(),
+]  # fmt: skip
+TABLES = [
+    None,
+    op.TableState(pa.schema([])),
+    op.TableState(pa.schema([pa.field("id", pa.string())])),
+    op.TableState(pa.schema([pa.field("s", pa.struct([pa.field("b", pa.string())]))])),
+]
+
+
+@pytest.mark.parametrize("state", TABLES)
+@pytest.mark.parametrize("operation", UNFIT, ids=str)
+def test_an_operation_is_done_on_any_table_or_not_or_says_why_it_does_not_fit(
+    operation: op.Operation, state: op.TableState | None
+) -> None:
+    """It is asked of tables as they may become, too; never an error of ours that says nothing."""
+    for simple in operation.on("t").expand():
+        for ask in (simple.done, simple.predict):
+            with contextlib.suppress(AiomigrateError):
+                ask(state, "w")
+
+
+async def test_what_is_described_may_be_dropped_right_after(database: Path) -> None:
+    """Both are looked at beforehand, the first also on the table as the second leaves it."""
+    await make(database, THINGS, ROWS)
+    steps = [
+        Migration(
+            table=TABLE,
+            version=1,
+            operations=[op.SetMetadata("n", {"unit": "cm"}), op.DropColumns("n")],
+        )
+    ]
+    async with manager(database, steps) as migrations:
+        report = await migrations.upgrade()
+
+    assert len(report.applied) == 1
+
+
 # ---- shapes, quickly told ------------------------------------------------------------------------
 
 FIELDS = st.builds(

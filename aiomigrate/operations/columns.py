@@ -751,6 +751,7 @@ class SetMetadata(Operation):
         return TableState(schema, before.indexes)
 
     def done(self, state: TableState | None, witness: str) -> bool:
+        self.evolve(state)  # refuses where there is no such column
         have = _text(self.existing(state).column(self.column).metadata)
         return all(have.get(key) == value for key, value in self.metadata.items())
 
