@@ -203,12 +203,8 @@ async def acquire(
     """
     begun = clock.monotonic()
     head = await _founded(ledger, owner, phase)
-    row = head.leases.get(RUN_LEASE)
-    if row is not None and row.owner == owner:
-        return Lease(
-            key=RUN_LEASE, epoch=row.epoch or 0, owner=owner, taken_at=begun, waited=False,
-            head=head,
-        )  # fmt: skip
+    if (mine := _held_by(owner, head, begun)) is not None:
+        return mine
     watch = Watch(options.ttl_s, clock)
     waited = False
     refused: StoreError | None = None
@@ -251,13 +247,19 @@ async def _founded(ledger: Ledger, owner: str, phase: str) -> Head:
         return await ledger.ensure(owner, phase)
     except BaseException:
         with anyio.CancelScope(shield=True), contextlib.suppress(StoreError, LedgerError):
-            row = (await ledger.read_head()).leases.get(RUN_LEASE)
-            if row is not None and row.owner == owner:
-                mine = Lease(
-                    key=RUN_LEASE, epoch=row.epoch or 0, owner=owner, taken_at=0, waited=False
-                )
+            if (mine := _held_by(owner, await ledger.read_head())) is not None:
                 await give_back(ledger, mine)
         raise
+
+
+def _held_by(owner: str, head: Head, taken_at: float = 0.0) -> Lease | None:
+    """Returns the run lease if the head says that this one has it."""
+    row = head.leases.get(RUN_LEASE)
+    if row is None or row.owner != owner:
+        return None
+    return Lease(
+        key=RUN_LEASE, epoch=row.epoch or 0, owner=owner, taken_at=taken_at, waited=False, head=head
+    )
 
 
 async def take(

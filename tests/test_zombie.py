@@ -115,8 +115,8 @@ async def woken(path: Path, fault: Fault, upgrade: Upgrade = SCENARIO) -> str | 
         return f"applied more than once: {twice}"
     found = await scenario.snapshot(path)
     if (fault.when, mark.read_text()) == ("before", "add notes"):
-        # What the README says of a paused process: LanceDB takes back no append that it was about
-        # to make, and where nothing was committed yet, nothing was restored that would refuse it.
+        # What the README says of a paused process: this append may still land when it wakes. Then
+        # its rows are there once more, and none is lost.
         notes = found["tables"]["notes"]
         if lost := Counter(expected["tables"]["notes"]["rows"]) - Counter(notes["rows"]):
             return f"lost {lost}"
