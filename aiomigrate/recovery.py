@@ -290,7 +290,9 @@ class Recovery:
             )
         branches = unfinished.started.detail.get("branches", {})
         for table, to, head in restores:
-            await self._return(script, table, to, head, protected=table in branches)
+            # The first commit is announced before its savepoint is kept.
+            kept = table in branches and head != to
+            await self._return(script, table, to, head, protected=kept)
         await self._record(work, event_of(script, Kind.RESTORED))
         self._log.info(
             ev.STEP_RESTORED,
@@ -409,6 +411,9 @@ class Recovery:
     ) -> int | None:
         """Returns the table_version to restore from, `None` if there is nothing to undo.
 
+        Where a commit was announced and not made, there is: a paused process may be about to make
+        it, and nothing but a restore refuses a late append (facts: 12).
+
         Raises:
             UnresolvedError: A commit since the savepoint is not known to be ours.
         """
@@ -431,12 +436,10 @@ class Recovery:
             expected = base + 1
             several = effect == "optimize"
         made = int(last[0].detail["base"])
-        if head == made:
-            return head if head != savepoint else None
         for intent in last:
             effect = intent.detail["effect"]
             if head == made:
-                return head  # it was told with the one before, and not made
+                return head  # not made, and perhaps told with the one before
             if not await is_ours(self._store, table, made, effect):
                 break
             if effect["do"] in ("restore", "vacate"):
