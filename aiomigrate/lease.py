@@ -28,7 +28,7 @@ import anyio
 from aiomigrate import events as ev
 from aiomigrate.clock import Clock
 from aiomigrate.errors import LeaseHeldError, LeaseTimeoutError, LedgerError, StoreError
-from aiomigrate.ledger import Head, Ledger
+from aiomigrate.ledger import FirstRows, Head, Ledger, lease_row
 from aiomigrate.model import RUN_LEASE, HeadRow
 from aiomigrate.operations.literals import sql_literal
 from aiomigrate.report import Going, Holder
@@ -181,6 +181,7 @@ async def acquire(
     clock: Clock,
     log: Any,
     is_done: Callable[[Head], Awaitable[bool]],
+    enrol: Callable[[Lease], Iterable[HeadRow]] = lambda _: (),
 ) -> Lease | None:
     """Makes the ledger if need be, and takes the run lease, waiting for another holder.
 
@@ -193,6 +194,7 @@ async def acquire(
         log: Bound logger.
         is_done: Asked whenever the row changed while waiting: whether another process has done
             the work, so that there is nothing left to take the lease for.
+        enrol: Returns the lines' rows to make together with the lease's, where that is made here.
 
     Returns:
         The lease, or `None` if another process did the work meanwhile.
@@ -202,7 +204,13 @@ async def acquire(
         LedgerError: The ledger cannot be read or made.
     """
     begun = clock.monotonic()
-    head = await _founded(ledger, owner, phase)
+
+    def first(epoch: int) -> list[HeadRow]:
+        lease = Lease(key=RUN_LEASE, epoch=epoch, owner=owner, taken_at=begun, waited=False)
+        mine = lease_row(RUN_LEASE, at=clock.wall(), epoch=epoch, owner=owner, phase=phase)
+        return [mine, *enrol(lease)]
+
+    head = await _founded(ledger, owner, first)
     if (mine := _held_by(owner, head, begun)) is not None:
         return mine
     watch = Watch(options.ttl_s, clock)
@@ -241,10 +249,10 @@ async def acquire(
             return None
 
 
-async def _founded(ledger: Ledger, owner: str, phase: str) -> Head:
+async def _founded(ledger: Ledger, owner: str, first: FirstRows) -> Head:
     """Returns the head, with the lease taken if its row is made here; not so on failure."""
     try:
-        return await ledger.ensure(owner, phase)
+        return await ledger.ensure(first)
     except BaseException:
         with anyio.CancelScope(shield=True), contextlib.suppress(StoreError, LedgerError):
             if (mine := _held_by(owner, await ledger.read_head())) is not None:

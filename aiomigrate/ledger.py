@@ -17,8 +17,7 @@ import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -53,6 +52,13 @@ _PRIMARY_KEY = b"lance-schema:unenforced-primary-key"
 _FORMAT_KEY = b"aiomigrate:format"
 _MANY = 32  # events that take longer to put together than the event loop is to be kept
 _ATTEMPTS = 40
+_MADE = 1
+"""table_version of a table that was made where there was none."""
+
+FirstRows = Callable[[int], Sequence[HeadRow]]
+"""Returns the rows that a head begins with, given the first epoch that nobody used."""
+
+T = TypeVar("T")
 
 _KEYED = {_PRIMARY_KEY: b"true"}
 _OURS: tuple[pa.Field[Any], ...] = (
@@ -152,7 +158,7 @@ class _Known:
     Attributes:
         table: Its handle.
         content: Its rows; columns that were added since are not in it.
-        is_new: Whether it has rows, and did not have our columns: no version of it is beneath.
+        is_new: Whether no version of it is beneath that had its first rows.
     """
 
     table: Table
@@ -275,14 +281,14 @@ class Ledger:
 
     # ---- founding and adopting ------------------------------------------------------------------
 
-    async def ensure(self, owner: str = "", phase: str = "") -> Head:
+    async def ensure(self, first: FirstRows | None = None) -> Head:
         """Makes both tables, or makes an existing head fit, safely beside others doing the same.
 
         A crash leaves a state from which the next caller goes on.
 
         Args:
-            owner: Nonce of who takes the run lease if it is this call that makes its row.
-            phase: What to write about that one.
+            first: Returns the rows to begin with, its run lease among them, if it is this call that
+                makes them, given the first epoch that nobody used; by default that lease, free.
 
         Returns:
             The head, which has the run lease.
@@ -291,28 +297,69 @@ class Ledger:
             LedgerError: A table cannot be read or made.
             UnsafeStoreError: The store, asked when the journal is founded, loses commits.
         """
+        known: dict[str, _Known] = {}
         content: list[pa.Table] = []
+
+        async def look_at_journal() -> None:
+            if self._journal is None:
+                known[self.journal_name] = await self._made(self.journal_name, JOURNAL_SCHEMA)
+
+        async def look_at_head() -> None:
+            adopted = await self._adopt_structure()
+            known[self.head_name] = adopted or await self._made(self.head_name, HEAD_SCHEMA)
+
+        is_unwritten = False  # the journal, as far as this first look tells
+
+        async def first_rows() -> pa.Table:
+            nonlocal is_unwritten
+            # Above every epoch ever used, so that no event of an earlier head is taken for a new
+            # one.
+            events = [] if is_unwritten else await self.read_journal()
+            is_unwritten = False
+            top = max((event.epoch for event in events), default=0)
+            if first is not None:
+                return rows_to_arrow(first(top + 1))
+            return rows_to_arrow([lease_row(RUN_LEASE, at=self._clock.wall(), epoch=top)])
 
         async def found_journal() -> None:
             if self._journal is None:
-                await self._found_journal()
+                await self._found_journal(known[self.journal_name])
 
         async def found_head() -> None:
-            known = await self._adopt_structure()
-            first = partial(self._first_lease, owner, phase)
             _, found = await self._founded(
-                self.head_name, HEAD_SCHEMA, "tableName", first, _has_lease, known=known
+                self.head_name,
+                HEAD_SCHEMA,
+                "tableName",
+                first_rows,
+                _has_lease,
+                known[self.head_name],
             )
             content.append(found)
 
+        await each((look_at_journal, look_at_head), lambda look: look())
+        is_unwritten = self._journal is None and known[self.journal_name].is_new
         await each((found_journal, found_head), lambda make: make())
         return parse_head(content[0], self.head_name)
 
-    async def _found_journal(self) -> Table:
-        self._journal, _ = await self._founded(
-            self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, _has_founding
+    async def _found_journal(self, known: _Known | None = None) -> Table:
+        table, content = await self._founded(
+            self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, _has_founding, known
         )
-        return self._journal
+        self._journal = table
+        if known is not None and known.is_new and await table.version() == _MADE + 1:
+            self._read = _MADE + 1, parse_journal(content, self.journal_name)
+        return table
+
+    async def _made(self, name: str, schema: pa.Schema) -> _Known:
+        return await self._among_rivals(name, lambda: self._make(name, schema))
+
+    async def _make(self, name: str, schema: pa.Schema) -> _Known:
+        """Opens and reads a table, making it if need be."""
+        found = await self._find(name)
+        if found is not None:
+            return _Known(found, await found.read(), is_new=False)
+        table = await self.store.create(name, schema)
+        return _Known(table, schema.empty_table(), is_new=await table.version() == _MADE)
 
     async def _founded(
         self,
@@ -321,39 +368,42 @@ class Ledger:
         key: str,
         first: Callable[[], Awaitable[pa.Table]],
         is_founded: Callable[[pa.Table], bool],
-        *,
         known: _Known | None = None,
     ) -> tuple[Table, pa.Table]:
-        """Opens and reads a table that has its first row, making both if need be.
+        """Opens and reads a table that has its first rows, making both if need be.
 
         `create_table` is not exclusive: a late creator overwrites what others have made, and may
-        have been paused for long before. So a table without its first row is taken as wiped: what
-        the version beneath holds is inserted again, else the first row. The insert is
+        have been paused for long before. So a table without its first rows is taken as wiped: what
+        the version beneath holds is inserted again, else the first rows. The insert is
         insert-only on the primary key through a handle pinned to the wiped version: one of many
         racers inserts each key, and if the table was overwritten meanwhile LanceDB refuses it.
         """
+        seen = [] if known is None else [known]  # a moment ago
+
+        async def found() -> tuple[Table, pa.Table] | None:
+            here = seen.pop() if seen else await self._make(name, schema)
+            if is_founded(here.content):
+                return here.table, here.content
+            rows = None if here.is_new else await self._beneath(here.table, is_founded)
+            if is_first := rows is None:
+                rows = await first()
+            elif len(rows):
+                self._log.warning(ev.LEDGER_HEALED, ledger_table=name, rows=len(rows))
+            self.commits += 1
+            if await here.table.insert_missing(key, rows) < len(rows) or not is_first:
+                return None
+            # What others have written since is seen by whoever takes the lease.
+            return here.table, pa.concat_tables([here.content, rows], promote_options="default")
+
+        return await self._among_rivals(name, found)
+
+    async def _among_rivals(self, name: str, make: Callable[[], Awaitable[T | None]]) -> T:
+        """Does what makes a table, until it returns something: others may be doing the same."""
         last: StoreError | None = None
         for attempt in range(_ATTEMPTS):
             try:
-                is_new = False
-                if known is not None:  # as it was read a moment ago
-                    table, content, is_new = known.table, known.content, known.is_new
-                    known = None
-                else:
-                    found = await self._find(name)
-                    table = found or await self.store.create(name, schema)
-                    content = await table.read()
-                if is_founded(content):
-                    return table, content
-                rows = None if is_new else await self._beneath(table, is_founded)
-                if rows is None:
-                    rows = await first()
-                elif len(rows):
-                    self._log.warning(ev.LEDGER_HEALED, ledger_table=name, rows=len(rows))
-                self.commits += 1
-                if await table.insert_missing(key, rows) == len(rows) == 1:
-                    # What others have written since is seen by whoever takes the lease.
-                    return table, pa.concat_tables([content, rows], promote_options="default")
+                if (made := await make()) is not None:
+                    return made
             except (
                 TableExistsError,
                 CommitConflictError,
@@ -431,22 +481,6 @@ class Ledger:
             "pass on_unsafe_store=OnUnsafeStore.WARN (--on-unsafe-store warn).",
         )
 
-    async def _first_lease(self, owner: str, phase: str) -> pa.Table:
-        # Above every epoch ever used, so that no event of an earlier head is taken for a new one.
-        events = await self.read_journal()
-        top = max((event.epoch for event in events), default=0)
-        row = HeadRow(
-            name=lease_row_name(RUN_LEASE),
-            version=0,
-            migrated_at=self._clock.wall(),
-            epoch=top + 1 if owner else top,
-            owner=owner,
-            beat=0,
-            phase=phase,
-            lease=RUN_LEASE,
-        )
-        return rows_to_arrow([row])
-
     async def _adopt_structure(self) -> _Known | None:
         """Adds our columns to a head that another system made, and makes its key primary.
 
@@ -497,11 +531,11 @@ class Ledger:
 
     async def ensure_lease(self, key: str) -> None:
         """Makes the row of a lease, free, unless it is there. The head exists."""
-        row = HeadRow(name=lease_row_name(key), version=0, migrated_at=self._clock.wall(),
-                      epoch=0, owner="", beat=0, phase="", lease=key)  # fmt: skip
         table = await self.store.open(self.head_name)
         self.commits += 1
-        await table.insert_missing("tableName", rows_to_arrow([row]))
+        await table.insert_missing(
+            "tableName", rows_to_arrow([lease_row(key, at=self._clock.wall())])
+        )
 
     async def update_lease(self, values: Mapping[str, Any], condition: str, key: str) -> int:
         """Changes a lease row if it is as the condition says; returns 1 if it was, else 0."""
@@ -618,6 +652,28 @@ class Ledger:
 def lease_row_name(key: str) -> str:
     """Returns the name of a lease's row in the head."""
     return LEASE_PREFIX + key
+
+
+def lease_row(
+    key: str,
+    *,
+    at: dt.datetime,
+    epoch: int = 0,
+    owner: str = "",
+    beat: int = 0,
+    phase: str = "",
+) -> HeadRow:
+    """Returns the row of a lease, free unless it has an owner."""
+    return HeadRow(
+        name=lease_row_name(key),
+        version=0,
+        migrated_at=at,
+        epoch=epoch,
+        owner=owner,
+        beat=beat,
+        phase=phase,
+        lease=key,
+    )
 
 
 def _has_lease(content: pa.Table) -> bool:

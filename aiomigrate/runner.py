@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -167,6 +167,7 @@ class Runner:
         *,
         is_done: Callable[[Head], Awaitable[bool]],
         doing: str,
+        enrol: Callable[[Lease], Iterable[HeadRow]] = lambda _: (),
     ) -> bool:
         """Takes the lease, does some work under it, and gives it back.
 
@@ -174,6 +175,7 @@ class Runner:
             work: Called with the writer; when the lease is lost it is cancelled.
             is_done: Whether another process has done it while this one waited.
             doing: What to show in the lease row.
+            enrol: Returns the lines' rows to make together with the lease's, where that is made.
 
         Returns:
             Whether the work was done here.
@@ -182,7 +184,7 @@ class Runner:
             LeaseError: The lease could not be had or kept.
             LedgerError: The metadata tables cannot be read or written.
         """
-        return await self._apart(lambda: self._hold(work, is_done, doing))
+        return await self._apart(lambda: self._hold(work, is_done, doing, enrol))
 
     async def _apart(self, work: Callable[[], Awaitable[bool]]) -> bool:
         worked: list[bool] = []
@@ -204,6 +206,7 @@ class Runner:
         work: Callable[[Writer, Lease], Awaitable[None]],
         is_done: Callable[[Head], Awaitable[bool]],
         doing: str,
+        enrol: Callable[[Lease], Iterable[HeadRow]] = lambda _: (),
     ) -> bool:
         begun = self._clock.monotonic()
         self._store.abandoned.clear()  # of an earlier run: its lease has to expire first
@@ -216,6 +219,7 @@ class Runner:
                 clock=self._clock,
                 log=self._log,
                 is_done=is_done,
+                enrol=enrol,
             )
         self.lease_s = self._clock.monotonic() - begun
         if lease is None:
@@ -334,7 +338,15 @@ class Runner:
                 seen = await look(None, None)
             await self._prune(seen, writer, executor, older_than_s=self._options.keep_s)
 
-        return await self.hold(work, is_done=is_done, doing="starting")
+        def enrol(lease: Lease) -> list[HeadRow]:
+            pending = {step.script.line for step in before.plan.steps if not step.deferred}
+            return [
+                self._row(line, 0, lease)
+                for line, state in before.plan.lines.items()
+                if state.act is Act.ENROL and not state.current and line in pending
+            ]
+
+        return await self.hold(work, is_done=is_done, doing="starting", enrol=enrol)
 
     async def background(self, look: Look) -> bool:
         """Does what an application's start does not wait for, under a lease of its own.

@@ -19,7 +19,7 @@ from aiomigrate import events as ev
 from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, LeaseLostError, LedgerError, StoreError
 from aiomigrate.lease import Lease, LeaseOptions
-from aiomigrate.ledger import Ledger, Stamp, lease_row_name
+from aiomigrate.ledger import Ledger, Stamp, lease_row
 from aiomigrate.model import Event, HeadRow
 
 _RIPE_S = 0.02
@@ -298,24 +298,22 @@ class Writer:
         self._beat += 1
         while True:
             started = self._clock.monotonic()
-            lease_row = HeadRow(
-                name=lease_row_name(self.lease.key),
-                version=0,
-                migrated_at=self._clock.wall(),
+            own = lease_row(
+                self.lease.key,
+                at=self._clock.wall(),
                 epoch=self.lease.epoch,
                 owner="" if released else self.lease.owner,
                 beat=self._beat,
                 phase="" if released else self._phase(),
-                lease=self.lease.key,
             )
             dirty = dict(self._dirty)
             try:
-                rows = [lease_row, *dirty.values()]
+                rows = [own, *dirty.values()]
                 done = await self._ledger.write_rows(rows, self.lease.epoch, self.lease.owner)
             except StoreError as exc:
                 done = False
                 self._log.warning(ev.LEDGER_RETRIED, error=exc.what)
-            if done or await self._is_written(lease_row, dirty, started):
+            if done or await self._is_written(own, dirty, started):
                 break
             if self._clock.monotonic() > self._renewed_at + self._options.ttl_s:
                 raise self._lost("could not renew it in time")
@@ -331,9 +329,7 @@ class Writer:
         elif closing:
             self._log.warning(ev.LEASE_LEFT, epoch=self.lease.epoch)
 
-    async def _is_written(
-        self, lease_row: HeadRow, dirty: Mapping[str, HeadRow], started: float
-    ) -> bool:
+    async def _is_written(self, own: HeadRow, dirty: Mapping[str, HeadRow], started: float) -> bool:
         """Looks why not every row was replaced; returns whether they are there all the same.
 
         If at least the lease row is, the lease is renewed as of `started`.
@@ -350,12 +346,12 @@ class Writer:
             # An epoch never goes back: the table was overwritten, and is about to be healed.
             await self._ledger.ensure()
             return False
-        mine = {self.lease.owner, lease_row.owner}
+        mine = {self.lease.owner, own.owner}
         if row.epoch != self.lease.epoch or row.owner not in mine:
             raise self._lost(f"epoch {row.epoch} is held by {row.owner or 'nobody'}")
         have = {r.name: (r.version, r.digest, r.epoch) for r in head.rows}
         want = {n: (r.version, r.digest, r.epoch) for n, r in dirty.items()}
-        if row.beat == lease_row.beat:
+        if row.beat == own.beat:
             self._renewed_at = started
             if all(have.get(n) == v for n, v in want.items()):
                 return True
