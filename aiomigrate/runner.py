@@ -691,7 +691,8 @@ class Runner:
             self._options.telemetry.ended(result)
             self._tell(step.script, result.outcome.value)
             ended[step.key].set()
-            await is_owned.wait()
+            if not is_owned.is_set():
+                await is_owned.wait()
 
     async def _run_step(
         self,

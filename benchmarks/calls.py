@@ -80,7 +80,7 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
     head = await connection.create_table(HEAD, schema=HEAD_SCHEMA)
     await head.add(rows_to_arrow([_row(_LEASE, 0), *(_row(name, 0) for name in names)]))
     await connection.create_table(JOURNAL, schema=JOURNAL_SCHEMA)
-    journal = await begin(connection)
+    journal = await connection.open_table(JOURNAL)
     log = Journal(journal)
     slots = anyio.CapacityLimiter(concurrency)
 
@@ -101,13 +101,6 @@ async def first_run(path: str, names: Sequence[str], *, concurrency: int) -> Non
             group.start_soon(line, name)
     await _end(head, journal, names, workload.VERSIONS)
     connection.close()
-
-
-async def begin(connection: lancedb.AsyncConnection) -> lancedb.AsyncTable:
-    """Reads a journal that was just made; who made the head has the lease. Returns the journal."""
-    for _ in range(2):
-        await (await connection.open_table(JOURNAL)).query().to_arrow()
-    return await connection.open_table(JOURNAL)
 
 
 async def take(

@@ -18,7 +18,7 @@ import lancedb.index
 import pyarrow as pa
 
 from benchmarks import calls
-from benchmarks.setting import HEAD
+from benchmarks.setting import HEAD, JOURNAL
 from tests import predecessor
 
 _TEXT, _TEXTS = pa.string(), pa.list_(pa.string())
@@ -64,7 +64,7 @@ class Careful(Bare):
     async def begin(self, connection: lancedb.AsyncConnection) -> None:
         """Takes over the predecessor's ledger, with the lease."""
         self._head = await calls.adopt(connection)
-        self._log = calls.Journal(await calls.begin(connection))
+        self._log = calls.Journal(await connection.open_table(JOURNAL))
         self._saved: dict[str, tuple[lancedb.AsyncTable, str]] = {}
 
     async def beside(self) -> None:

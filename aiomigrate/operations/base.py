@@ -77,6 +77,7 @@ class TableState:
     schema: pa.Schema
     indexes: tuple[Index, ...] = ()
     _shape: list[Mapping[str, Any]] = field(default_factory=list, init=False, repr=False)
+    _ours: list[list[str]] = field(default_factory=list, init=False, repr=False)
     _after: list[tuple[Operation, TableState | None]] = field(
         default_factory=list, init=False, repr=False
     )
@@ -118,12 +119,11 @@ class TableState:
 
     def same(self, other: TableState) -> bool:
         """Returns whether both have one shape."""
-        if self._is_like(other):
-            return True
-        if not (self.witnesses() or other.witnesses()):
-            mine, theirs = self.schema.names, other.schema.names
-            if len(mine) != len(theirs) or set(mine) != set(theirs):
-                return False
+        if len(self.schema) == len(other.schema):
+            if self._is_like(other):
+                return True
+        elif not (self.witnesses() or other.witnesses()):
+            return False
         return self.shape() == other.shape()
 
     def _is_like(self, other: TableState) -> bool:
@@ -147,7 +147,10 @@ class TableState:
 
     def witnesses(self) -> list[str]:
         """Returns the names of the columns that are ours."""
-        return [name for name in self.schema.names if name.startswith(WITNESS_PREFIX)]
+        if not self._ours:
+            names = self.schema.names
+            self._ours.append([name for name in names if name.startswith(WITNESS_PREFIX)])
+        return self._ours[0]
 
     def with_fields(self, fields: Iterable[pa.Field[Any]]) -> TableState:
         """Returns this state with other fields, and without indexes on columns that are gone."""
