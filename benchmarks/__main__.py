@@ -88,10 +88,10 @@ def exit_code(results: Sequence[Result], *, quick: bool) -> int:
 
 def verdict(result: Result, target: Target, *, quick: bool) -> str:
     """Returns whether a target is met, as text."""
-    if target not in result.missed:
-        return "met"
-    warns = quick and target not in result.missed_counts
-    return "missed (quick: a warning)" if warns else "MISSED"
+    told = result.verdict(target)
+    if quick and target in result.missed and target not in result.missed_counts:
+        return f"{told} (quick: a warning)"
+    return told.replace("missed", "MISSED")
 
 
 def table(results: Sequence[Result], *, quick: bool) -> str:

@@ -57,6 +57,8 @@ class Target:
         at_least: Lower bound of `against / of`: how many times faster.
         within: Upper bound of `of - against`, or of `of` where there is no `against`, in the unit
             of its samples.
+        limit: Two contenders, the first over the second: what nobody can be below who does what is
+            judged. Where that is above the bound, it is out of reach.
     """
 
     of: str
@@ -64,10 +66,12 @@ class Target:
     at_most: float | None = None
     at_least: float | None = None
     within: float | None = None
+    limit: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         bounds = (self.at_most, self.at_least, self.within)
         assert sum(bound is not None for bound in bounds) == 1, "one bound"
+        assert self.limit is None or self.at_most is not None, "a limit is that of a ratio"
         assert self.within is not None or self.against is not None, "a ratio has two sides"
 
     def measured(self, medians: Mapping[str, float]) -> float:
@@ -87,6 +91,14 @@ class Target:
             return value >= self.at_least
         bound = self.within if self.at_most is None else self.at_most
         return bound is not None and value <= bound
+
+    def out_of_reach(self, medians: Mapping[str, float]) -> float | None:
+        """Returns the ratio of its limit where that is above the bound, else `None`."""
+        if self.limit is None or self.at_most is None:
+            return None
+        one, other = self.limit
+        ratio = medians[one] / medians[other]
+        return ratio if ratio > self.at_most else None
 
     def edge(self, medians: Mapping[str, float]) -> float:
         """Returns the median of `of` at which the target is just met."""
@@ -149,6 +161,16 @@ class Result:
         value = target.measured(self.medians)
         return f"{value:.2f} x" if target.within is None else self.unit(target.of).text(value)
 
+    def verdict(self, target: Target) -> str:
+        """Returns whether a target is met, and if not whether it could be, as text."""
+        if target.is_met(self.medians):
+            return "met"
+        beyond = target.out_of_reach(self.medians)
+        if beyond is None or target.limit is None:
+            return "missed"
+        one, other = target.limit
+        return f"missed, out of reach: {one} {beyond:.2f} x {other}"
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as a JSON-ready dictionary."""
         medians = self.medians
@@ -168,6 +190,7 @@ class Result:
                     "at_least": target.at_least,
                     "within": target.within,
                     "met": target.is_met(medians),
+                    "out_of_reach": target.out_of_reach(medians),
                 }
                 for target in self.targets
             ],

@@ -51,7 +51,7 @@ def _summary(results: Sequence[Result]) -> str:
     rows = [
         (
             result.name,
-            "missed" if target in result.missed else "met",
+            result.verdict(target),
             target.of,
             result.unit(target.of).text(result.medians[target.of]),
             result.reached(target),

@@ -72,7 +72,7 @@ async def first_run(size: Size) -> Result:
         what=f"fresh database, {len(names)} tables x {workload.VERSIONS} metadata-only migrations",
         samples=samples,
         targets=(
-            Target(of="ours", against="floor", at_most=1.5),
+            Target(of="ours", against="floor", at_most=1.5, limit=("calls", "floor")),
             Target(of="ours", against="peer", at_least=8),
         ),
         facts={
@@ -95,7 +95,7 @@ async def together(size: Size) -> Result:
         samples=samples,
         targets=(
             Target(of="ledger commits", within=12),
-            Target(of="ours", against="floor", at_most=1.6),
+            Target(of="ours", against="floor", at_most=1.6, limit=("calls", "floor")),
         ),
         units={"ledger commits": Unit.COUNT},
         facts={"lease_s": [report.lease_s for report in reports]},
@@ -110,7 +110,7 @@ async def chain(size: Size) -> Result:
         name="chain",
         what=f"one table at version 1, {last - 1} metadata-only migrations one after another",
         samples=samples,
-        targets=(Target(of="ours", against="floor", at_most=3.5),),
+        targets=(Target(of="ours", against="floor", at_most=3.5, limit=("calls", "floor")),),
         facts={
             "ledger_commits": [report.ledger_commits for report in reports],
             "lease_s": [report.lease_s for report in reports],

@@ -88,7 +88,7 @@ async def nothing_to_do(size: Size) -> Result:
         targets=(
             Target(of="ours", against="floor", at_most=1.25),
             Target(of="ours", against="peer", at_least=15),
-            Target(of="ours", against="alembic", at_most=1),
+            Target(of="ours", against="alembic", at_most=1, limit=("floor", "alembic")),
         ),
         facts={"tables": len(names)},
     )
@@ -183,7 +183,7 @@ async def flat_events(size: Size) -> Result:
     )
 
 
-_FLAT = (Target(of="many", against="few", at_most=1.3),)
+_FLAT = (Target(of="many", against="few", at_most=1.3, limit=("floor of many", "floor of few")),)
 
 
 async def _flat(

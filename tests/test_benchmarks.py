@@ -67,6 +67,7 @@ def test_quick_benchmark_writes_its_documented_files(tmp_path: Path) -> None:
     for target in case["targets"]:
         assert target.keys() == {
             "target", "of", "against", "measured", "at_most", "at_least", "within", "met",
+            "out_of_reach",
         }  # fmt: skip
     assert "<h2>nothing-to-do</h2>" in page.read_text(encoding="utf-8")
 
@@ -91,6 +92,24 @@ def test_a_missed_target_shows_and_a_met_one_does_too() -> None:
     ]  # fmt: skip
     assert [t.edge(result.medians) for t in result.targets] == pytest.approx([2, 3, 3.5, 175])
     assert table([result], quick=False).count("MISSED") == 2
+
+
+def test_what_nobody_could_reach_is_missed_all_the_same_and_says_so() -> None:
+    """A limit above the bound is told with its ratio; one below it excuses nothing."""
+    samples = {"ours": [3.0], "floor": [1.0], "calls": [2.5]}
+
+    def judged(at_most: float) -> Result:
+        target = Target(of="ours", against="floor", at_most=at_most, limit=("calls", "floor"))
+        return Result(name="example", what="one", samples=samples, targets=(target,))
+
+    beyond, reachable, met = judged(2.4), judged(2.6), judged(3.0)
+
+    assert "MISSED, out of reach: calls 2.50 x floor" in table([beyond], quick=False)
+    assert "out of reach" not in table([reachable, met], quick=False)
+    assert [r.to_dict()["targets"][0]["out_of_reach"] for r in (beyond, reachable, met)] == [
+        2.5, None, None,
+    ]  # fmt: skip
+    assert [exit_code([r], quick=False) for r in (beyond, reachable, met)] == [1, 1, 0]
 
 
 def test_a_quick_run_fails_by_counts_only() -> None:
