@@ -158,6 +158,33 @@ async def test_racing_founders_leave_one_founding_event_and_one_lease(tmp_path: 
     assert wrong == []
 
 
+async def test_of_racing_founders_one_makes_the_first_rows(tmp_path: Path) -> None:
+    """Each brings rows of its own for the same names: all that are there are one founder's."""
+    lines = [f"line {number}" for number in range(3)]
+    wrong = []
+    for number in range(5):
+        ledgers = [bind(await connect(tmp_path / str(number))) for _ in range(8)]
+        told: list[set[str | None]] = []
+
+        async def found(ledger: Ledger, owner: str, told: list[set[str | None]] = told) -> None:
+            def first(epoch: int) -> list[HeadRow]:
+                return [lease_row(epoch, owner), *(row(line, 0, epoch, owner) for line in lines)]
+
+            head = await ledger.ensure(first)
+            told.append({found.owner for found in (*head.rows, *head.leases.values())})
+
+        async with anyio.create_task_group() as group:
+            for at, ledger in enumerate(ledgers):
+                group.start_soon(found, ledger, f"founder {at}")
+        head = await ledgers[0].read_head()
+        (holder,) = {found.owner for found in head.leases.values()}
+        rows = sorted((found.name, found.owner, found.epoch) for found in head.rows)
+        if rows != [(line, holder, 1) for line in lines] or told != [{holder}] * 8:
+            wrong.append((rows, holder, told))
+
+    assert wrong == []
+
+
 async def test_founding_what_is_founded_writes_nothing(tmp_path: Path) -> None:
     """Every start goes through here: it must leave a ledger alone."""
     store, ledger = await founded(tmp_path / "db")

@@ -194,6 +194,23 @@ async def test_a_holder_paused_between_commits_does_no_harm_when_it_wakes(tmp_pa
     await check(tmp_path, await at_steps(tmp_path / "calls", SCENARIO, steps))
 
 
+async def test_a_function_paused_before_its_first_append_appends_nothing_when_it_wakes(
+    tmp_path: Path,
+) -> None:
+    """Though the table was as it had found it when the next holder came: that one restores it.
+
+    So too where it had not kept its savepoint yet.
+    """
+    await undisturbed(tmp_path / "expected")
+    steps = [
+        ("create_branch", "people", "before"),
+        ("add", "people", "before"),
+        ("add", "notes", "before"),
+    ]
+
+    await check(tmp_path, await at_steps(tmp_path / "calls", SCENARIO, steps))
+
+
 @pytest.mark.parametrize(("name", "steps"), [("restoring", RESTORING), ("resuming", RESUMING)])
 async def test_a_holder_paused_while_it_recovers_does_no_harm_when_it_wakes(
     tmp_path: Path, name: str, steps: dict[str, Step]
