@@ -312,8 +312,7 @@ class Ledger:
 
         async def first_rows() -> pa.Table:
             nonlocal is_unwritten
-            # Above every epoch ever used, so that no event of an earlier head is taken for a new
-            # one.
+            # Above every epoch ever used: no event of an earlier head is taken for a new one.
             events = [] if is_unwritten else await self.read_journal()
             is_unwritten = False
             top = max((event.epoch for event in events), default=0)

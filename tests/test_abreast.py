@@ -254,13 +254,9 @@ async def test_no_line_goes_on_before_the_head_has_its_row(tmp_path: Path) -> No
     """A death then would leave a row that is believed less than what the tables look like."""
     order: list[str] = []
     is_first = anyio.Event()
-    inserts = 0
 
     async def hold(verb: str, table: str) -> None:
-        nonlocal inserts
-        inserts += (verb, table) == ("insert_missing", "table_migrations")
-        if inserts == 2:  # the first was the lease's own row
-            inserts += 1
+        if (verb, table) == ("insert_missing", "table_migrations"):
             with anyio.fail_after(5):
                 await is_first.wait()
             await anyio.sleep(0.1)  # enough for a second migration that does not wait
@@ -271,12 +267,38 @@ async def test_no_line_goes_on_before_the_head_has_its_row(tmp_path: Path) -> No
             order.append(verb)
             is_first.set()
 
-    await make(tmp_path, T, [{"id": 1}], table="t0")
+    for table in ("t0", "t1"):
+        await make(tmp_path, T, [{"id": 1}], table=table)
+    # Founded by another line: whoever makes the lease's row makes those of its lines with it.
+    async with MigrationManager(tmp_path, migrations=two_of("t1"), logger=quiet_logger()) as first:
+        await first.upgrade()
     kind = watched_manager(before=hold, after=note)
-    async with kind(tmp_path, migrations=two_of("t0"), logger=quiet_logger()) as manager:
+    both = [*two_of("t0"), *two_of("t1")]
+    async with kind(tmp_path, migrations=both, logger=quiet_logger()) as manager:
         await manager.upgrade()
 
     assert order == ["add_columns", "head", "add_columns"]
+
+
+async def test_a_first_run_makes_the_rows_of_its_lines_with_the_lease(tmp_path: Path) -> None:
+    """One commit to the head before the first migration: a death leaves both rows or neither."""
+    calls: list[tuple[str, str]] = []
+
+    async def note(verb: str, table: str) -> None:
+        calls.append((verb, table))
+
+    await make(tmp_path, T, [{"id": 1}], table="t0")
+    kind = watched_manager(before=note)
+    async with kind(tmp_path, migrations=two_of("t0"), logger=quiet_logger()) as manager:
+        await manager.upgrade()
+        assert manager._store is not None
+        head = await (await manager._store.open("table_migrations")).at(2)
+        rows = (await head.read()).to_pylist()
+
+    assert calls.count(("insert_missing", "table_migrations")) == 1
+    assert {(row["tableName"], row["currentVersion"], row["epoch"]) for row in rows} == {
+        (":lease:run", 0, 1), ("t0", 0, 1),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("left", ["returned", "returned unused", "unlocked", "silent"])
