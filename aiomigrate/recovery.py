@@ -293,6 +293,8 @@ class Recovery:
             # The first commit is announced before its savepoint is kept.
             kept = table in branches and head != to
             await self._return(script, table, to, head, protected=kept)
+        for name in branches:  # before the event: after it nobody looks for them
+            await self.drop_leftovers(script, name)
         await self._record(work, event_of(script, Kind.RESTORED))
         self._log.info(
             ev.STEP_RESTORED,
@@ -305,8 +307,6 @@ class Recovery:
         await self._applier.fence(
             unfinished.savepoints.keys() - {table for table, _, _ in restores}
         )
-        for name in branches:
-            await self.drop_leftovers(script, name)
 
     async def _fits(self, script: Script) -> bool:
         """Returns whether a corrected migration can begin with its tables as they are."""

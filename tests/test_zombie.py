@@ -31,7 +31,7 @@ Step = tuple[str, str, str]
 
 HOLDING: dict[str, Step] = {
     "its journal is not read": ("open", JOURNAL, "before"),
-    "what it read may be out of date": ("read", JOURNAL, "after"),
+    "what it read may be out of date": ("version", JOURNAL, "after"),
     "its first event is written, which it does not know": ("add", JOURNAL, "after"),
     "a table is read, its migration not started": ("list_indices", "people", "after"),
     "it is about to keep a savepoint, after the last look at the lease": (
