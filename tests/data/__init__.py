@@ -1,0 +1,1 @@
+"""Data of the tests: never changed by a later release."""
