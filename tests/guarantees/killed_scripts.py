@@ -76,8 +76,8 @@ async def doubled(batch: pa.RecordBatch) -> list[int | None]:
 async def renumbered(context: Context) -> None:
     """Sets the numbers of the rows anew, in three commits; idempotent only from where it began."""
     table = context.table()
-    await table.update(sql={"n": "n + 1000"}, where="n < 100")
-    await table.update(sql={"n": "n + 1000"}, where="n < 200")
+    await table.update(sql={"n": "n + 1"}, where="id < 'r100'")
+    await table.update(sql={"n": "n + 1"}, where="id < 'r200'")
     await table.add([{"id": "more", "n": 1}])
 
 
@@ -114,6 +114,7 @@ class Killed:
 
     Attributes:
         last: The operations of the last migration; it is version 3 of the line `things`.
+        second: More operations of the migration before it.
         does: The method of the manager that was killed.
         verb: A method of `lancedb.AsyncTable`: killed at its call on `things`.
         at: At the n-th such call, from 1.
@@ -125,6 +126,7 @@ class Killed:
     """
 
     last: Sequence[op.Operation] = ()
+    second: Sequence[op.Operation] = ()
     does: str = "upgrade"
     verb: str = ""
     at: int = 1
@@ -146,7 +148,11 @@ class Killed:
             Migration(
                 table=TABLE,
                 version=2,
-                operations=[op.CreateIndex("n"), op.CreateIndex("vector", kind="IvfFlat")],
+                operations=[
+                    op.CreateIndex("n"),
+                    op.CreateIndex("vector", kind="IvfFlat"),
+                    *self.second,
+                ],
             ),
             Migration(
                 table=TABLE,
@@ -205,7 +211,14 @@ KILLED = {
         verb="alter_columns",
     ),
     "rollback_by_savepoint": Killed(
-        last=[op.Update(sql={"n": "n * 2"}, where="n > 10")], does="rollback", verb="restore"
+        second=[op.CreateTable(JOINED, rows=[{"id": "a", "n": 1}], table="archive")],
+        last=[
+            op.Update(sql={"n": "n * 2"}, where="n > 10"),
+            op.Update(sql={"n": "n * 2"}, table="archive"),
+        ],
+        does="rollback",
+        verb="restore",
+        when="before",
     ),
     "background": Killed(
         last=_FILL, does="run_background", where="m IS NOT NULL", background=True,
