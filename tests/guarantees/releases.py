@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 RELEASED = DATA / "released" / "aiomigrate-0.1.0-py3-none-any.whl"
 PATIENCE_S = 120.0
+"""A process that says nothing for so long is killed."""
 
 
 class Process:
@@ -40,9 +41,6 @@ class Process:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(release), str(ROOT)])},
         )
-        self._watchdog = threading.Timer(PATIENCE_S, self._child.kill)
-        self._watchdog.daemon = True
-        self._watchdog.start()
         self.package = ""
         self.version = ""
 
@@ -88,7 +86,6 @@ class Process:
 
     def stop(self) -> int:
         """Lets it end; returns its exit code."""
-        self._watchdog.cancel()
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -108,7 +105,10 @@ class Process:
 
     def _read(self) -> dict[str, Any] | None:
         assert self._child.stdout is not None
+        watchdog = threading.Timer(PATIENCE_S, self._child.kill)
+        watchdog.start()
         line = self._child.stdout.readline()
+        watchdog.cancel()
         found: dict[str, Any] | None = json.loads(line) if line else None
         return found
 

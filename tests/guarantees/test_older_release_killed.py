@@ -24,12 +24,15 @@ UNDOING = [name for name, killed in KILLED.items() if killed.is_undoing]
 
 
 def manager(database: Path, killed: Killed) -> MigrationManager:
-    """Returns a manager of the tree; the dead process has promised a TTL of 0.5 s."""
+    """Returns a manager of the tree: it waits for the dead process's lease as long as for its own.
+
+    The dead process promised a TTL of 0.5 s.
+    """
     return MigrationManager(
         database,
         migrations=killed.migrations(),
         logger=structlog.wrap_logger(structlog.ReturnLogger()),
-        lease_ttl=0.5,
+        lease_ttl=1.0,
         concurrency=1,
     )
 

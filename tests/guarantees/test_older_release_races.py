@@ -17,8 +17,8 @@ from tests.guarantees.releases import DATA, RELEASED, ROOT, Process, processes
 
 NEWEST = 4
 ALL = sorted((m.name, m.version) for m in migrations(NEWEST))
-DEAD: dict[str, Any] = {"lease_ttl": 0.5, "concurrency": 1}
-"""Options of processes of which one is killed: the other waits half a second for its lease."""
+DEAD: dict[str, Any] = {"lease_ttl": 1.0, "concurrency": 1}
+"""Options of processes of which one is killed: the other waits a second for its lease."""
 
 
 def versions(to: int) -> dict[str, int]:
