@@ -123,8 +123,8 @@ async def floor(path: str, model: Model) -> None:
         await merge(numbers)
 
 
-async def ours(path: str, model: Model) -> None:
-    """Does it by a migration."""
+async def ours(path: str, model: Model) -> int:
+    """Does it by a migration; returns the commits of its ledger."""
     pace = op.Pace(batch_rows=BATCH, concurrency=FLIGHT)
 
     async def embed(batch: pa.RecordBatch) -> Any:
@@ -139,7 +139,7 @@ async def ours(path: str, model: Model) -> None:
         )
     ]
     async with MigrationManager(path, migrations=steps) as manager:
-        await manager.upgrade()
+        return (await manager.upgrade()).ledger_commits
 
 
 def size_of(path: str) -> int:
@@ -154,7 +154,7 @@ async def main(how: str, path: str, rows: int, latency_ms: float) -> None:
         await make(path, rows)
         return
     before = size_of(path) if how != "function" else 0
-    worst = 0.0
+    worst, commits = 0.0, 0
 
     async def beat() -> None:
         nonlocal worst
@@ -171,7 +171,7 @@ async def main(how: str, path: str, rows: int, latency_ms: float) -> None:
         elif how == "floor":
             await floor(path, model)
         else:
-            await ours(path, model)
+            commits = await ours(path, model)
         took = time.perf_counter() - begun
         group.cancel_scope.cancel()
     written = size_of(path) - before if how != "function" else 0
@@ -180,6 +180,7 @@ async def main(how: str, path: str, rows: int, latency_ms: float) -> None:
         "written": written / (rows * DIMENSION * 4),
         "peak_mb": peak_mb(),
         "lag_ms": worst * 1000,
+        "ledger_commits": commits,
     }
     print(json.dumps(told))
 

@@ -17,13 +17,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import lancedb
 
 from aiomigrate import op
-from aiomigrate.clock import Clock
 from benchmarks import workload
 from benchmarks.setting import manager_of
 
@@ -107,7 +107,9 @@ async def ours(path: str, minutes: int) -> dict[str, float]:
         for name in workload.table_names(LINES)
         for one in workload.grown(name, minutes)
     ]
-    clock = Clock(loop.time, lambda: begun + dt.timedelta(seconds=loop.time() - base))
+    clock = SimpleNamespace(
+        monotonic=loop.time, wall=lambda: begun + dt.timedelta(seconds=loop.time() - base)
+    )
     async with await manager_of(path, steps, clock=clock, on_progress=listen) as manager:
         report = await manager.upgrade()
     assert len(report.applied) == LINES * minutes

@@ -203,7 +203,7 @@ async def interleaved(
     *,
     rounds: int,
     warmups: int = 1,
-    after: Callable[[str], Awaitable[None]] | None = None,
+    after: Callable[[str, object], Awaitable[None]] | None = None,
 ) -> dict[str, list[float]]:
     """Lets every contender run once per round, in turns.
 
@@ -213,7 +213,8 @@ async def interleaved(
         contenders: By name.
         rounds: How many runs of each are kept.
         warmups: Rounds before those, whose times are thrown away.
-        after: Called with the contender's name after each run that is kept, untimed.
+        after: Called with the contender's name and what the run returned, after each run that is
+            kept, untimed.
 
     Returns:
         Seconds by contender, in the order of the rounds.
@@ -223,18 +224,22 @@ async def interleaved(
     for number in range(-warmups, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            run = await contenders[name]()
-            gc.collect()
-            # What was written before, by whoever came first, is on the disk: it slows nobody.
-            await anyio.to_thread.run_sync(os.sync)
-            begun = time.perf_counter()
-            await run()
-            took = time.perf_counter() - begun
+            took, result = await timed(await contenders[name]())
             if number >= 0:
                 samples[name].append(took)
                 if after is not None:
-                    await after(name)
+                    await after(name, result)
     return samples
+
+
+async def timed(run: Measured) -> tuple[float, object]:
+    """Returns the seconds that a run takes, and what it returns."""
+    gc.collect()
+    # What was written before, by whoever came first, is on the disk: it slows nobody.
+    await anyio.to_thread.run_sync(os.sync)
+    begun = time.perf_counter()
+    result = await run()
+    return time.perf_counter() - begun, result
 
 
 def peak_mb() -> float:

@@ -82,9 +82,13 @@ async def ours(path: str) -> dict[str, Any]:
     """Rebuilds the table by a migration, and rolls it back."""
     steps = [Migration(table=TABLE, version=1, operations=[op.Rebuild(changed)])]
     async with MigrationManager(path, migrations=steps) as manager:
-        (step,) = (await manager.upgrade()).steps
-        (back,) = (await manager.rollback(TABLE)).steps
-    return {"rebuild_s": step.ran_s + step.ledger_s, "rollback_s": back.ran_s + back.ledger_s}
+        reports = await manager.upgrade(), await manager.rollback(TABLE)
+    (step,), (back,) = (report.steps for report in reports)
+    return {
+        "rebuild_s": step.ran_s + step.ledger_s,
+        "rollback_s": back.ran_s + back.ledger_s,
+        "ledger_commits": sum(report.ledger_commits for report in reports),
+    }
 
 
 async def main(how: str, path: str, rows: int) -> None:

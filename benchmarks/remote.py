@@ -16,10 +16,10 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from aiomigrate import Migration
+from aiomigrate import Migration, Report
 from benchmarks import floor, workload
 from benchmarks.measure import Measured, Prepare, Result, Target, Unit, interleaved
-from benchmarks.setting import CONCURRENCY, HEAD, Size, grown, manager_of
+from benchmarks.setting import CONCURRENCY, HEAD, Side, Size, grown, manager_of, start
 from tests.stores import ObjectStore, s3
 
 _LEDGER = f"/{HEAD}"
@@ -36,32 +36,20 @@ def _store() -> ObjectStore:
 
 async def remote_start(size: Size) -> Result:
     """Measures a start at target over S3, in requests and in time."""
-    names = workload.table_names(16)
-    steps = [one for name in names for one in workload.grown(name, 1)]
     requests: dict[str, list[float]] = {"ours": [], "floor": []}
     store = await anyio.to_thread.run_sync(_store)
-    uri = f"{store.root}/start"
-    await grown(uri, names, 1, store.options)
-
-    async def ours() -> Measured:
-        manager = await manager_of(uri, steps, storage_options=store.options)
-
-        async def run() -> None:
-            async with manager:
-                report = await manager.initialize()
-            assert not report.steps
-
-        await _slow(store, size)
-        return run
+    mine = await start_side(size)
 
     async def bare() -> Measured:
         await _slow(store, size)
-        return lambda: floor.start(uri, HEAD, store.options)
+        return lambda: floor.start(f"{store.root}/start", HEAD, store.options)
 
-    async def count(name: str) -> None:
+    async def count(name: str, _: object) -> None:
         requests[name].append(len(await _paths(store)))
 
-    samples = await interleaved({"ours": ours, "floor": bare}, rounds=size.rounds, after=count)
+    samples = await interleaved(
+        {"ours": mine["start"].prepare, "floor": bare}, rounds=size.rounds, after=count
+    )
     counts = {f"requests of {name}": found for name, found in requests.items()}
     return Result(
         name="s3-start",
@@ -73,6 +61,32 @@ async def remote_start(size: Size) -> Result:
         ),
         units=dict.fromkeys(counts, Unit.COUNT),
     )
+
+
+async def start_side(size: Size) -> dict[str, Side]:
+    """Returns how aiomigrate starts at target."""
+    names = workload.table_names(16)
+    steps = [one for name in names for one in workload.grown(name, 1)]
+    store = await anyio.to_thread.run_sync(_store)
+    uri = f"{store.root}/start"
+    await grown(uri, names, 1, store.options)
+    begin = start(uri, steps, storage_options=store.options)
+
+    async def prepare() -> Measured:
+        run = await begin()
+        await _slow(store, size)
+        return run
+
+    return {"start": Side(prepare, counts=partial(_requests, store))}
+
+
+async def run_side(size: Size) -> dict[str, Side]:
+    """Returns how aiomigrate makes one migration on each of 64 tables."""
+    store = await anyio.to_thread.run_sync(_store)
+    await anyio.to_thread.run_sync(store.rules)
+    runs = _Ours(store, "run", workload.table_names(64), size)
+    await runs.make()
+    return {"run": Side(runs.prepare, counts=partial(_requests, store))}
 
 
 async def remote_run(size: Size) -> Result:
@@ -91,11 +105,13 @@ async def remote_run(size: Size) -> Result:
     await anyio.to_thread.run_sync(store.rules)  # what is made first is made without latency
     for suffix, names in (("", many),) if size.is_quick else (("", many), (" on one", one)):
         for how, kind in (("ours", _Ours), ("floor", _Floor)):
-            runs = kind(store, f"{how}{len(names)}", names, size, commits)
+            runs = kind(store, f"{how}{len(names)}", names, size)
             await runs.make()
             contenders[how + suffix] = runs.prepare
 
-    async def count(name: str) -> None:
+    async def count(name: str, result: object) -> None:
+        if isinstance(result, Report):
+            commits.append(result.ledger_commits)
         paths = await _paths(store)
         requests.setdefault(name, []).append(len(paths))
         ledger.setdefault(name, []).append(sum(_LEDGER in path for path in paths))
@@ -134,14 +150,11 @@ async def remote_run(size: Size) -> Result:
 class _Runs:
     """Runs of one contender on one database, each a version further than the one before."""
 
-    def __init__(
-        self, store: ObjectStore, name: str, names: Sequence[str], size: Size, commits: list[int]
-    ) -> None:
+    def __init__(self, store: ObjectStore, name: str, names: Sequence[str], size: Size) -> None:
         self.store = store
         self.uri = f"{store.root}/{name}"
         self.names = names
         self.size = size
-        self.commits = commits
         self.version = 1
 
     def steps(self) -> list[Migration]:
@@ -158,11 +171,11 @@ class _Ours(_Runs):
         self.version += 1
         manager = await manager_of(self.uri, self.steps(), storage_options=self.store.options)
 
-        async def run() -> None:
+        async def run() -> Report:
             async with manager:
                 report = await manager.initialize()
             assert len(report.applied) == len(self.names)
-            self.commits.append(report.ledger_commits)
+            return report
 
         await _slow(self.store, self.size)
         return run
@@ -193,6 +206,10 @@ class _Floor(_Runs):
 async def _slow(store: ObjectStore, size: Size) -> None:
     """Lets requests wait from now on, and forgets those there were."""
     await anyio.to_thread.run_sync(partial(store.rules, latency_s=size.latency_s))
+
+
+async def _requests(store: ObjectStore) -> dict[str, int]:
+    return {"requests": len(await _paths(store))}
 
 
 async def _paths(store: ObjectStore) -> list[str]:

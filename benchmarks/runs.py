@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
 import time
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-import anyio
-import anyio.to_thread
 import lancedb
 
-from aiomigrate import Migration, MigrationManager, Report, op
-from benchmarks import byhand, calls, floor, memo, peer, workload
+from aiomigrate import Report
+from benchmarks import byhand, calls, floor, memo, ours, peer, workload
 from benchmarks.measure import Measured, Result, Target, Unit, interleaved
-from benchmarks.setting import (
-    CONCURRENCY,
-    LOG,
-    Scratch,
-    Size,
-    grown,
-    initializing,
-    scratch_folder,
-)
+from benchmarks.setting import CONCURRENCY, Scratch, Size, scratch_folder
 from tests import predecessor
-from tests.tools import FIXTURES
-
-_MIGRATIONS = Path(__file__).parent.parent / "migrations"
 
 
 async def first_run(size: Size) -> Result:
@@ -33,11 +20,9 @@ async def first_run(size: Size) -> Result:
     names = workload.table_names(size.lines)
     reports: list[Report] = []
     with scratch_folder() as folder:
-        contenders = ("ours", "floor", "calls", "peer", "gather")
+        contenders = ("floor", "calls", "peer", "gather")
         scratch = {name: Scratch(folder / name) for name in contenders}
-
-        async def fresh() -> str:
-            return scratch["ours"].fresh()
+        mine = await ours.first_run(folder, size)
 
         async def bare() -> Measured:
             path = scratch["floor"].fresh()
@@ -57,7 +42,7 @@ async def first_run(size: Size) -> Result:
 
         samples = await interleaved(
             {
-                "ours": initializing(fresh, workload.migrations(names), reports),
+                "ours": mine["run"].prepare,
                 "floor": bare,
                 "calls": called,
                 "peer": theirs,
@@ -65,6 +50,7 @@ async def first_run(size: Size) -> Result:
             },
             rounds=size.rounds,
             warmups=size.warmups,
+            after=_keeping(reports),
         )
     assert all(len(report.applied) == len(names) * workload.VERSIONS for report in reports)
     return Result(
@@ -124,10 +110,9 @@ async def _grown(
     """Lets ours, the floor and the calls alone bring copies of one database to other versions."""
     reports: list[Report] = []
     with scratch_folder() as folder:
-        made = str(folder / "made")
-        await grown(made, names, 1)
-        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "calls")}
-        steps = [one for name in names for one in workload.grown(name, versions[-1])]
+        mine = await ours.grown_from_one(folder, names, versions[-1], size)
+        made = folder / "made"
+        scratch = {name: Scratch(folder / name) for name in ("floor", "calls")}
 
         async def bare() -> Measured:
             path = await scratch["floor"].copy(made)
@@ -139,38 +124,41 @@ async def _grown(
 
         samples = await interleaved(
             {
-                "ours": initializing(lambda: scratch["ours"].copy(made), steps, reports),
+                "ours": mine["run"].prepare,
                 "floor": bare,
                 "calls": called,
             },
             rounds=size.rounds,
             warmups=size.warmups,
+            after=_keeping(reports),
         )
     assert all(len(report.applied) == len(names) * len(versions) for report in reports)
-    return samples, reports[-size.rounds :]
+    return samples, reports
+
+
+def _keeping(reports: list[Report]) -> Callable[[str, object], Awaitable[None]]:
+    async def keep(_: str, result: object) -> None:
+        if isinstance(result, Report):
+            reports.append(result)
+
+    return keep
 
 
 async def operation(size: Size) -> Result:
     """Measures one metadata-only operation, without the ledger, against the bare call."""
     samples: dict[str, list[float]] = {"ours": [], "floor": []}
     with scratch_folder() as folder:
-        path = str(folder / "database")
-        for number in range(size.starts):
-            name = f"table_{number:04}"
-            # Of a line that is there: a new one is enrolled meanwhile, which is the ledger's.
-            first = Migration(table=name, version=1, operations=[op.CreateTable(workload.SCHEMA)])
-            step = Migration(table=name, version=2, operations=[op.AddColumns(workload.TAGS)])
-            async with MigrationManager(path, migrations=[first], logger=LOG) as manager:
-                await manager.upgrade()
-            connection = await lancedb.connect_async(path)
+        mine = await ours.operation(folder, size)
+        for name in workload.table_names(size.starts):
+            run = await mine["AddColumns"].prepare()
+            connection = await lancedb.connect_async(str(folder / "database"))
             await workload.create(connection, f"{name}_bare")
             begun = time.perf_counter()
             await workload.alter(await connection.open_table(f"{name}_bare"), 2)
             samples["floor"].append(time.perf_counter() - begun)
             connection.close()
-            async with MigrationManager(path, migrations=[first, step], logger=LOG) as manager:
-                (report,) = (await manager.upgrade()).steps
-            samples["ours"].append(report.ran_s)
+            told: Any = await run()
+            samples["ours"].append(told["took"])
     return Result(
         name="operation",
         what="one AddColumns: opening, looking, committing, comparing; ledger and lease apart",
@@ -193,25 +181,9 @@ async def memo_app(size: Size) -> Result:
         }
     )
     with scratch_folder() as folder:
+        mine = await ours.memo_app(folder, size)
         made = folder / "made"
-        archive = Path(FIXTURES or ".", "memo_app_v1.tar.gz")
-        is_there = await anyio.Path(archive).is_file()
-        if is_there:
-            await anyio.to_thread.run_sync(_unpack, archive, made)
-        else:
-            await predecessor.build(made, predecessor.State.V1)
-        scratch = {name: Scratch(folder / name) for name in ("ours", "floor", "calls", "peer")}
-
-        async def ours() -> Measured:
-            path = await scratch["ours"].copy(made)
-            manager = MigrationManager(path, migrations=_MIGRATIONS, logger=LOG)
-            await manager.scripts()
-
-            async def run() -> None:
-                async with manager:
-                    reports.append(await manager.initialize())
-
-            return run
+        scratch = {name: Scratch(folder / name) for name in ("floor", "calls", "peer")}
 
         async def bare() -> Measured:
             path = await scratch["floor"].copy(made)
@@ -226,15 +198,20 @@ async def memo_app(size: Size) -> Result:
             return lambda: peer.start(path, scripts)
 
         samples = await interleaved(
-            {"ours": ours, "floor": bare, "calls": called, "peer": theirs},
+            {"ours": mine["run"].prepare, "floor": bare, "calls": called, "peer": theirs},
             rounds=size.rounds,
             warmups=size.warmups,
+            after=_keeping(reports),
         )
     return Result(
         name="memo-app",
         what=(
             "a note-taking application's database from its first release to the latest, "
-            + ("as its users have it" if is_there else "built small: AIOMIGRATE_FIXTURES has none")
+            + (
+                "as its users have it"
+                if ours.memo_archive()
+                else "built small: AIOMIGRATE_FIXTURES has none"
+            )
         ),
         samples=samples,
         targets=(Target(of="ours", against="peer", at_least=8),),
@@ -243,9 +220,3 @@ async def memo_app(size: Size) -> Result:
             "ledger_commits": [report.ledger_commits for report in reports],
         },
     )
-
-
-def _unpack(archive: Path, path: Path) -> None:
-    path.mkdir()
-    with tarfile.open(archive) as tar:
-        tar.extractall(path, filter="data")

@@ -53,6 +53,9 @@ class Size:
         simulated_s: Seconds that the run of `overhead` takes on its clock.
         rows: Rows of `rebuild`, and three times as many.
         filled: Rows of `backfill`; its memory is told at `rows` and three times as many.
+        repeats: Runs of each side in one pair of `--against`, of what takes milliseconds.
+        reruns: The same, of what takes tenths of a second. Their ledger commits vary from run to
+            run: a few are too few to see the range.
         is_quick: Whether it is too little to judge times by.
     """
 
@@ -68,6 +71,8 @@ class Size:
     simulated_s: int = 3600
     rows: int = 1_000_000
     filled: int = 600_000
+    repeats: int = 10
+    reruns: int = 3
     is_quick: bool = False
 
 
@@ -83,11 +88,31 @@ QUICK = Size(
     simulated_s=120,
     rows=20_000,
     filled=6_000,
+    repeats=2,
     is_quick=True,
 )
 
 Case = Callable[[Size], Awaitable[Result]]
 """One benchmark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What aiomigrate itself does in a benchmark, apart from those that it is compared with.
+
+    A run returns its `Report`, or figures of its own by name (see `side`), or nothing.
+
+    Attributes:
+        prepare: Makes one run ready.
+        runs: How many runs of each side `--against` makes for one pair.
+        is_process: Whether a run is a process of its own, whose calls of LanceDB are not counted.
+        counts: Returns what was counted from outside during the last run.
+    """
+
+    prepare: Prepare
+    runs: int = 1
+    is_process: bool = False
+    counts: Callable[[], Awaitable[Mapping[str, int]]] | None = None
 
 
 @contextmanager
@@ -157,7 +182,6 @@ async def grown(
 def initializing(
     where: Callable[[], Awaitable[str]],
     migrations: Sequence[Migration],
-    reports: list[Report],
     **options: Any,
 ) -> Prepare:
     """Returns how to prepare runs of ours, each on a database that `where` makes ready.
@@ -165,16 +189,15 @@ def initializing(
     Args:
         where: Returns the database.
         migrations: All of them.
-        reports: Every run's report is appended.
         options: Of the manager.
     """
 
     async def prepare() -> Measured:
         manager = await manager_of(await where(), migrations, **options)
 
-        async def run() -> None:
+        async def run() -> Report:
             async with manager:
-                reports.append(await manager.initialize())
+                return await manager.initialize()
 
         return run
 
@@ -187,10 +210,11 @@ def start(path: str, migrations: Sequence[Migration], **options: Any) -> Prepare
     async def prepare() -> Measured:
         manager = await manager_of(path, migrations, **options)
 
-        async def run() -> None:
+        async def run() -> Report:
             async with manager:
                 report = await manager.initialize()
             assert not report.steps
+            return report
 
         return run
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from typing import Any
 import anyio
 import lancedb
 
-from aiomigrate import Migration
-from benchmarks import alembic_peer, byhand, floor, peer, workload
+from benchmarks import alembic_peer, byhand, floor, ours, peer, workload
 from benchmarks.history import stamped_often
 from benchmarks.measure import Prepare, Result, Target, interleaved
 from benchmarks.setting import (
     HEAD,
     JOURNAL,
     LOG,
+    Side,
     Size,
-    grown,
     manager_of,
     migrated,
     same,
@@ -44,33 +42,20 @@ asyncio.run(main())
 """
 """All that a process must do to learn that it is at target."""
 
-_SCRIPT = """\
-import pyarrow as pa
-
-from aiomigrate import Migration, op
-
-SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False)])
-migrations = [
-    Migration(table=f"table_{number:04}", version=1, operations=[op.CreateTable(SCHEMA)])
-    for number in range(16)
-]
-"""
-
 
 async def nothing_to_do(size: Size) -> Result:
     """Measures a start at target: 16 tables, migrations loaded, connecting included."""
     names = workload.table_names(16)
-    steps = workload.migrations(names)
     with scratch_folder() as folder:
-        ours, theirs, hand = (str(folder / name) for name in ("ours", "peer", "gather"))
-        await migrated(ours, steps)
+        theirs, hand = (str(folder / name) for name in ("peer", "gather"))
+        mine = await ours.nothing_to_do(folder, size)
         await peer.start(theirs, peer.peer_of(names))
         await byhand.start(hand, names)
         alembic = await anyio.to_thread.run_sync(alembic_peer.prepare, folder)
         samples = await interleaved(
             {
-                "ours": start(ours, steps),
-                "floor": same(partial(floor.start, ours, HEAD)),
+                "ours": mine["start"].prepare,
+                "floor": same(partial(floor.start, str(folder / "start"), HEAD)),
                 "peer": same(lambda: peer.start(theirs, peer.peer_of(names))),
                 "gather": same(partial(byhand.start, hand, names)),
                 "alembic": same(partial(alembic_peer.start, alembic)),
@@ -99,39 +84,28 @@ async def flat_tables(size: Size) -> Result:
 
     Both databases are made by migrating them: real tables, one migration each.
     """
-    few, many = workload.table_names(16), workload.table_names(size.tables)
-    steps = {
-        name: workload.migrations(tables, 1) for name, tables in (("few", few), ("many", many))
-    }
     with scratch_folder() as folder:
-        for name, those in steps.items():
-            await migrated(str(folder / name), those)
-        samples = await _flat(folder, steps, size)
+        samples = await _flat(folder, await ours.flat_tables(folder, size), size)
     return Result(
         name="flat-tables",
-        what=f"start at target: {len(many)} tables (many) and {len(few)} (few)",
+        what=f"start at target: {size.tables} tables (many) and {ours.FEW} (few)",
         samples=samples,
         targets=_FLAT,
-        facts={"few": len(few), "many": len(many)},
+        facts={"few": ours.FEW, "many": size.tables},
     )
 
 
 async def flat_scripts(size: Size) -> Result:
     """Measures whether a start at target grows with the number of migrations, once loaded."""
-    names = workload.table_names(8)
-    versions = {"few": 2, "many": 25}
-    steps = {
-        name: [one for table in names for one in workload.grown(table, count)]
-        for name, count in versions.items()
-    }
+    steps = ours.scripts()
     loaded = {}
     with scratch_folder() as folder:
+        mine = await ours.flat_scripts(folder, size)
         for name, those in steps.items():
-            await grown(str(folder / name), names, versions[name])
             begun = time.perf_counter()
             await manager_of(str(folder / name), those)
             loaded[name] = time.perf_counter() - begun
-        samples = await _flat(folder, steps, size)
+        samples = await _flat(folder, mine, size)
     return Result(
         name="flat-scripts",
         what=f"start at target: {len(steps['many'])} migrations (many), {len(steps['few'])} (few)",
@@ -167,7 +141,8 @@ async def flat_events(size: Size) -> Result:
             assert len(await manager.history()) >= size.events
         events = [await _count(path, JOURNAL) for path in (small, large)]
         heads = [await _fragments(path, HEAD) for path in (small, large)]
-        samples = await _flat(folder, {"few": steps, "many": steps}, size)
+        mine = {name: Side(start(str(folder / name), steps)) for name in ("few", "many")}
+        samples = await _flat(folder, mine, size)
     return Result(
         name="flat-events",
         what=f"start at target: {events[1]} past events (many) and {events[0]} (few)",
@@ -186,14 +161,11 @@ async def flat_events(size: Size) -> Result:
 _FLAT = (Target(of="many", against="few", at_most=1.3, limit=("floor of many", "floor of few")),)
 
 
-async def _flat(
-    folder: Path, steps: dict[str, Sequence[Migration]] | dict[str, list[Migration]], size: Size
-) -> dict[str, list[float]]:
+async def _flat(folder: Path, mine: Mapping[str, Side], size: Size) -> dict[str, list[float]]:
     contenders: dict[str, Prepare] = {}
-    for name in ("few", "many"):
-        path = str(folder / name)
-        contenders[name] = start(path, steps[name])
-        contenders[f"floor of {name}"] = same(partial(floor.start, path, HEAD))
+    for name, side in mine.items():
+        contenders[name] = side.prepare
+        contenders[f"floor of {name}"] = same(partial(floor.start, str(folder / name), HEAD))
     return await interleaved(contenders, rounds=size.starts, warmups=size.start_warmups)
 
 
@@ -217,14 +189,12 @@ async def process(size: Size) -> Result:
     """Measures a process that only looks: `aiomigrate status` of 16 tables at target."""
     command = await anyio.to_thread.run_sync(_command)
     with scratch_folder() as folder:
-        database = str(folder / "database")
-        await anyio.Path(folder / "migrations").mkdir()
-        await anyio.Path(folder / "migrations" / "001_tables.py").write_text(_SCRIPT)
-        await _ran([*command, "upgrade", "--uri", database], folder)
+        mine = await ours.process(folder, size, command)
+        bare = [sys.executable, "-c", _READ_HEAD, str(folder / "database")]
         samples = await interleaved(
             {
-                "ours": _process([*command, "status", "--check", "--uri", database], folder),
-                "floor": _process([sys.executable, "-c", _READ_HEAD, database], folder),
+                "ours": mine["status"].prepare,
+                "floor": same(partial(ours.program, bare, folder)),
             },
             rounds=size.rounds,
             warmups=size.warmups,
@@ -241,11 +211,13 @@ async def imports(size: Size) -> Result:
     """Measures what it costs to be imported, and to print the help."""
     command = await anyio.to_thread.run_sync(_command)
     with scratch_folder() as folder:
+        mine = await ours.imports(folder, size, command)
+        bare = [sys.executable, "-c", "pass"]
         samples = await interleaved(
             {
-                "import": _process([sys.executable, "-c", "import aiomigrate"], folder),
-                "bare Python": _process([sys.executable, "-c", "pass"], folder),
-                "--help": _process([*command, "--help"], folder),
+                "import": mine["import"].prepare,
+                "bare Python": same(partial(ours.program, bare, folder)),
+                "--help": mine["--help"].prepare,
             },
             rounds=size.rounds * 2,
         )
@@ -263,19 +235,4 @@ async def imports(size: Size) -> Result:
 def _command() -> list[str]:
     """Returns the command as it is installed beside this Python."""
     found = shutil.which("aiomigrate", path=str(Path(sys.executable).parent))
-    return [found] if found else [sys.executable, "-m", "aiomigrate"]
-
-
-def _process(command: Sequence[str], folder: Path) -> Prepare:
-    return same(partial(_ran, command, folder))
-
-
-async def _ran(command: Sequence[str], folder: Path) -> None:
-    # Settings of the tests are none that the command knows, and it refuses those. And what is
-    # imported is compiled once, as where it is installed.
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("AIOMIGRATE_") and name != "PYTHONDONTWRITEBYTECODE"
-    }
-    await anyio.run_process(command, cwd=folder, env=kept, stderr=None)
+    return [found] if found else ours.COMMAND

@@ -20,14 +20,16 @@ from benchmarks.measure import peak_mb
 async def main(how: str, path: str, tables: int) -> None:
     """Runs it and prints what it took."""
     names = workload.table_names(tables)
+    facts = {}
     if how == "ours":
         from benchmarks.setting import migrated
 
         report = await migrated(path, [one for name in names for one in workload.grown(name, 2)])
         assert len(report.applied) == 2 * tables
+        facts["ledger_commits"] = report.ledger_commits
     else:
         await floor.grow(path, names, range(1, 3), concurrency=16)
-    print(json.dumps({"peak_mb": peak_mb()}))
+    print(json.dumps({"peak_mb": peak_mb(), **facts}))
 
 
 if __name__ == "__main__":
