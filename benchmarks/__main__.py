@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 
+from benchmarks import against
 from benchmarks.measure import Result, Target, machine
 
 FORMAT = 2
@@ -34,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Ratios of aiomigrate to bare LanceDB (floor) and to its predecessor (peer).",
+        description="Ratios of aiomigrate to bare LanceDB (floor) and to its predecessor (peer); "
+        "with --against to another revision of itself.",
+        epilog=against.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("names", metavar="NAME", nargs="*",
+                        help="a benchmark, as by --only; all by default")  # fmt: skip
     parser.add_argument("--quick", action="store_true",
                         help="few and small; times only warn, counts still fail")  # fmt: skip
     parser.add_argument("--only", metavar="NAME", choices=CASES, action="append",
@@ -43,10 +49,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the JSON there instead")
     parser.add_argument("--html", metavar="FILE", type=Path,
                         help="write a page of plots there too (needs Plotly)")  # fmt: skip
+    parser.add_argument("--against", metavar="REV",
+                        help="compare with a git revision; fails if slower")  # fmt: skip
+    parser.add_argument("--pairs", metavar="N", type=int,
+                        help=f"runs of both, with --against: {against.PAIRS}, quick "
+                        f"{against.QUICK_PAIRS}")  # fmt: skip
     options = parser.parse_args(arguments)
 
+    chosen = [*options.names, *(options.only or ())]
+    if unknown := [name for name in chosen if name not in CASES]:
+        parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(CASES)}")
+    names = [name for name in CASES if not chosen or name in chosen]
+    if options.against is not None:
+        if options.html is not None:
+            parser.error("--html is not for --against")
+        if options.pairs is not None and options.pairs < 2:
+            parser.error("--pairs: two at least")
+        return against.main(
+            options.against,
+            names,
+            pairs=options.pairs or (against.QUICK_PAIRS if options.quick else against.PAIRS),
+            quick=options.quick,
+            written=options.json,
+            machine=anyio.run(machine),
+        )
+    if options.pairs is not None:
+        parser.error("--pairs is for --against")
     size = QUICK if options.quick else FULL
-    names = [name for name in CASES if not options.only or name in options.only]
 
     async def run() -> tuple[list[Result], dict[str, Any]]:
         begun = time.perf_counter()
