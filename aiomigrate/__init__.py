@@ -14,56 +14,53 @@ from aiomigrate.version import __version__
 if TYPE_CHECKING:
     from aiomigrate import errors, events
     from aiomigrate import operations as op
-    from aiomigrate.context import Context, RecordedTable
-    from aiomigrate.discovery import load
     from aiomigrate.errors import AiomigrateError, MigrationFailedError
-    from aiomigrate.ledger import OnUnsafeStore
-    from aiomigrate.manager import MigrationManager, OnPending
-    from aiomigrate.many import DatabaseReport, ManyReport, migrate_all
-    from aiomigrate.model import Event, Migration, Script, Scripts
-    from aiomigrate.plan import OnDestructive, Plan, Step
-    from aiomigrate.reconcile import OnAhead
-    from aiomigrate.report import (
-        Health,
-        HealthState,
-        Outcome,
-        Report,
-        Status,
-        StepReport,
-        Validation,
-    )
-    from aiomigrate.runner import Progress
-    from aiomigrate.timing import RunTiming
+    from aiomigrate.execution.context import Context, RecordedTable
+    from aiomigrate.fleet import DatabaseReport, ManyReport, migrate_all
+    from aiomigrate.inspection import OnPending
+    from aiomigrate.ledger.founding import OnUnsafeStore
+    from aiomigrate.ledger.records import Event, Kind
+    from aiomigrate.manager import MigrationManager
+    from aiomigrate.migration.loader import load
+    from aiomigrate.migration.model import Migration, Script, Scripts
+    from aiomigrate.planning.plan import Plan, Step
+    from aiomigrate.planning.preflight import OnDestructive
+    from aiomigrate.planning.reconcile import OnAhead
+    from aiomigrate.reporting.status import Health, HealthState, Status, Validation
+    from aiomigrate.reporting.timing import RunTiming
+    from aiomigrate.results import Outcome, Report, StepReport
+    from aiomigrate.runs.progress import Progress
 
 _MODULES = {
     "AiomigrateError": "errors",
-    "Context": "context",
-    "DatabaseReport": "many",
-    "Event": "model",
-    "Health": "report",
-    "HealthState": "report",
-    "ManyReport": "many",
-    "Migration": "model",
+    "Context": "execution.context",
+    "DatabaseReport": "fleet",
+    "Event": "ledger.records",
+    "Health": "reporting.status",
+    "HealthState": "reporting.status",
+    "ManyReport": "fleet",
+    "Migration": "migration.model",
     "MigrationFailedError": "errors",
     "MigrationManager": "manager",
-    "OnAhead": "reconcile",
-    "OnDestructive": "plan",
-    "OnPending": "manager",
-    "OnUnsafeStore": "ledger",
-    "Outcome": "report",
-    "Plan": "plan",
-    "Progress": "runner",
-    "RecordedTable": "context",
-    "Report": "report",
-    "RunTiming": "timing",
-    "Script": "model",
-    "Scripts": "model",
-    "Status": "report",
-    "Step": "plan",
-    "StepReport": "report",
-    "Validation": "report",
-    "load": "discovery",
-    "migrate_all": "many",
+    "OnAhead": "planning.reconcile",
+    "OnDestructive": "planning.preflight",
+    "OnPending": "inspection",
+    "OnUnsafeStore": "ledger.founding",
+    "Outcome": "results",
+    "Plan": "planning.plan",
+    "Progress": "runs.progress",
+    "RecordedTable": "execution.context",
+    "Report": "results",
+    "RunTiming": "reporting.timing",
+    "Script": "migration.model",
+    "Scripts": "migration.model",
+    "Status": "reporting.status",
+    "Step": "planning.plan",
+    "StepReport": "results",
+    "Validation": "reporting.status",
+    "load": "migration.loader",
+    "migrate_all": "fleet",
+    "Kind": "ledger.records",
 }
 _SUBMODULES = {"errors": "errors", "events": "events", "op": "operations"}
 
@@ -74,6 +71,7 @@ __all__ = [
     "Event",
     "Health",
     "HealthState",
+    "Kind",
     "ManyReport",
     "Migration",
     "MigrationFailedError",

@@ -24,7 +24,7 @@ def main() -> int:
             "Install it with: pip install 'aiomigrate[cli]'\n"
         )
         return 2
-    from aiomigrate.cli import run
+    from aiomigrate.cli.app import run
 
     return run(sys.argv[1:])
 

@@ -22,9 +22,11 @@ import structlog
 
 from aiomigrate import events as ev
 from aiomigrate.errors import AiomigrateError, ConfigurationError
-from aiomigrate.manager import MigrationManager, OnPending
-from aiomigrate.report import Going, Outcome, Report
-from aiomigrate.runner import Progress
+from aiomigrate.inspection import OnPending
+from aiomigrate.ledger.records import StepProgress
+from aiomigrate.manager import MigrationManager
+from aiomigrate.results import Outcome, Report
+from aiomigrate.runs.progress import Progress
 
 App = Any
 Scope = Mapping[str, Any]
@@ -97,7 +99,7 @@ class Lifespan:
         background = {}
         for line, version in sorted(self._left):
             told = self._going.get(line)
-            going = Going(
+            going = StepProgress(
                 line=line,
                 version=version,
                 done=told.done if told else 0,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aiomigrate.report import Report
+    from aiomigrate.results import Report
 
 
 class AiomigrateError(Exception):

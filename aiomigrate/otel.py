@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aiomigrate.errors import ConfigurationError
-from aiomigrate.report import StepReport
+from aiomigrate.results import StepReport
 from aiomigrate.telemetry import LEASE, Telemetry
 from aiomigrate.version import __version__
 

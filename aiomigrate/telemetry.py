@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Protocol
 
-from aiomigrate.report import StepReport
+from aiomigrate.results import StepReport
 
 RUN = "aiomigrate.run"
 LEASE = "aiomigrate.lease"

@@ -14,14 +14,14 @@ import anyio
 import lancedb
 
 from aiomigrate import Event
-from aiomigrate.ledger import (
+from aiomigrate.ledger.codec import (
     HEAD_SCHEMA,
     JOURNAL_SCHEMA,
     events_to_arrow,
     lease_row_name,
     rows_to_arrow,
 )
-from aiomigrate.model import RUN_LEASE, HeadRow, Kind
+from aiomigrate.ledger.records import RUN_LEASE, HeadRow, Kind
 from benchmarks import workload
 from benchmarks.setting import HEAD, JOURNAL
 

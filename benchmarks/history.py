@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from aiomigrate import Event, Scripts
-from aiomigrate.checksum import ALGORITHM
 from aiomigrate.clock import Clock
-from aiomigrate.fold import seen_epochs
-from aiomigrate.lance import Store
-from aiomigrate.lease import Lease, LeaseOptions, acquire
-from aiomigrate.ledger import Head, Ledger
-from aiomigrate.model import RUN_LEASE, HeadRow, Kind
+from aiomigrate.ledger.codec import Head
+from aiomigrate.ledger.history import seen_epochs
+from aiomigrate.ledger.lease import Lease, LeaseOptions, acquire
+from aiomigrate.ledger.ledger import Ledger
+from aiomigrate.ledger.records import RUN_LEASE, HeadRow, Kind
+from aiomigrate.migration.checksum import ALGORITHM
+from aiomigrate.store.connection import Store
 
 
 async def stamped_often(

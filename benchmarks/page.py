@@ -9,7 +9,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aiomigrate.charts import BLUE, MARK, Page, table
+from aiomigrate.reporting.html import BLUE, MARK, Page, table
 from benchmarks.measure import Result, Unit
 
 _OTHER = "#8a93a0"

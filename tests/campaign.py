@@ -45,7 +45,8 @@ from aiomigrate import (
 )
 from aiomigrate.clock import Clock
 from aiomigrate.errors import AiomigrateError, OperationError
-from aiomigrate.operations.base import Operation, TableState
+from aiomigrate.operations.base import Operation
+from aiomigrate.schema.state import TableState
 from tests import scenario
 from tests.faults import Fault, faulty_manager
 from tests.processes import MP, quiet_logger, start
@@ -632,8 +633,8 @@ def _no_plant() -> None:
 
 def _no_epoch() -> None:
     """A holder that was succeeded goes on writing."""
-    from aiomigrate.ledger import Ledger
-    from aiomigrate.writer import Writer
+    from aiomigrate.ledger.ledger import Ledger
+    from aiomigrate.ledger.writer import Writer
 
     async def check(self: Any) -> None:
         pass
@@ -648,7 +649,7 @@ def _no_epoch() -> None:
 
 def _head_first() -> None:
     """The head is written before what it tells of is in the journal."""
-    from aiomigrate.writer import Writer
+    from aiomigrate.ledger.writer import Writer
 
     append = Writer._append
 
@@ -664,7 +665,7 @@ def _head_first() -> None:
 
 def _restore_blindly() -> None:
     """What others committed is not looked for before going back."""
-    from aiomigrate.recovery import Recovery
+    from aiomigrate.execution.recovery import Recovery
 
     async def owned_head(self: Any, script: Any, unfinished: Any, table: str, to: int) -> Any:
         found = await self._store.find(table)
@@ -675,7 +676,7 @@ def _restore_blindly() -> None:
 
 def _no_fence() -> None:
     """What a dead holder has in flight may still take effect."""
-    from aiomigrate.applier import Applier
+    from aiomigrate.execution.applier import Applier
 
     async def fence(self: Any, tables: Any, announce: Any = None) -> None:
         pass
@@ -685,7 +686,7 @@ def _no_fence() -> None:
 
 def _release_early() -> None:
     """A run that is cancelled gives its lease back while a commit of its own is under way."""
-    from aiomigrate.lance import Store
+    from aiomigrate.store.connection import Store
 
     running: set[Any] = set()
 
@@ -699,7 +700,7 @@ def _release_early() -> None:
 
 def _no_start() -> None:
     """Nothing tells that a migration was begun."""
-    from aiomigrate.executor import Executor
+    from aiomigrate.execution.executor import Executor
 
     async def start_nothing(self: Any, work: Any) -> None:
         pass

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import anyio
 
-from aiomigrate.lance import Store
 from aiomigrate.manager import MigrationManager
+from aiomigrate.store.connection import Store
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from aiomigrate import Migration, MigrationFailedError, MigrationManager, op
 from aiomigrate.errors import StoreError
-from aiomigrate.lance import Table
+from aiomigrate.store.table import Table
 
 TABLE = "notes"
 OLD, NEW = 16, 32

@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from aiomigrate import Context, Migration, op
 from aiomigrate.clock import Clock
-from aiomigrate.fold import fold
-from aiomigrate.lance import Store
-from aiomigrate.ledger import LEASE_PREFIX, Ledger
+from aiomigrate.ledger.codec import LEASE_PREFIX
+from aiomigrate.ledger.history import fold
+from aiomigrate.ledger.ledger import Ledger
+from aiomigrate.store.connection import Store
 
 PEOPLE = pa.schema(
     [

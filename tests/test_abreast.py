@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiomigrate import Context, Migration, MigrationFailedError, Outcome, Progress, op
-from aiomigrate.executor import advance, chains
-from aiomigrate.fold import fold
-from aiomigrate.lance import Store
+from aiomigrate.execution.lookahead import advance, chains
+from aiomigrate.ledger.history import fold
+from aiomigrate.ledger.records import Kind
 from aiomigrate.manager import MigrationManager
-from aiomigrate.model import Kind
+from aiomigrate.store.connection import Store
 from tests.faults import watched_manager
 from tests.processes import quiet_logger
 from tests.test_fold import event, opened
@@ -291,8 +291,8 @@ async def test_a_first_run_makes_the_rows_of_its_lines_with_the_lease(tmp_path: 
     kind = watched_manager(before=note)
     async with kind(tmp_path, migrations=two_of("t0"), logger=quiet_logger()) as manager:
         await manager.upgrade()
-        assert manager._store is not None
-        head = await (await manager._store.open("table_migrations")).at(2)
+        assert manager._database.store is not None
+        head = await (await manager._database.store.open("table_migrations")).at(2)
         rows = (await head.read()).to_pylist()
 
     assert calls.count(("insert_missing", "table_migrations")) == 1

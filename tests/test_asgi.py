@@ -337,7 +337,7 @@ async def test_probes_answer_from_memory(database: Path, monkeypatch: pytest.Mon
         async def call(self: Any, verb: str, *args: Any, **options: Any) -> Any:
             calls.append(verb)
 
-        monkeypatch.setattr("aiomigrate.lance.Store.call", call)
+        monkeypatch.setattr("aiomigrate.store.connection.Store.call", call)
         begun = time.monotonic()
         for _ in range(100):
             status, told = await asked(start, "/health/ready")

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiomigrate import Context, Migration, MigrationFailedError, Report, op
-from aiomigrate.calling import as_array
+from aiomigrate.backfill.caller import as_array
+from aiomigrate.backfill.rows import Chunks
 from aiomigrate.errors import (
     BackfillBehindError,
     KeepsProgressError,
@@ -28,8 +29,7 @@ from aiomigrate.errors import (
     PoisonRowsError,
     QualityGateError,
 )
-from aiomigrate.filling import Chunks
-from aiomigrate.operations.digests import digest, digests
+from aiomigrate.schema.digests import digest, digests
 from tests.tools import SEED, TABLE, found, make, manager, rows_of
 
 TEXTS = pa.schema([pa.field("id", pa.int64()), pa.field("text", pa.string())])

@@ -34,7 +34,7 @@ from aiomigrate.errors import (
     TargetError,
     UnsupportedDatabaseError,
 )
-from aiomigrate.ledger import HEAD_SCHEMA, JOURNAL_SCHEMA
+from aiomigrate.ledger.codec import HEAD_SCHEMA, JOURNAL_SCHEMA
 from tests.tools import manager, tree
 
 HEAD = "table_migrations"

@@ -24,7 +24,7 @@ async def all_calls(path: Path) -> int:
         path, migrations=scenario.migrations(), logger=quiet_logger(), concurrency=1
     ) as manager:
         await manager.initialize()
-        store = manager._store
+        store = manager._database.store
         assert isinstance(store, FaultyStore)
         return len(store.calls)
 

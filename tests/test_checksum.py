@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 
 from aiomigrate import Context, Migration, op
-from aiomigrate.checksum import ALGORITHM, canonical, chain_digest, checksum
 from aiomigrate.errors import InvalidMigrationError
+from aiomigrate.migration.checksum import ALGORITHM, canonical, chain_digest, checksum
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,8 +87,8 @@ GOLDEN_TREE = "513c511774f55289a0bb4941ec32b89a15ba746c38d627828ba21b74a28411ae"
 
 PRINT_GOLDEN = """
 import sys
-from aiomigrate import discovery
-for script in discovery.load(sys.argv[1], {"dimension": 3}).all:
+from aiomigrate.migration import loader
+for script in loader.load(sys.argv[1], {"dimension": 3}).all:
     print(script.line, script.checksum)
 """
 
@@ -162,7 +162,7 @@ class Anything(types.ModuleType):
         return type(name, (), {})
 sys.modules["pyarrow"] = Anything("pyarrow")
 sys.modules["pyarrow.compute"] = Anything("pyarrow.compute")
-from aiomigrate.checksum import _dump
+from aiomigrate.migration.checksum import _dump
 tree = ast.parse(open(sys.argv[1], encoding="utf-8").read())
 print(hashlib.sha256(json.dumps(_dump(tree), sort_keys=True).encode()).hexdigest())
 """

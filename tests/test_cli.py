@@ -19,12 +19,17 @@ from typing import Any
 import pytest
 import structlog
 
-from aiomigrate import cli, config
-from aiomigrate.cli import interruption
-from aiomigrate.console import Output, Tracker, error_line
-from aiomigrate.model import Event, Kind
-from aiomigrate.report import Holder, Status
-from aiomigrate.runner import Progress
+from aiomigrate import settings
+from aiomigrate.cli import app, signals
+from aiomigrate.cli.command import Call as CommandCall
+from aiomigrate.cli.command import Exit, guarded
+from aiomigrate.cli.output import Output
+from aiomigrate.cli.progress import Tracker
+from aiomigrate.cli.signals import interruption
+from aiomigrate.ledger.records import Event, Holder, Kind
+from aiomigrate.reporting.status import Status
+from aiomigrate.runs.progress import Progress
+from aiomigrate.text import error_line
 
 VERBS = (
     "upgrade", "rollback", "plan", "status", "validate", "history", "stamp", "prune", "new",
@@ -150,7 +155,7 @@ def call(folder: Path, capsys: pytest.CaptureFixture[str]) -> Call:
     """Calls the command in this process, in the empty folder."""
 
     def call(*args: str) -> Result:
-        code = cli.run(list(args))
+        code = app.run(list(args))
         out, err = capsys.readouterr()
         return Result(code, out, err)
 
@@ -204,7 +209,7 @@ class TestHelp:
     def test_does_not_load_lancedb(self) -> None:
         """Help and version answer without importing LanceDB or Arrow."""
         code = (
-            "import sys; from aiomigrate.cli import run\n"
+            "import sys; from aiomigrate.cli.app import run\n"
             "assert run(['upgrade', '--help']) == 0 and run(['version']) == 0\n"
             "assert not {'lancedb', 'pyarrow'} & set(sys.modules)"
         )
@@ -744,7 +749,7 @@ class TestSignals:
     ) -> None:
         """Where stopping takes a while, the first Ctrl-C is answered before it is over."""
         scripts(CREATE, STUBBORN)
-        monkeypatch.setattr(cli, "_PATIENCE_S", 0.1)
+        monkeypatch.setattr(signals, "_PATIENCE_S", 0.1)
 
         result = call("upgrade")
 
@@ -869,15 +874,15 @@ class TestInterruption:
     ) -> None:
         """Where only Python's own Ctrl-C is left, it says so too, as a document with --json."""
 
-        def body(call: cli.Call) -> cli.Exit:
+        def body(call: CommandCall) -> Exit:
             if begun:
                 call.tracker(progress("memos", 2, "running"))
             raise KeyboardInterrupt
 
-        code = cli._guarded(body, {"as_json": True, "verbose": False}, {})
+        code = guarded(body, {"as_json": True, "verbose": False}, {})
 
         out, err = capsys.readouterr()
-        assert code == cli.Exit.INTERRUPTED
+        assert code == Exit.INTERRUPTED
         assert ("before anything was begun" in json.loads(out)["what"]) is not begun
         assert ("aiomigrate status" in err) is begun
 
@@ -1208,7 +1213,7 @@ class TestDocumentation:
         helped = helped.partition(". ")[0]
 
         for text in (told, helped):
-            assert sorted(map(int, re.findall(r"\b\d+\b", text))) == sorted(cli.Exit)
+            assert sorted(map(int, re.findall(r"\b\d+\b", text))) == sorted(Exit)
             assert {verb for verb in VERBS if re.search(rf"\b{verb}\b", text)} == {
                 "health", "status", "validate", "plan",
             }  # fmt: skip
@@ -1217,7 +1222,7 @@ class TestDocumentation:
         """The defaults in `upgrade --help` are those of README's table of options, and the real."""
         monkeypatch.setenv("COLUMNS", "200")
         text = call("upgrade", "--help").out
-        settings = config.Settings()
+        defaults = settings.Settings()
 
         for row in (
             "| `concurrency` | 16 |",
@@ -1229,14 +1234,14 @@ class TestDocumentation:
         options = [" ".join(part.split()) for part in re.split(r"\n  (?=-)", text)]
         found = [re.match(r"(?:-\w, )?--([a-z-]+) .*Default: (.+?)\.$", each) for each in options]
         told = dict(match.groups() for match in found if match)
-        assert told["uri"].endswith(settings.uri.removeprefix("./"))
-        assert told["migrations"].endswith(str(settings.migrations).removeprefix("./"))
-        assert told["ledger"] == settings.ledger
-        assert told["on-destructive"] == settings.on_destructive
-        assert int(told["concurrency"]) == settings.concurrency
+        assert told["uri"].endswith(defaults.uri.removeprefix("./"))
+        assert told["migrations"].endswith(str(defaults.migrations).removeprefix("./"))
+        assert told["ledger"] == defaults.ledger
+        assert told["on-destructive"] == defaults.on_destructive
+        assert int(told["concurrency"]) == defaults.concurrency
         assert (int(told["lease-ttl"]), int(told["lease-wait"])) == (30, 600)
-        assert (settings.lease_ttl, settings.lease_wait) == (30, 600)
-        assert (told["keep-savepoints"], settings.keep_savepoints) == ("a week", 7 * 86400)
-        assert (told["timeout"], settings.timeout) == ("none", None)
+        assert (defaults.lease_ttl, defaults.lease_wait) == (30, 600)
+        assert (told["keep-savepoints"], defaults.keep_savepoints) == ("a week", 7 * 86400)
+        assert (told["timeout"], defaults.timeout) == ("none", None)
         assert (told["on-ahead"], told["on-unsafe-store"]) == ("error", "error")
         assert (settings.on_ahead, settings.on_unsafe_store) == ("error", "error")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aiomigrate.config import (
+from aiomigrate.errors import ConfigurationError
+from aiomigrate.settings import (
     KEYS,
     Settings,
     check,
@@ -19,7 +20,6 @@ from aiomigrate.config import (
     parse_params,
     parse_target,
 )
-from aiomigrate.errors import ConfigurationError
 
 
 def write(folder: Path, text: str) -> Path:

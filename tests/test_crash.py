@@ -27,8 +27,8 @@ import pytest
 from aiomigrate import Migration, MigrationFailedError, MigrationManager, OnDestructive, op
 from aiomigrate.clock import Clock
 from aiomigrate.errors import OverwriteLostError
-from aiomigrate.lance import Store
-from aiomigrate.ledger import Ledger
+from aiomigrate.ledger.ledger import Ledger
+from aiomigrate.store.connection import Store
 from tests import scenario
 from tests.faults import Died, DyingStore, dying_manager, watched_manager
 from tests.processes import quiet_logger
@@ -248,7 +248,7 @@ async def migrated(
     async with kind(database, migrations=migrations, **options) as manager:
         await manager.upgrade()
         assert (await manager.validate()).valid
-        store = manager._store
+        store = manager._database.store
         return store.calls if isinstance(store, DyingStore) else []
 
 

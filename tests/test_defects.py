@@ -45,7 +45,7 @@ def faulty(database: Path, source: Any, fault: Fault, **options: Any) -> Migrati
 
 def calls_of(migrations: MigrationManager) -> list[tuple[str, str]]:
     """Returns the calls that a faulty manager has counted."""
-    store = migrations._store
+    store = migrations._database.store
     assert isinstance(store, FaultyStore)
     return store.calls
 
@@ -269,7 +269,7 @@ async def test_defect_07_looking_writes_nothing(database: Path, state: State | N
         await migrations.get_status()
         await migrations.validate()
         await migrations.history()
-        commits = [] if migrations._store is None else calls_of(migrations)
+        commits = [] if migrations._database.store is None else calls_of(migrations)
 
     assert plan.steps
     assert commits == []

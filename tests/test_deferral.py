@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiomigrate.deferral import IDLE, Busy, defer
-from aiomigrate.model import Script, Scripts
-from aiomigrate.order import ordered
+from aiomigrate.migration.model import Script, Scripts
+from aiomigrate.planning.background import IDLE, Busy, defer
+from aiomigrate.planning.dependencies import ordered
 
 LINES = ("a", "b", "c")
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 
 from aiomigrate import Migration, Scripts, op
-from aiomigrate.discovery import find, load
 from aiomigrate.errors import (
     AiomigrateError,
     ConfigurationError,
@@ -22,6 +21,7 @@ from aiomigrate.errors import (
     ScriptError,
     ScriptImportError,
 )
+from aiomigrate.migration.loader import find, load
 
 HEAD = "from aiomigrate import Migration, op\nimport pyarrow as pa\n"
 ONE = (

@@ -20,7 +20,7 @@ from aiomigrate.errors import (
     SchemaMismatchError,
     StoreError,
 )
-from aiomigrate.lance import Store
+from aiomigrate.store.connection import Store
 from tests.tools import manager
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])

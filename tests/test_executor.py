@@ -34,10 +34,10 @@ from aiomigrate.errors import (
     StoreError,
     UnsupportedDatabaseError,
 )
-from aiomigrate.lance import Store
 from aiomigrate.manager import MigrationManager
-from aiomigrate.report import Outcome, Report
-from aiomigrate.runner import Progress
+from aiomigrate.results import Outcome, Report
+from aiomigrate.runs.progress import Progress
+from aiomigrate.store.connection import Store
 from tests import scenario
 from tests.faults import Fault, faulty_manager, watched_manager
 from tests.processes import MP, initialize, quiet_logger, start
@@ -426,7 +426,7 @@ async def test_a_killed_migration_may_be_corrected(tmp_path: Path) -> None:
         tmp_path / "count", migrations=declared(*KILLED), logger=quiet_logger()
     ) as running:
         await running.initialize()
-        count = len(running._store.calls)  # type: ignore[union-attr]
+        count = len(running._database.store.calls)  # type: ignore[union-attr]
     paths = {at: tmp_path / str(at) for at in range(1, count + 1)}
     processes = []
     for at, path in paths.items():

@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiomigrate.fold import fold, seen_epochs, valid_events
-from aiomigrate.model import Event, Kind
+from aiomigrate.ledger.history import fold, seen_epochs, valid_events
+from aiomigrate.ledger.records import Event, Kind
 
 AT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 

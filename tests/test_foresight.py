@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 from aiomigrate import Migration, MigrationFailedError, op
 from aiomigrate.errors import AiomigrateError
-from aiomigrate.fold import standing
-from aiomigrate.foresight import MOST, _Future, foreseen
-from aiomigrate.model import Event, Kind
-from aiomigrate.operations.base import Operation, TableState, Target
+from aiomigrate.execution.lookahead import MOST, _Future, predict_commits
+from aiomigrate.ledger.history import standing
+from aiomigrate.ledger.records import Event, Kind
+from aiomigrate.operations.base import Operation
+from aiomigrate.operations.target import Target
+from aiomigrate.schema.state import TableState
 from tests.faults import dying_manager, watched_manager
 from tests.processes import quiet_logger
 from tests.test_crash import dies
@@ -84,14 +86,14 @@ async def test_commits_are_told_together_up_to_where_a_look_would_not_do(
     """So many commits are told at once of these operations."""
     given_state = TableState(T, (op.Index("BTree", ("y",), "y_idx"),) if count == 2 else ())
 
-    assert len(await foreseen(named(operations), given_state)) == count
+    assert len(await predict_commits(named(operations), given_state)) == count
 
 
 async def test_no_more_are_told_together_than_are_quickly_foreseen() -> None:
     """However many there are, so many are looked at, and the others not even asked for."""
     asked = iter(named([op.AddColumns({f"c{n}": N}) for n in range(3 * MOST)]))
 
-    assert len(await foreseen(asked, TableState(T))) == MOST
+    assert len(await predict_commits(asked, TableState(T))) == MOST
     assert len(list(asked)) == 2 * MOST
 
 
@@ -100,10 +102,10 @@ async def test_a_table_is_told_with_its_indexes() -> None:
     making = (op.CreateTable(T), op.CreateIndex("id"), op.CreateIndex("y"))
     skipped = (op.AddColumns({"a": N}, when_missing=op.Missing.SKIP), op.CreateTable(T))
 
-    assert [effect["do"] for effect in await foreseen(named(making), None)] == [
+    assert [effect["do"] for effect in await predict_commits(named(making), None)] == [
         "create", "shape", "shape",
     ]  # fmt: skip
-    assert await foreseen(named(skipped), None) == []
+    assert await predict_commits(named(skipped), None) == []
 
 
 operations_of = st.lists(
@@ -147,7 +149,7 @@ def test_whoever_goes_on_among_commits_told_together_ends_the_same(
 
     async def check() -> None:
         start, told = TableState(T), named(operations)
-        effects = await foreseen(told, start)
+        effects = await predict_commits(told, start)
         whole = await states_of(told, start)
         if len(effects) >= len(whole):
             return  # the last operation cannot be run: nothing to end alike

@@ -26,15 +26,15 @@ from hypothesis import strategies as st
 
 import aiomigrate
 from aiomigrate import Context, Migration, op
-from aiomigrate.config import from_env, from_table, merge
-from aiomigrate.discovery import load
 from aiomigrate.errors import AiomigrateError, ConfigurationError
-from aiomigrate.fold import fold, seen_epochs, uncleaned
-from aiomigrate.ledger import parse_journal
-from aiomigrate.model import Event
-from aiomigrate.operations.base import TableState
-from aiomigrate.operations.stored import decode, encode
-from aiomigrate.undo import kept_savepoints, unsettled
+from aiomigrate.ledger.codec import parse_journal
+from aiomigrate.ledger.history import fold, seen_epochs, uncleaned
+from aiomigrate.ledger.records import Event
+from aiomigrate.migration.loader import load
+from aiomigrate.planning.destructive import kept_savepoints
+from aiomigrate.planning.rollback import unsettled
+from aiomigrate.schema.state import TableState, decode, encode
+from aiomigrate.settings import from_env, from_table, merge
 from tests import scenario
 from tests.tools import manager, rows_of
 

@@ -32,7 +32,7 @@ def test_imports_point_downward(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_public_names_are_pinned() -> None:
     """Whoever imports from the package may rely on these; a new one is added here on purpose."""
     assert set(aiomigrate.__all__) == {
-        "AiomigrateError", "Context", "DatabaseReport", "Event", "Health", "HealthState",
+        "AiomigrateError", "Context", "DatabaseReport", "Event", "Health", "HealthState", "Kind",
         "ManyReport", "Migration", "MigrationFailedError", "MigrationManager", "OnAhead",
         "OnDestructive", "OnPending", "OnUnsafeStore", "Outcome", "Plan", "Progress",
         "RecordedTable", "Report", "RunTiming", "Script", "Scripts", "Status", "Step", "StepReport",
@@ -105,7 +105,7 @@ def test_the_readme_names_the_commands_that_ci_runs() -> None:
 def test_every_verb_is_documented() -> None:
     """README and `--help` name the same verbs."""
     pytest.importorskip("typer")
-    from aiomigrate.cli import app
+    from aiomigrate.cli.app import app
 
     verbs = [command.name for command in app.registered_commands]
     assert [verb for verb in verbs if f"`{verb}`" not in README] == []

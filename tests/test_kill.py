@@ -86,7 +86,7 @@ async def undisturbed(path: Path, upgrade: Upgrade = SCENARIO) -> tuple[dict[str
         path, migrations=upgrade.migrations(), logger=quiet_logger(), concurrency=1
     ) as manager:
         await manager.initialize()
-        store = manager._store
+        store = manager._database.store
         assert isinstance(store, FaultyStore)
         return await end_of(path), len(store.calls)
 

@@ -27,9 +27,10 @@ from aiomigrate.errors import (
     TableVersionGoneError,
     WriterCongestionError,
 )
-from aiomigrate.lance import _CONFLICTS, Sketch, Store, Table
-from aiomigrate.operations.base import Statement
-from aiomigrate.operations.literals import sql_literal
+from aiomigrate.schema.sql import Statement, sql_literal
+from aiomigrate.store.calls import _CONFLICTS
+from aiomigrate.store.connection import SqlCheck, Store
+from aiomigrate.store.table import Table
 
 T = TypeVar("T")
 
@@ -585,7 +586,7 @@ async def test_a_literal_is_the_value_it_was_made_of(
 # ---- SQL that is tried beforehand ---------------------------------------------------------------
 
 
-class CountingSketch(Sketch):
+class CountingSketch(SqlCheck):
     """Counts what LanceDB is asked."""
 
     asked = 0
@@ -632,7 +633,7 @@ async def test_sql_names_its_columns_in_any_spelling(where: str, is_taken: bool)
         ]
     )
 
-    told = await Sketch().refusal(Statement(table="t", where=where), schema)
+    told = await SqlCheck().refusal(Statement(table="t", where=where), schema)
 
     assert (told is None) is is_taken, told
     assert is_taken or "other" in (told or "")

@@ -20,12 +20,13 @@ from aiomigrate.errors import (
     LedgerUnreadableError,
     StoreError,
 )
-from aiomigrate.lance import Store
-from aiomigrate.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_text, unlock
-from aiomigrate.ledger import Head, Ledger
-from aiomigrate.model import RUN_LEASE, HeadRow
-from aiomigrate.operations.literals import sql_literal
-from aiomigrate.writer import Writer
+from aiomigrate.ledger.codec import Head
+from aiomigrate.ledger.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_text, unlock
+from aiomigrate.ledger.ledger import Ledger
+from aiomigrate.ledger.records import RUN_LEASE, HeadRow
+from aiomigrate.ledger.writer import Writer
+from aiomigrate.schema.sql import sql_literal
+from aiomigrate.store.connection import Store
 
 T = TypeVar("T")
 Hook = Callable[[int], Awaitable[None]]

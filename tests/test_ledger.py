@@ -14,19 +14,19 @@ import pyarrow as pa
 import pytest
 import structlog
 
-from aiomigrate import ledger as ledger_module
 from aiomigrate.clock import Clock
 from aiomigrate.errors import LedgerError, StoreError
-from aiomigrate.lance import Store
-from aiomigrate.ledger import (
+from aiomigrate.ledger import ledger as ledger_module
+from aiomigrate.ledger.codec import (
     HEAD_SCHEMA,
     JOURNAL_SCHEMA,
-    Ledger,
     lease_row_name,
     rows_to_arrow,
     versions_if_current,
 )
-from aiomigrate.model import RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.ledger.ledger import Ledger
+from aiomigrate.ledger.records import RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.store.connection import Store
 
 T = TypeVar("T")
 
@@ -372,7 +372,7 @@ async def test_an_append_that_never_succeeds_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is told that the events are not there can rely on it."""
-    monkeypatch.setattr(ledger_module, "_ATTEMPTS", 3)
+    monkeypatch.setattr(ledger_module, "ATTEMPTS", 3)
     store = await BrokenStore.connect(str(tmp_path / "db"))
     ledger = bind(store)
     await ledger.ensure()

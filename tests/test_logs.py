@@ -25,7 +25,8 @@ from aiomigrate import (
     op,
 )
 from aiomigrate.errors import ConfigurationError, LedgerUnreadableError, StoreError
-from aiomigrate.lance import Store, locate, redact, secrets_of
+from aiomigrate.store.connection import Store
+from aiomigrate.store.uri import locate, redact, secrets_of
 from tests import predecessor, scenario
 from tests.faults import Fault
 from tests.processes import initialize, start

@@ -106,7 +106,7 @@ async def test_looking_makes_no_mutating_call(state: Path) -> None:
     ) as manager_:
         for verb in LOOKS:
             await getattr(manager_, verb)()
-        store = manager_._store
+        store = manager_._database.store
 
     assert (store.calls if isinstance(store, FaultyStore) else []) == []
 
@@ -181,7 +181,7 @@ async def at_target(database: Path, given: Sequence[Migration]) -> list[tuple[st
         database, migrations=given, logger=quiet_logger()
     ) as manager_:
         report = await manager_.initialize()
-        store = manager_._store
+        store = manager_._database.store
     assert isinstance(store, FaultyStore)
     assert report.steps == ()
     assert (report.lease_s, report.ledger_commits) == (0.0, 0)

@@ -17,7 +17,7 @@ import pytest
 
 from aiomigrate import Context, DatabaseReport, ManyReport, Migration, migrate_all, op
 from aiomigrate.errors import ConfigurationError
-from aiomigrate.many import expand_glob
+from aiomigrate.fleet import expand_glob
 from tests import scenario
 from tests.processes import quiet_logger
 

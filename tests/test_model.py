@@ -11,7 +11,7 @@ import pytest
 
 from aiomigrate import Context, Event, Migration, Script, Scripts, op
 from aiomigrate.errors import InvalidMigrationError
-from aiomigrate.model import Params
+from aiomigrate.migration.model import Params
 
 ADD = op.AddColumns({"a": pa.int8()})
 

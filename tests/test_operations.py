@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from lancedb.embeddings import TextEmbeddingFunction, register
 
 from aiomigrate import Context, Migration, MigrationFailedError, OnDestructive, op
-from aiomigrate.applier import witness_name
 from aiomigrate.errors import (
     AiomigrateError,
     InvalidMigrationError,
     OperationError,
 )
-from aiomigrate.model import Script
-from aiomigrate.operations.base import WITNESS_PREFIX, Index, spell
-from aiomigrate.operations.indexes import KINDS
+from aiomigrate.execution.applier import witness_name
+from aiomigrate.migration.model import Script
+from aiomigrate.schema.index import KINDS
+from aiomigrate.schema.state import WITNESS_PREFIX, Index, spell
 from tests.tools import TABLE, found, make, manager, rows_of, tree
 
 THINGS = pa.schema(

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from aiomigrate import Context, Plan, Script, Scripts, op
 from aiomigrate.errors import DependencyError, OperationError, TargetError
-from aiomigrate.fold import Journal, fold
-from aiomigrate.model import Event, HeadRow, Kind
-from aiomigrate.order import Key
-from aiomigrate.plan import build_plan, check_operations
-from aiomigrate.reconcile import OnAhead, digest_at, reconcile
+from aiomigrate.ledger.history import Journal, fold
+from aiomigrate.ledger.records import Event, HeadRow, Kind
+from aiomigrate.migration.model import Key
+from aiomigrate.planning.plan import build_plan
+from aiomigrate.planning.preflight import check_operations
+from aiomigrate.planning.reconcile import OnAhead, digest_at, reconcile
 from tests.test_reconcile import AT
 
 

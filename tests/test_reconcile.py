@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiomigrate import OnAhead, Script, Scripts
-from aiomigrate.checksum import ALGORITHM
 from aiomigrate.errors import (
     AiomigrateError,
     ChecksumMismatchError,
@@ -19,18 +18,19 @@ from aiomigrate.errors import (
     MissingScriptError,
     OutOfOrderError,
 )
-from aiomigrate.fold import Journal, fold
-from aiomigrate.model import Event, HeadRow, Kind
-from aiomigrate.reconcile import (
+from aiomigrate.ledger.history import Journal, fold
+from aiomigrate.ledger.records import Event, HeadRow, Kind
+from aiomigrate.migration.checksum import ALGORITHM
+from aiomigrate.planning.reconcile import (
     Act,
     digest_at,
     disputed,
     is_at_target,
-    nearest,
     newly_covered,
     pending,
     reconcile,
 )
+from aiomigrate.text import nearest
 
 AT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 

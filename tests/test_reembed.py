@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 
 from aiomigrate import Migration, MigrationFailedError, Report, op
 from aiomigrate.errors import OperationError
-from aiomigrate.operations.gate import Gate, Sample, judge
+from aiomigrate.operations.quality_gate import Gate, Sample, judge
 from tests.tools import TABLE, found, manager, rows_of
 
 PACE = op.Pace(batch_rows=25, concurrency=4, chunk_rows=100, attempts=1)

@@ -20,8 +20,8 @@ from aiomigrate.errors import (
     TargetError,
     UnresolvedError,
 )
-from aiomigrate.lance import Store
-from aiomigrate.ledger import Ledger
+from aiomigrate.ledger.ledger import Ledger
+from aiomigrate.store.connection import Store
 from tests import scenario
 from tests.faults import Died, DyingStore, dying_manager, watched_manager
 from tests.processes import quiet_logger
@@ -536,7 +536,7 @@ async def killed_in_rollback(database: Path, at: int, when: str, to: int) -> int
     except BaseExceptionGroup as died:
         if died.subgroup(Died) is None:
             raise
-    store = migrations._store
+    store = migrations._database.store
     assert isinstance(store, DyingStore)
     calls = len(store.calls)
     await migrations.aclose()

@@ -16,17 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiomigrate.effects import add_effect, digest, merge_effect, shape_effect
+from aiomigrate.commits.commit_identity import is_ours
+from aiomigrate.commits.effects import add_effect, digest, merge_effect, shape_effect
+from aiomigrate.commits.savepoints import branch_name, drop_branch, restore_fenced
 from aiomigrate.errors import LeaseLostError, StoreError, UnresolvedError
-from aiomigrate.lance import Store, Table
-from aiomigrate.model import Script
-from aiomigrate.operations.base import Index
-from aiomigrate.savepoint import (
-    branch_name,
-    drop_branch,
-    is_ours,
-    restore_fenced,
-)
+from aiomigrate.migration.model import Script
+from aiomigrate.schema.state import Index
+from aiomigrate.store.connection import Store
+from aiomigrate.store.table import Table
 
 T = TypeVar("T")
 Effect = Mapping[str, Any]

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 
 from aiomigrate import MigrationManager, load
+from aiomigrate.authoring.scaffold import (
+    DEFAULT_TABLE,
+    draft,
+    next_version,
+    slug_of,
+    table_in,
+    write,
+)
 from aiomigrate.errors import ConfigurationError
-from aiomigrate.scaffold import DEFAULT_TABLE, draft, next_version, slug_of, table_in, write
 
 
 class TestName:

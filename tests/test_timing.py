@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiomigrate import Context, Migration, MigrationFailedError, RunTiming, op
-from aiomigrate.charts import report_html
-from aiomigrate.model import Event, Kind
-from aiomigrate.timing import Span, critical_path, runs_of, waits
+from aiomigrate.ledger.records import Event, Kind
+from aiomigrate.reporting.html import report_html
+from aiomigrate.reporting.timing import Span, critical_path, runs_of, waits
 from tests.tools import manager
 
 AT = dt.datetime(2026, 11, 27, 12, tzinfo=dt.UTC)

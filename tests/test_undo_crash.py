@@ -99,7 +99,7 @@ async def undone(
         await manager.rollback(lines_of(migrations))
         validation = await manager.validate()
         assert validation.errors == validation.not_at_target
-        store = manager._store
+        store = manager._database.store
         return store.calls if isinstance(store, DyingStore) else []
 
 

@@ -158,7 +158,7 @@ async def calls_of(path: Path, upgrade: Upgrade) -> tuple[list[Call], int]:
         path, migrations=upgrade.migrations(), logger=quiet_logger(), **OPTIONS
     ) as manager:
         await manager.initialize()
-        store = manager._store
+        store = manager._database.store
     assert isinstance(store, FaultyStore)
     # Taken by an update, or inserted with the head.
     taking = {("update", HEAD), ("insert_missing", HEAD)}

@@ -14,8 +14,8 @@ import pyarrow as pa
 import structlog
 
 from aiomigrate import Migration, MigrationManager
-from aiomigrate.lance import Store
-from aiomigrate.operations.base import TableState
+from aiomigrate.schema.state import TableState
+from aiomigrate.store.connection import Store
 
 
 def _taken(name: str) -> str | None:

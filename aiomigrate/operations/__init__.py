@@ -1,22 +1,21 @@
 """The operations, as migration scripts see them: `from aiomigrate import op`."""
 
-from aiomigrate.operations.base import Index, Missing, Operation, TableState, Traits
+from aiomigrate.operations.base import Missing, Operation, Traits
+from aiomigrate.operations.column_types import AlterType, SetNotNull, SetNullable
 from aiomigrate.operations.columns import (
     AddColumns,
-    AlterType,
     DropColumns,
     RenameColumns,
     SetMetadata,
-    SetNotNull,
-    SetNullable,
 )
-from aiomigrate.operations.data import Delete, Run, Update
 from aiomigrate.operations.fill import Backfill, Engine, OnPoison, Pace
-from aiomigrate.operations.gate import Gate, GateReport
 from aiomigrate.operations.indexes import CreateIndex, DropIndex
+from aiomigrate.operations.quality_gate import Gate, GateReport
+from aiomigrate.operations.rebuild import CopyInto, Rebuild
 from aiomigrate.operations.reembed import Reembed
-from aiomigrate.operations.rewrite import CopyInto, Rebuild
+from aiomigrate.operations.rows import Delete, Run, Update
 from aiomigrate.operations.tables import CreateTable, DropTable, Optimize, RenameTable
+from aiomigrate.schema.state import Index, TableState
 
 __all__ = [
     "AddColumns",

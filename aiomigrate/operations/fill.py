@@ -14,20 +14,11 @@ from typing import Any
 import pyarrow as pa
 
 from aiomigrate.errors import InvalidMigrationError, PoisonRowsError
-from aiomigrate.operations.base import (
-    TUNING,
-    WITNESS_PREFIX,
-    Index,
-    Operation,
-    TableState,
-    Target,
-    Traits,
-    checked_names,
-    quote,
-    remember,
-    remembered,
-)
-from aiomigrate.operations.indexes import can_index
+from aiomigrate.operations.base import TUNING, Operation, Traits
+from aiomigrate.operations.target import Target
+from aiomigrate.schema.index import can_index
+from aiomigrate.schema.sql import checked_names, quote
+from aiomigrate.schema.state import WITNESS_PREFIX, Index, TableState, remember, remembered
 
 FillFunction = Callable[[pa.RecordBatch], Any | Awaitable[Any]]
 """From a batch of rows to one value for each: an Arrow or numpy array, or a sequence."""
@@ -372,7 +363,7 @@ async def judge_poison(
             break
     listed = listed[:LISTED]
     if policy is OnPoison.LIST:
-        target.tell("poison", {"rows": count, "listed": [list(row) for row in listed]})
+        target.add_fact("poison", {"rows": count, "listed": [list(row) for row in listed]})
         return
     told = "; ".join(f"{key}={row}: {error}" for row, error in listed[:3])
     raise PoisonRowsError(

@@ -7,31 +7,16 @@ How the model is called and its results are committed is for `filling`.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import pyarrow as pa
 
-from aiomigrate.errors import InvalidMigrationError, ModelChangedError, QualityGateError
-from aiomigrate.operations.base import (
-    EMBEDDING,
-    TUNING,
-    Index,
-    Operation,
-    TableState,
-    Target,
-    Traits,
-    checked_names,
-    checked_new,
-    embedding_columns,
-    embeddings,
-    quote,
-    remember,
-    remembered,
-)
+from aiomigrate.errors import InvalidMigrationError, QualityGateError
+from aiomigrate.operations.base import TUNING, Operation, Traits
+from aiomigrate.operations.columns import SwapBack
 from aiomigrate.operations.fill import (
     Engine,
     Filling,
@@ -45,21 +30,31 @@ from aiomigrate.operations.fill import (
     end,
     judge_poison,
 )
-from aiomigrate.operations.gate import Gate, Sample, judge
 from aiomigrate.operations.indexes import CreateIndex
-
-MODEL = "aiomigrate:model"
-"""Key of the field metadata that says which model a vector column is of."""
-
-PROBES = (
-    "aiomigrate",
-    "The quick brown fox jumps over the lazy dog.",
-    "7 + 5 = 12; 東京, Zürich, naïve",
+from aiomigrate.operations.quality_gate import (
+    MODEL,
+    Gate,
+    Sample,
+    answers_of,
+    default_probes,
+    dimension_of,
+    embed_function,
+    judge,
+    refuse_other_model,
+    registered_entry,
+)  # fmt: skip
+from aiomigrate.operations.target import Target
+from aiomigrate.schema.sql import checked_names, checked_new, quote
+from aiomigrate.schema.state import (
+    EMBEDDING,
+    Index,
+    TableState,
+    embedding_columns,
+    embeddings,
+    remember,
+    remembered,
 )
-"""Texts by which a model is known again."""
-
-_SAME = 0.999
-"""Cosine similarity of two vectors of one text by one model: services round."""
+from aiomigrate.text import bytes_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +123,7 @@ class Reembed(Operation):
             object.__setattr__(self, "keep", f"{self.column}_old")
         checked_new("Reembed", checked_names("Reembed", [self.keep]))
         checked_names("Reembed", [self.column, self.keep])
-        if not callable(_embed_of(self.function)):
+        if not callable(embed_function(self.function)):
             raise InvalidMigrationError(
                 f"Reembed: {self.function!r} is neither a function nor an embedding function.",
                 "Pass a function from a list of values to a list of vectors.",
@@ -180,13 +175,13 @@ class Reembed(Operation):
         told = [
             (
                 f"{self.describe()}: {survey.rows} rows, {survey.distinct} different sources with "
-                f"{survey.characters} characters to pay for; {_spell_bytes(payload)} of vectors "
+                f"{survey.characters} characters to pay for; {bytes_text(payload)} of vectors "
                 f"to write{'' if self.index is False else ', and an index to build on them'}; "
-                f"up to {_spell_bytes(self._needs(survey.rows))} of disk meanwhile."
+                f"up to {bytes_text(self._needs(survey.rows))} of disk meanwhile."
             )
         ]
         if survey.free_bytes is not None and survey.free_bytes < self._needs(survey.rows):
-            told.append(f"{self.describe()}: the disk has {_spell_bytes(survey.free_bytes)} only.")
+            told.append(f"{self.describe()}: the disk has {bytes_text(survey.free_bytes)} only.")
         return tuple(told)
 
     def _needs(self, rows: int) -> int:
@@ -268,7 +263,7 @@ class Reembed(Operation):
                 f"column {self.column!r} is of that model already.",
                 "Give another model, or another revision of it.",
             )
-        same = [f.name for f in before.fields() if _dimension(f.type) == self.dimension]
+        same = [f.name for f in before.fields() if dimension_of(f.type) == self.dimension]
         if same and not self.readers_name_column:
             raise self.refuse(
                 f"column {same[0]!r} has {self.dimension} dimensions too: while both are there, "
@@ -349,7 +344,7 @@ class Reembed(Operation):
             errors=f"{fill}_error",
             key=self.key,
             sources=(self.source,),
-            function=_embed_of(self.function),
+            function=embed_function(self.function),
             where=None,
             pace=self.pace,
             max_poison=self.max_poison,
@@ -369,7 +364,10 @@ class Reembed(Operation):
         """
         state = self.existing(target.state)
         memory = remembered(state, f"{target.witness}_model")
-        answers = await self._answers(target)
+        probes = self.probes or default_probes(state.column(self.source).type)
+        answers = await answers_of(
+            target, self.function, probes, dimension=self.dimension, pace=self.pace
+        )
         fill = f"{target.witness}_fill"
         new = self._field(f"{target.witness}_new")
         if memory is None:
@@ -382,39 +380,22 @@ class Reembed(Operation):
             await target.add_columns([model])
         if self.engine is Engine.RAY and remembered(target.state, fill) is None:
             await target.compute(
-                _embed_of(self.function),
+                embed_function(self.function),
                 self.source,
                 [new, *columns_of(self.existing(target.state), fill, self.key)],
                 batch_rows=self.pace.batch_rows,
                 workers=self.pace.concurrency,
             )
         await begin(target, fill, self.key, [new])
-        for was, now in zip((memory or {"answers": answers})["answers"], answers, strict=True):
-            if _similarity(was, now) < _SAME:
-                raise ModelChangedError(
-                    f"{self.describe()} on table {target.name!r}: the model does not answer as it "
-                    f"did when this began (similarity {_similarity(was, now):.3f} for one text): "
-                    "another one goes by its name.",
-                    "Bring the first one back and run again, it goes on; or give the new one its "
-                    "own name in model=, then all rows are embedded by that.",
-                )
-
-    async def _answers(self, target: Target) -> list[list[float]]:
-        source = self.existing(target.state).column(self.source).type
-        is_text = pa.types.is_string(source) or pa.types.is_large_string(source)
-        probes = self.probes or (PROBES if is_text else ())
-        if not probes:
-            return []
-        kind = pa.list_(pa.float32(), self.dimension)
-        given = await target.ask(_embed_of(self.function), list(probes), kind, self.pace)
-        return [[float(f"{x:.5g}") for x in vector or ()] for vector in given]
+        expected = (memory or {"answers": answers})["answers"]
+        refuse_other_model(f"{self.describe()} on table {target.name!r}", expected, answers)
 
     async def _check_disk(self, target: Target) -> None:
         free = target.free_bytes()
         needs = self._needs(await target.count_rows())
         if free is not None and free < needs:
             raise self.refuse(
-                f"it needs up to {_spell_bytes(needs)} of disk, which has {_spell_bytes(free)}.",
+                f"it needs up to {bytes_text(needs)} of disk, which has {bytes_text(free)}.",
                 "Make room, then run again.",
             )
 
@@ -476,7 +457,7 @@ class Reembed(Operation):
                 )
             )
         report = judge(self.gate, rows=rows, missing=missing, samples=samples)
-        target.tell("gate", report.to_dict())
+        target.add_fact("gate", report.to_dict())
         if not report.passed:
             raise QualityGateError(
                 f"{self.describe()} on table {target.name!r}: the new vectors are not good enough: "
@@ -506,110 +487,12 @@ class Reembed(Operation):
         told = embedding_columns(self.existing(target.state).schema)
         if memory is None or not memory.get("embedded") or self.column in told:
             return
-        dump = getattr(self.function, "safe_model_dump", None)
-        if dump is None:
+        mine = registered_entry(self.function, self.source, self.column)
+        if mine is None:
             return
-        kind = type(self.function)
-        name = getattr(kind, "__embedding_function_registry_alias__", kind.__name__)
-        mine = {
-            "name": name,
-            "model": dump(),
-            "source_column": self.source,
-            "vector_column": self.column,
-        }
         others = embeddings(self.existing(target.state).schema.metadata)
         text = json.dumps([*map(dict, others), mine])
         await target.set_schema_metadata({EMBEDDING.decode(): text})
 
 
-def _embed_of(function: Any) -> Callable[..., Any]:
-    """Returns what is called with a list of values."""
-    found: Callable[..., Any] = getattr(function, "compute_source_embeddings", function)
-    return found
-
-
-def _dimension(kind: Any) -> int | None:
-    is_vector = pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)
-    return int(kind.list_size) if is_vector else None
-
-
-def _similarity(one: Sequence[float], other: Sequence[float]) -> float:
-    if len(one) != len(other):
-        return 0.0
-    lengths = math.sqrt(sum(x * x for x in one)) * math.sqrt(sum(x * x for x in other))
-    if not lengths:
-        return 1.0 if list(one) == list(other) else 0.0
-    return sum(x * y for x, y in zip(one, other, strict=True)) / lengths
-
-
-def _spell_bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
 _COVER_S = 24 * 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class SwapBack(Operation):
-    """Put the old vector column back in its place; the new one goes. What undoes a `Reembed`.
-
-    Attributes:
-        column: The vector column.
-        keep: What the old one is called.
-        not_null: Whether the old one forbade NULL; it does again if no row lacks it.
-        embedding: The table's embedding functions as they were, JSON, where one named the column.
-    """
-
-    column: str
-    keep: str
-    not_null: bool = False
-    embedding: str | None = None
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(commits="2, and 1 for each index")
-
-    @property
-    def shows(self) -> bool:
-        return False
-
-    def describe(self) -> str:
-        return f"put {self.keep} back as {self.column}"
-
-    def evolve(self, state: TableState | None) -> TableState:
-        before = self.existing(state)
-        for column in (self.column, self.keep):
-            if column not in before.schema.names:
-                raise self.refuse(
-                    f"there is no column {column!r}.",
-                    "The old vectors are gone: re-embed with the old model instead.",
-                )
-        fields = [f for f in before.schema if f.name not in (self.column, self.keep)]
-        schema = pa.schema([*fields, before.column(self.keep).with_name(self.column)])
-        kept = [i.renamed({self.keep: self.column}) for i in before.indexes if not self._goes(i)]
-        return TableState(schema, tuple(kept))
-
-    def _goes(self, index: Index) -> bool:
-        return index.columns == (self.column,)
-
-    def done(self, state: TableState | None, witness: str) -> bool:
-        return self.existing(state).has(f"{witness}_gone")
-
-    def predict(self, state: TableState | None, witness: str) -> TableState | None:
-        return None  # whether it forbids NULL depends on the rows
-
-    async def apply(self, target: Target) -> int:
-        for index in self.existing(target.state).indexes:
-            if self._goes(index):
-                await target.drop_index(index.name)
-        if self.embedding is not None:
-            await target.set_schema_metadata({EMBEDDING.decode(): self.embedding})
-        back: dict[str, Any] = {"path": self.keep, "rename": self.column}
-        if self.not_null and not await target.count_rows(f"{quote(self.keep)} IS NULL"):
-            back["nullable"] = False
-        away = {"path": self.column, "rename": f"{target.witness}_gone"}
-        await target.alter_columns([away, back])
-        return 0

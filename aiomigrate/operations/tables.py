@@ -9,16 +9,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from aiomigrate.errors import InvalidMigrationError
-from aiomigrate.operations.base import (
-    Missing,
-    Operation,
-    TableState,
-    Target,
-    Traits,
-    checked_names,
-    checked_new,
-    spell,
-)
+from aiomigrate.operations.base import Missing, Operation, Traits
+from aiomigrate.operations.target import Target
+from aiomigrate.schema.sql import checked_names, checked_new
+from aiomigrate.schema.state import TableState, spell
 
 
 class ArrowSchemaSource(Protocol):

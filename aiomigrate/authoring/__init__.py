@@ -1,0 +1,1 @@
+"""Writing migration scripts: the scaffold of a new one."""

@@ -1,0 +1,247 @@
+"""Calling a user's function: async or in a thread, at a pace, and once for equal values.
+
+What it is called for, and what becomes of the results, is for `filling`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aiomigrate.errors import KeepsProgressError, OperationError
+from aiomigrate.operations.fill import Pace, Survey
+from aiomigrate.schema.digests import digests
+
+FIRST_PAUSE_S = 0.2
+_CACHE_BYTES = 128_000_000
+
+
+class Caller:
+    """A function of the user's that returns values of one type."""
+
+    def __init__(self, function: Any, kind: pa.DataType, pace: Pace, words: str) -> None:
+        """Calls nothing yet.
+
+        Args:
+            function: Async or plain; a plain one runs in a thread.
+            kind: The type of its values.
+            pace: How many calls may be in flight, and begin per second.
+            words: What it is called for, for errors.
+        """
+        called = getattr(function, "__call__", None)  # noqa: B004 - of an object, say
+        self.kind: Any = kind
+        self._function = function
+        self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, called))
+        self._slots = anyio.CapacityLimiter(pace.concurrency)
+        self._threads = anyio.CapacityLimiter(pace.concurrency)
+        self._words = words
+        self._limiter: Any = None
+        if pace.calls_per_s is not None:
+            from aiolimiter import AsyncLimiter
+
+            burst = max(1.0, pace.calls_per_s)
+            self._limiter = AsyncLimiter(burst, burst / pace.calls_per_s)
+
+    async def __call__(self, given: Any) -> Any:
+        """Returns an Arrow array with a value for each row, or value, that is given.
+
+        Raises:
+            OperationError: What came back is none.
+            ValueError: A vector has NaN.
+            Exception: What the function raised.
+        """
+        async with self._slots:
+            if self._limiter is not None:
+                await self._limiter.acquire()
+            if self._is_async:
+                result = await self._function(given)
+            else:
+                result = await anyio.to_thread.run_sync(
+                    self._function, given, limiter=self._threads, abandon_on_cancel=True
+                )
+                if inspect.isawaitable(result):
+                    result = await result
+        await anyio.lowlevel.cancel_shielded_checkpoint()  # first the next call goes out
+        try:
+            values = as_array(result, self.kind)
+        except (pa.ArrowException, TypeError, ValueError) as exc:
+            raise OperationError(
+                f"{self._words}: what the function returned is no {self.kind}: {exc}.",
+                "Return one value of the column's type for each row.",
+            ) from exc
+        if _has_nan(values):
+            raise ValueError("a vector with NaN")  # of one row, perhaps: the others are good
+        if len(values) != len(given):
+            raise OperationError(
+                f"{self._words}: the function returned {len(values)} values for {len(given)} rows.",
+                "Return one value for each row, in their order; None where there is none.",
+            )
+        return values
+
+
+class ValueCache:
+    """Calls once for equal values, here and in all calls in flight; never for NULL."""
+
+    def __init__(self, call: Caller) -> None:
+        """Knows nothing yet.
+
+        Args:
+            call: Given a list of different values.
+        """
+        self._call = call
+        self._known: dict[int, Any] = {}
+        self._flying: dict[int, anyio.Event] = {}
+        self._repeated: frozenset[int] | None = None
+        self._bytes = 0
+
+    def learn(self, repeated: frozenset[int]) -> None:
+        """Forgets what only one row needs, now that this is known."""
+        self._repeated = repeated
+        self._known = {mark: value for mark, value in self._known.items() if mark in repeated}
+        self._bytes = sum(value.nbytes for value in self._known.values())
+
+    async def __call__(self, column: Any, marks: Sequence[int]) -> Any:
+        """Returns a value for each of some values, NULL for NULL.
+
+        Args:
+            column: The values.
+            marks: Their digests.
+
+        Raises:
+            Exception: What the call raised.
+        """
+        values = column.to_pylist()
+        wanted = {m: v for m, v in zip(marks, values, strict=True) if v is not None}
+        is_plain = len(wanted) == len(values)
+        pieces: list[Any] = []
+        at: dict[int, int] = {}
+        while wanted:
+            for mark in [mark for mark in wanted if mark in self._known]:
+                at[mark] = sum(map(len, pieces))
+                pieces.append(self._known[mark])
+                del wanted[mark]
+            mine = {mark: v for mark, v in wanted.items() if mark not in self._flying}
+            if mine:
+                begin = sum(map(len, pieces))
+                pieces.append(await self._fly(mine))
+                if is_plain and len(mine) == len(values):
+                    return pieces[0]
+                at |= {mark: begin + position for position, mark in enumerate(mine)}
+                wanted = {mark: v for mark, v in wanted.items() if mark not in mine}
+            elif wanted:  # in another call, which may fail: then it is ours
+                await self._flying[next(iter(wanted))].wait()
+        rows = [None if v is None else at[m] for m, v in zip(marks, values, strict=True)]
+        have = pa.concat_arrays(pieces) if pieces else pa.nulls(0, self._call.kind)
+        return have.take(pa.array(rows, pa.int64()))
+
+    async def _fly(self, mine: Mapping[int, Any]) -> Any:
+        for mark in mine:
+            self._flying[mark] = anyio.Event()
+        try:
+            made = await self._call(list(mine.values()))
+            for position, mark in enumerate(mine):
+                if self._repeated is None or mark in self._repeated:
+                    self._keep(mark, made, position)
+        finally:
+            for mark in mine:
+                self._flying.pop(mark).set()
+        return made
+
+    def _keep(self, mark: int, made: Any, position: int) -> None:
+        if self._bytes < _CACHE_BYTES:
+            one = made.take(pa.array([position]))  # a slice would keep all of it
+            self._known[mark] = one
+            self._bytes += one.nbytes
+
+
+async def survey(batches: AsyncIterator[pa.RecordBatch], free_bytes: int | None) -> Survey:
+    """Returns what a column holds that a function is to be called for.
+
+    Args:
+        batches: The rows in which it is not NULL; the column is the first.
+        free_bytes: What the disk still takes, `None` where that is not known.
+    """
+    found: list[pa.Table] = []
+    async for batch in batches:
+        values: Any = batch.column(0)
+        is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        lengths = pc.utf8_length(values).cast(pa.int64()) if is_text else [0] * len(values)
+        marks = pa.array(digests(batch.select([0])), pa.int64())
+        found.append(pa.table({"mark": marks, "length": lengths}))
+        await anyio.lowlevel.checkpoint()
+    if not found:
+        return Survey(rows=0, distinct=0, characters=0, repeated=frozenset(), free_bytes=free_bytes)
+    whole: Any = pa.concat_tables(found)
+    counted = whole.group_by("mark").aggregate([("length", "min"), ("length", "count")])
+    more = pc.greater(counted["length_count"], pa.scalar(1))
+    return Survey(
+        rows=len(whole),
+        distinct=len(counted),
+        characters=pc.sum(counted["length_min"]).as_py(),
+        repeated=frozenset(counted["mark"].filter(more).to_pylist()),
+        free_bytes=free_bytes,
+    )
+
+
+async def ask(function: Any, values: Sequence[Any], kind: pa.DataType, pace: Pace) -> list[Any]:
+    """Calls a function with values, again while it fails; returns Python values.
+
+    Raises:
+        OperationError: What came back is no result.
+        KeepsProgressError: It failed every time.
+    """
+    call = Caller(function, kind, pace, "The model, asked for known texts")
+    for attempt in range(pace.attempts):
+        try:
+            return list((await call(list(values))).to_pylist())
+        except OperationError:
+            raise
+        except Exception as exc:
+            if attempt == pace.attempts - 1:
+                raise KeepsProgressError(
+                    f"The model fails for known texts: {type(exc).__name__}: {exc}.",
+                    "Correct the cause and run again.",
+                ) from exc
+            await anyio.sleep(random.uniform(0, FIRST_PAUSE_S * 2**attempt))  # noqa: S311
+    raise AssertionError(pace)
+
+
+def as_array(result: Any, kind: pa.DataType) -> Any:
+    """Returns what a function gave as an Arrow array.
+
+    Args:
+        result: An Arrow array, a numpy array (two-dimensional for fixed-size lists), or values.
+        kind: The type it is to have.
+
+    Raises:
+        pyarrow.ArrowException, TypeError, ValueError: It cannot be that.
+    """
+    if isinstance(result, pa.ChunkedArray):
+        result = result.combine_chunks()
+    if isinstance(result, pa.Array):
+        return result if result.type == kind else result.cast(kind)
+    if pa.types.is_fixed_size_list(kind):
+        wanted: Any = kind
+        shape = getattr(result, "shape", None)
+        if shape is not None and len(shape) == 2:
+            if shape[1] != wanted.list_size:
+                raise ValueError(f"{shape[1]} dimensions, not {wanted.list_size}")
+            flat = pa.array(result.reshape(-1)).cast(wanted.value_type)
+            lists: Any = pa.FixedSizeListArray
+            return lists.from_arrays(flat, type=kind)
+    return pa.array(list(result), kind)
+
+
+def _has_nan(values: Any) -> bool:
+    kind = values.type
+    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
+        return False
+    return bool(pc.any(pc.is_nan(values.flatten())).as_py())

@@ -1,0 +1,431 @@
+"""The verbs that change a database: `upgrade`, `rollback`, `prune`, `stamp`, `unlock`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aiomigrate import settings
+from aiomigrate.cli.command import (
+    Call,
+    Exit,
+    Tables,
+    To,
+    ahead_options,
+    database_options,
+    destructive_options,
+    folder_options,
+    lease_options,
+    param_options,
+    running_options,
+    verb,
+)
+from aiomigrate.cli.inspect import show_plan
+from aiomigrate.cli.output import show_report
+from aiomigrate.cli.signals import ignore_signals, run_async, until_signal
+from aiomigrate.errors import ConfigurationError, MigrationFailedError
+
+if TYPE_CHECKING:
+    from aiomigrate.manager import MigrationManager
+    from aiomigrate.migration.model import Target
+    from aiomigrate.planning.plan import Plan
+
+
+# ---- verbs that change the database -------------------------------------------------------------
+
+
+@verb(
+    database_options,
+    folder_options,
+    param_options,
+    ahead_options,
+    destructive_options,
+    lease_options,
+    running_options,
+)
+def upgrade(
+    call: Call,
+    *,
+    table: Tables = None,
+    to: To = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Show the plan only.", show_default=False)
+    ] = False,
+    skip_background: Annotated[
+        bool,
+        typer.Option(
+            "--skip-background",
+            metavar="",
+            help="Leave out what is marked to run in the background, and what comes after it.",
+            show_default=False,
+        ),
+    ] = False,
+    background_only: Annotated[
+        bool,
+        typer.Option(
+            "--background-only",
+            metavar="",
+            help="Do only what --skip-background leaves out.",
+            show_default=False,
+        ),
+    ] = False,
+    uris_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--uris-from",
+            metavar="FILE",
+            help="Many databases: one path or URI on each line ('-' for stdin).",
+            show_default=False,
+        ),
+    ] = None,
+    glob: Annotated[
+        str | None,
+        typer.Option(
+            "--glob",
+            metavar="PATTERN",
+            help="Many databases: the folders that it names, such as 'tenants/*/app.lancedb'.",
+            show_default=False,
+        ),
+    ] = None,
+    at_once: Annotated[
+        int,
+        typer.Option("--at-once", metavar="N", min=1, help="How many of many databases at once."),
+    ] = 8,
+) -> Exit:
+    """Bring the database to its target, each migration once.
+
+    With --uris-from or --glob many databases, of which one that fails holds up no other; run it
+    again to go on.
+
+    Example: aiomigrate upgrade --uri ./data/app.lancedb -x dimension=1536
+    """
+    target = settings.parse_target(to or ())
+    if uris_from is not None or glob is not None:
+        if dry_run or table or to or background_only:
+            raise ConfigurationError(
+                "Many databases go to their target, without --dry-run, --table, --to or "
+                "--background-only.",
+                "Leave those out, or name one database with --uri.",
+            )
+        uris = _uris(uris_from, glob)
+        return _run_many(call, uris, at_once, background=not skip_background)
+    if dry_run:
+        return run_async(call, lambda manager: show_plan(call, manager, table, target))
+    if skip_background and background_only:
+        raise ConfigurationError(
+            "--skip-background and --background-only leave nothing to do.", "Pass one of them."
+        )
+    part = "fast" if skip_background else "background" if background_only else "all"
+    return run_async(call, lambda manager: _upgrade(call, manager, table, target, part))
+
+
+async def _upgrade(
+    call: Call, manager: MigrationManager, tables: Collection[str] | None, to: Target, chosen: str
+) -> Exit:
+    from aiomigrate.planning.plan import Part
+
+    output, part = call.output, Part(chosen)
+    if not output.as_json:
+        whole = await manager.plan(tables=tables or None, to=to)
+        planned = whole.part(part)
+        if not (planned.needs_background if part is Part.BACKGROUND else planned.needs_lease):
+            output.say(_at_target(manager, whole))
+            return Exit.OK
+        output.say(manager.database)
+        output.say(f"{planned}\n")
+    try:
+        with call.tracker.showing():
+            if part is Part.BACKGROUND:
+                report = await manager.run_background(tables=tables or None, to=to)
+            else:
+                report = await manager.upgrade(
+                    tables=tables or None, to=to, background=part is Part.ALL
+                )
+    except MigrationFailedError as exc:
+        show_report(output, exc.report)
+        await show_traces(call, manager, exc)
+        raise
+    show_report(output, report)
+    output.document(report.to_dict)
+    return Exit.OK
+
+
+def _uris(file: Path | None, pattern: str | None) -> list[str]:
+    """Returns the databases that a file and a pattern name.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or they name none.
+    """
+    from aiomigrate.fleet import expand_glob
+
+    found: list[str] = []
+    if file is not None:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigurationError(
+                f"{file} cannot be read.", "Pass a text file with one path or URI on each line."
+            ) from exc
+        lines = (line.strip() for line in text.splitlines())
+        found += [line for line in lines if line and not line.startswith("#")]
+    if pattern is not None:
+        found += expand_glob(pattern)
+    if not found:
+        raise ConfigurationError(f"{file} names no database.", "Write one path or URI on a line.")
+    return found
+
+
+def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) -> Exit:
+    """Upgrades many databases until all have ended or a signal comes."""
+    import anyio
+
+    from aiomigrate.fleet import DatabaseReport, ManyReport, migrate_all
+
+    output, done = call.output, 0
+
+    def told(one: DatabaseReport) -> None:
+        nonlocal done
+        done += 1
+        applied = len(one.report.applied) if one.report else 0
+        came = f"{applied} applied" if one.error is None else f"failed: {one.error.what}"
+        if applied or not one.is_ok:
+            output.say(f"[{done}/{len(uris)}] {one.database}: {came}")
+
+    async def work() -> ManyReport:
+        return await migrate_all(
+            uris, at_once=at_once, background=background, on_done=told, **call.options()
+        )
+
+    async def main() -> Exit:
+        caught: list[signal.Signals] = []
+        report = await until_signal(work, caught, output)
+        if report is None:
+            ignore_signals()
+            what = f"Interrupted: {done} of {len(uris)} databases had ended."
+            output.document(lambda: {"interrupted": caught[0].name, "what": what})
+            output.note(f"{what}\nRun it again to go on: those at target cost next to nothing.")
+            return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
+        output.say(str(report))
+        output.document(report.to_dict)
+        return Exit.FAILED if report.failed else Exit.OK
+
+    return anyio.run(main)
+
+
+def _at_target(manager: MigrationManager, planned: Plan) -> str:
+    left = ", ".join(f"{line} {version}" for line, version in planned.deferred)
+    but = f" but for work in the background ({left})" if left else ""
+    lines = [f"Everything is at target{but}: nothing to do. ({manager.database})"]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in planned.warnings)])
+
+
+async def show_traces(call: Call, manager: MigrationManager, exc: MigrationFailedError) -> None:
+    """Shows, with `-v`, the tracebacks of the migrations that failed, from the journal."""
+    if not call.output.verbose:
+        return
+    last = {(e.line, e.version): e for e in await manager.history() if e.kind == "failed"}
+    for step in exc.report.failed:
+        event = last.get((step.line, step.version))
+        if event is not None and event.error:
+            call.output.note(f"{step.line} {step.version}:\n{event.error.rstrip()}")
+
+
+@verb(database_options, folder_options, param_options, ahead_options, lease_options)
+def rollback(
+    call: Call,
+    *,
+    line: Annotated[
+        str | None, typer.Argument(metavar="LINE", help="The line (table).", show_default=False)
+    ] = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to",
+            metavar="VERSION",
+            help="Back to a version of LINE, or LINE=VERSION (repeatable). Default: one step back.",
+        ),
+    ] = None,
+    give_up: Annotated[
+        bool,
+        typer.Option(
+            "--allow-destructive",
+            metavar="",
+            help="Give up what others committed since, where nothing else undoes a migration.",
+            show_default=False,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Show the plan only.", show_default=False)
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.", show_default=False)
+    ] = False,
+) -> Exit:
+    """Undo applied migrations, the newest first.
+
+    By their inverses, or by returning tables to where they were. Shows the plan, and asks. Refuses
+    what would discard commits of others.
+
+    Example: aiomigrate rollback memos --to 3
+    """
+    targets = _going_back(line, to or ())
+    return run_async(
+        call,
+        lambda manager: _rollback(
+            call, manager, targets, give_up=give_up, dry_run=dry_run, ask=not yes
+        ),
+    )
+
+
+def _going_back(line: str | None, to: Collection[str]) -> str | dict[str, int]:
+    # What is no LINE=VERSION is the version of LINE, also beside those of others.
+    target = settings.parse_target([t if "=" in t or line is None else f"{line}={t}" for t in to])
+    if isinstance(target, dict):
+        if line is not None and line not in target:
+            raise ConfigurationError(
+                f"--to names other lines than {line}.", "Leave the line out, or name it in --to."
+            )
+        return target
+    if line is None:
+        raise ConfigurationError(
+            "rollback was not told which line.", "Pass LINE, or --to LINE=VERSION."
+        )
+    return line
+
+
+async def _rollback(
+    call: Call,
+    manager: MigrationManager,
+    targets: str | dict[str, int],
+    *,
+    give_up: bool,
+    dry_run: bool,
+    ask: bool,
+) -> Exit:
+    output = call.output
+    planned = await manager.plan_rollback(targets, allow_destructive=give_up)
+    output.say(manager.database)
+    output.say(str(planned))
+    if dry_run or planned.is_empty:
+        output.document(planned.to_dict)
+        return Exit.OK
+    output.say("")
+    if ask and (output.as_json or not sys.stdin.isatty()):
+        raise ConfigurationError(
+            "rollback asks before it undoes anything, and there is no terminal to ask on.",
+            "Pass --yes once the plan is what you want (--dry-run shows it).",
+        )
+    if ask and not typer.confirm("Undo this?"):
+        output.say("Nothing was changed.")
+        return Exit.OK
+    try:
+        with call.tracker.showing():
+            report = await manager.rollback(targets, allow_destructive=give_up)
+    except MigrationFailedError as exc:
+        show_report(output, exc.report)
+        await show_traces(call, manager, exc)
+        raise
+    show_report(output, report)
+    output.document(report.to_dict)
+    return Exit.OK
+
+
+@verb(database_options, folder_options, param_options, lease_options)
+def prune(
+    call: Call,
+    *,
+    older_than: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Only of migrations applied so long ago.")
+    ] = 0.0,
+) -> Exit:
+    """Delete the savepoints kept of destructive migrations.
+
+    They hold disk space. Each run does so with those that are a week old.
+
+    Example: aiomigrate prune --older-than 86400
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        pruned = await manager.prune(older_than=older_than)
+        for kept in pruned:
+            call.output.say(f"{kept.key[0]} {kept.key[1]}: savepoint of {kept.table} deleted.")
+        if not pruned:
+            call.output.say("No savepoint to delete.")
+        call.output.document(
+            lambda: {
+                "pruned": [
+                    {"line": k.key[0], "version": k.key[1], "table": k.table, "branch": k.branch}
+                    for k in pruned
+                ]
+            }
+        )
+        return Exit.OK
+
+    return run_async(call, work)
+
+
+@verb(database_options, folder_options, param_options, lease_options)
+def stamp(call: Call, *, table: Tables = None, to: To = None) -> Exit:
+    """Record lines at versions without running anything.
+
+    The baseline of a database. Say which: --table, --to, or `--to latest` for everything.
+
+    Example: aiomigrate stamp --table memos --to 3
+    """
+    if not table and not to:
+        raise ConfigurationError(
+            "stamp records migrations as applied without running them; it was not told which.",
+            "Pass --table LINE, --to VERSION, or --to latest for all lines.",
+        )
+    target = settings.parse_target(to or ())
+
+    async def work(manager: MigrationManager) -> Exit:
+        versions = await manager.stamp(tables=table or None, to=target)
+        for line, version in sorted(versions.items()):
+            call.output.say(f"{line} is recorded at version {version}.")
+        if not versions:
+            call.output.say("There are no migrations: nothing to record.")
+        call.output.document(lambda: {"stamped": dict(versions)})
+        return Exit.OK
+
+    return run_async(call, work)
+
+
+@verb(database_options, folder_options, lease_options)
+def unlock(
+    call: Call,
+    *,
+    background: Annotated[
+        bool,
+        typer.Option(
+            "--background",
+            metavar="",
+            help="The lease of work in the background.",
+            show_default=False,
+        ),
+    ] = False,
+) -> Exit:
+    """Free the lease of a process that is dead. It is watched first: a live one is left alone.
+
+    Rarely needed: the next run does the same by itself.
+
+    Example: aiomigrate unlock
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        if not call.output.as_json:
+            call.output.note("Looking; a lease that is held is watched for its time to live.")
+        holder = await manager.unlock(background=background)
+        if holder is None:
+            call.output.say(f"The lease of {manager.database} is free.")
+        else:
+            call.output.say(f"The lease of {holder} was dead and has been removed.")
+        call.output.document(lambda: {"removed": str(holder) if holder else None})
+        return Exit.OK
+
+    return run_async(call, work)

@@ -1,0 +1,1 @@
+"""One migration: apply its operations, record them, recover after a crash, undo."""

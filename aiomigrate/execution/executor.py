@@ -1,0 +1,454 @@
+"""One migration: run its operations, record it, or have it undone.
+
+The order of writes is the protocol: `started` and each commit's announcement (durable) before the
+commit, `applied` before anything of ours is removed, the head last. One operation is `applier`,
+going back is `recovery`; which migrations run, and when, is for `runner`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+from aiomigrate import events as ev
+from aiomigrate.commits.savepoints import branch_name, drop_branch
+from aiomigrate.commits.table_target import TableTarget
+from aiomigrate.concurrency import Slot, Slots, run_each
+from aiomigrate.errors import (
+    AiomigrateError,
+    LeaseLostError,
+    MigrationTimeoutError,
+    StoreError,
+    TableVersionGoneError,
+    UnresolvedError,
+)
+from aiomigrate.execution.applier import witness_name
+from aiomigrate.execution.attempt import Attempt, event_of
+from aiomigrate.execution.lookahead import (
+    advance,
+    chains,
+    is_declarative,
+    is_predictable,
+    is_quick,
+    predict_commits,
+)
+from aiomigrate.execution.recorder import failure_text, failure_trace, in_hand, remedy_of
+from aiomigrate.execution.workspace import Workspace
+from aiomigrate.ledger.history import Unfinished
+from aiomigrate.ledger.records import Kind
+from aiomigrate.migration.checksum import ALGORITHM
+from aiomigrate.migration.model import Script
+from aiomigrate.operations.rows import Run
+from aiomigrate.planning.destructive import destroys
+from aiomigrate.results import Outcome, StepReport
+from aiomigrate.schema.state import TableState
+from aiomigrate.telemetry import OPERATION
+
+
+class Executor:
+    """Runs migrations under one lease."""
+
+    def __init__(
+        self, workspace: Workspace, *, timeout_s: float | None, concurrency: int, keeps: bool
+    ) -> None:
+        """Binds to the lease under which everything happens.
+
+        Args:
+            workspace: What migrations are executed with.
+            timeout_s: Seconds one migration may take.
+            concurrency: How many migrations may operate at once.
+            keeps: Whether savepoints of destructive migrations are kept.
+        """
+        self._store = workspace.store
+        self._writer = workspace.writer
+        self._recorder = workspace.recorder
+        self._tables = workspace.tables
+        self._applier = workspace.applier
+        self._functions = workspace.functions
+        self._recovery = workspace.recovery
+        self._cleanup = workspace.cleanup
+        self._clock = workspace.clock
+        self._log = workspace.log
+        self._progress = workspace.progress
+        self._telemetry = workspace.telemetry
+        self._timeout_s = timeout_s
+        self._concurrency = concurrency
+        self._keeps = keeps
+        self._slots = Slots(concurrency)
+
+    async def run(
+        self,
+        script: Script,
+        unfinished: Unfinished | None,
+        ready_at: float,
+        *,
+        depended_s: float = 0.0,
+        is_retry: bool = False,
+    ) -> StepReport:
+        """Runs one migration to its end: applied, or undone and failed.
+
+        Waits for a slot first. On cancellation what was committed is undone under a shield, then
+        cancellation goes on.
+
+        Args:
+            script: The migration.
+            unfinished: What an earlier attempt left, if it did not end.
+            ready_at: Monotonic time since when its wait counts.
+            depended_s: Seconds of that wait that were for what it depends on.
+            is_retry: Whether an earlier attempt failed: what it could not remove is looked for.
+
+        Raises:
+            LeaseLostError: Another process has the lease; nothing was undone.
+            AiomigrateError: The ledger cannot be written.
+        """
+        log = self._log.bind(table=script.line, version=script.version)
+        limit = anyio.CancelScope()
+        slot = Slot(self._slots, limit, self._clock)
+        # What is quickly done lets others in while it waits for the journal: then many announce
+        # themselves in one commit.
+        attempt = Attempt(script, is_quick=is_quick(script), depended_s=depended_s)
+        attempt.slot = slot if attempt.is_quick else None
+        try:
+            async with slot:  # not held while waiting for the journal at the end
+                attempt.started_s = self._clock.monotonic()
+                attempt.waited_s = attempt.started_s - ready_at
+                log.debug(ev.STEP_STARTED, description=script.description)
+                if self._timeout_s is not None:
+                    limit.deadline = anyio.current_time() + self._timeout_s
+                with limit:
+                    with self._writer.working():
+                        if unfinished is not None:
+                            self._tables.invalidate((*script.touches, *unfinished.savepoints))
+                            await self._recovery.recover(attempt, unfinished)
+                        elif is_retry:
+                            for name in script.touches:
+                                await self._recovery.drop_leftovers(script, name)
+                        await self._begin(attempt)
+                    await run_each(
+                        chains(script.operations, attempt.done),
+                        partial(self._operate, attempt, log),
+                        at_once=self._concurrency,
+                    )
+                    # A function that swallowed its cancellation is not done.
+                    await anyio.lowlevel.checkpoint_if_cancelled()
+            failure = self._too_slow(script) if limit.cancelled_caught else None
+        except anyio.get_cancelled_exc_class():
+            if self._writer.error is not None:
+                raise  # not ours any more: hands off
+            with anyio.CancelScope(shield=True):
+                await self._undo(attempt, None, log)
+            raise
+        except Exception as exc:
+            if isinstance(exc, LeaseLostError) or self._writer.error is not None:
+                raise
+            failure = exc
+        finally:
+            attempt.waited_s += slot.waited_s
+            attempt.started_s += slot.waited_s
+            for target in attempt.tables.values():
+                target.ended = True  # a task that the function left behind may write no more
+        result: StepReport
+        with anyio.CancelScope(shield=True):
+            if failure is None:
+                result = await self._finish(attempt, log)
+            else:
+                result = await self._undo(attempt, failure, log)
+        return result
+
+    def _too_slow(self, script: Script) -> Exception:
+        return MigrationTimeoutError(
+            f"{script} took longer than {self._timeout_s:g} s.",
+            "Raise the timeout per migration, or make the migration smaller.",
+            line=script.line,
+            version=script.version,
+        )
+
+    # ---- forward --------------------------------------------------------------------------------
+
+    async def _begin(self, attempt: Attempt) -> None:
+        await self._tables.open_for(attempt)
+        if not attempt.resumed:
+            _check(attempt.script, attempt.tables)
+            await self._start(attempt)
+
+    async def _operate(self, attempt: Attempt, log: Any, chain: Sequence[int]) -> None:
+        """Runs some of a migration's operations, given by position, one after another."""
+        script = attempt.script
+        with self._writer.working(), attempt.beside():
+            for number, position in enumerate(chain):
+                operation = script.operations[position]
+                words = operation.describe()
+                attempt.doing = in_hand(words)
+                await self._predict(attempt, chain[number:])
+                self._progress(script, words, len(attempt.done), len(script.operations))
+                try:
+                    await self._apply(attempt, position, log)
+                except Exception:
+                    attempt.doing = in_hand(words)  # not what another chain has in hand
+                    raise
+                attempt.done |= {position}
+                # Durable before the next commit of its table, with whose announcement it goes.
+                attempt.held_back = [e for e in attempt.held_back if e.kind != Kind.ADVANCED]
+                if len(attempt.done) < len(script.operations):
+                    done = event_of(script, Kind.ADVANCED, detail=advance(attempt.done))
+                    attempt.held_back.append(done)
+
+    async def _predict(self, attempt: Attempt, left: Sequence[int]) -> None:
+        """Lets a table know what is about to be done to it, if that is more than one commit."""
+        script = attempt.script
+        first = script.operations[left[0]]
+        target = attempt.tables.get(first.table or "")
+        if target is None or target.is_announced or (len(left) == 1 and first.shows):
+            return
+        of_table = itertools.takewhile(
+            lambda position: is_predictable(script.operations[position], first.table), left
+        )
+        named = (
+            (script.operations[position], _witness_of(script, position)) for position in of_table
+        )
+        target.ahead = await predict_commits(named, target.state)
+
+    async def _apply(self, attempt: Attempt, position: int, log: Any) -> None:
+        script = attempt.script
+        operation = script.operations[position]
+        facts = {"db.operation.name": attempt.doing, "db.collection.name": operation.table or ""}
+        with self._telemetry.span(OPERATION, facts):
+            if isinstance(operation, Run):
+                await self._functions.run(attempt, operation, log)
+            else:
+                target = attempt.tables[operation.table or ""]
+                witness = _witness_of(script, position)
+                await self._applier.apply(operation, target, script, witness)
+
+    async def _start(self, attempt: Attempt) -> None:
+        script = attempt.script
+        declared = [o for o in script.operations if not isinstance(o, Run)]
+        needing = {o.table for o in declared if o.needs_savepoint and o.table}
+        names = script.touches if script.runs_code else sorted(needing)
+        lease = self._writer.lease
+        # Written before they exist: after a crash this is the only pointer to them.
+        attempt.branches = {
+            name: branch_name(lease.epoch, lease.owner, script)
+            for name in names
+            if attempt.tables[name].state is not None
+        }
+        started = event_of(
+            script,
+            Kind.STARTED,
+            description=script.description,
+            checksum=script.checksum,
+            algorithm=ALGORITHM,
+            source=script.source,
+            tables={t.name: {"before": t.before} for t in attempt.tables.values()},
+            detail={"branches": attempt.branches},
+        )
+        # Each is made before the first commit to its table: what is never changed needs none.
+        for name in attempt.branches:
+            attempt.tables[name].protect = partial(self._protect, attempt, name)
+        if all(map(is_declarative, script.operations)):
+            attempt.held_back.append(started)  # the first commit's announcement takes it along
+        else:
+            await self._recorder.record(attempt, started)
+
+    async def _protect(self, attempt: Attempt, name: str) -> None:
+        """Makes the savepoint branch of one table."""
+        branch, target = attempt.branches[name], attempt.tables[name]
+        attempt.protected |= {name}
+        await self._writer.check()
+        try:
+            await target.table.create_branch(branch, target.before)
+        except TableVersionGoneError:
+            # Others committed, and cleaned up: it could not be returned to in any case.
+            attempt.protected -= {name}
+            return
+        try:
+            await self._writer.check()
+        except (LeaseLostError, anyio.get_cancelled_exc_class()):
+            if self._writer.error is not None:
+                # Paused on the way: the next holder may have looked for it already.
+                with anyio.CancelScope(shield=True):
+                    await drop_branch(self._store, name, branch)
+            raise
+
+    async def _finish(self, attempt: Attempt, log: Any) -> StepReport:
+        script = attempt.script
+        ran_s = max(0.0, self._clock.monotonic() - attempt.started_s - attempt.ledger_s)
+        await self._cleanup.clean_line(script.line)
+        cleanup = [t.name for t in attempt.tables.values() if t.state and t.state.witnesses()]
+        if not attempt.is_quick and any(t.version != t.before for t in attempt.tables.values()):
+            with self._writer.working(), contextlib.suppress(StoreError):
+                there = [t for t in attempt.tables.values() if t.state is not None]
+                attempt.size = await _size(there)
+        report = attempt.report(Outcome.APPLIED, ran_s)
+        made = attempt.made_branches()
+        was = {t.name: t.was for t in attempt.tables.values()}
+        destroyed = destroys(script, was) if made and self._keeps else ()
+        detail: dict[str, Any] = {
+            "cleanup": cleanup,
+            "branches": {t: b for t, b in made.items() if t not in destroyed},
+            "kept": {t: b for t, b in made.items() if t in destroyed},
+            "told": attempt.facts(),
+            "depended_s": attempt.depended_s,
+        }
+        applied = event_of(
+            script,
+            Kind.APPLIED,
+            at=self._clock.wall(),  # it may be written with a later commit
+            description=script.description,
+            checksum=script.checksum,
+            algorithm=ALGORITHM,
+            source=script.source,
+            tables=attempt.changes(),
+            waited_s=attempt.waited_s,
+            ran_s=ran_s,
+            ledger_s=attempt.ledger_s,
+            rows=report.rows,
+            commits=report.commits,
+            retries=report.retries,
+            size=attempt.size,
+            detail={key: value for key, value in detail.items() if value},
+        )
+        branches = detail["branches"]
+        opened = {
+            name: handle.table
+            for name in branches
+            if (handle := attempt.tables[name].opened) is not None
+        }
+        # A crash that loses it costs a look: what is done is found done, or set to the same values
+        # once more, and code that did nothing is run again. And nothing is committed before it is
+        # durable: that would be announced, later in the same journal.
+        if cleanup or attempt.acted:
+            await self._recorder.record(attempt, applied)
+            await self._cleanup.clean(script.line, script.version, cleanup, branches, opened)
+            self._cleanup.lift(script.line, script.version)
+        elif branches:
+            is_durable = self._writer.record_later(applied)
+            self._cleanup.postpone(script.line, script.version, branches, opened, is_durable)
+        else:
+            self._writer.record_later(
+                applied, lifts=self._cleanup.head_row(script.line, script.version)
+            )
+        if not (cleanup or script.runs_code):  # else it is not as it was seen
+            self._tables.keep(attempt)
+        if attempt.ledger_s != report.ledger_s:
+            report = replace(report, ledger_s=attempt.ledger_s)
+        log.info(
+            ev.STEP_APPLIED,
+            description=script.description,
+            waited_s=round(report.waited_s, 4),
+            ran_s=round(report.ran_s, 4),
+            ledger_s=round(report.ledger_s, 4),
+            rows=report.rows,
+            commits=report.commits,
+            retries=report.retries,
+            tables={t: f"{b} -> {a}" for t, (b, a) in report.tables.items()},
+        )
+        return report
+
+    # ---- back -----------------------------------------------------------------------------------
+
+    async def _undo(self, attempt: Attempt, exc: Exception | None, log: Any) -> StepReport:
+        """Returns every table to where it was, if all commits since are ours, and records it."""
+        script = attempt.script
+        outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
+        error = exc if isinstance(exc, AiomigrateError) else None
+        restored = False
+        under_way = self._store.abandoned & attempt.tables.keys()
+        if under_way:
+            # A mutation may still commit under us: whoever takes the lease next recovers.
+            log.warning(ev.COMMIT_UNRESOLVED, tables=sorted(under_way))
+        # A resumed migration stays where it is, and the next run goes on from there again.
+        elif not isinstance(exc, UnresolvedError) and not attempt.goes_on:
+            try:
+                restored = await self._recovery.undo(attempt)
+            except UnresolvedError as unresolvable:
+                error = unresolvable
+        why = "cancelled" if exc is None else failure_text(exc, self._store, attempt.doing)
+        trace = "" if exc is None else failure_trace(exc, self._store)
+        unresolved_now = isinstance(error, UnresolvedError)
+        if unresolved_now:
+            log.error(ev.STEP_UNRESOLVED, error=str(error))
+        is_back = not (unresolved_now or attempt.goes_on or under_way)
+        events = []
+        if is_back:
+            events.append(event_of(script, Kind.RESTORED))
+        detail: dict[str, Any] = {"cancelled": True} if exc is None else {}
+        if unresolved_now and error is not None:
+            detail["unresolved"] = str(error)
+        ran_s = self._clock.monotonic() - attempt.started_s
+        events.append(
+            event_of(
+                script,
+                Kind.FAILED,
+                description=script.description,
+                checksum=script.checksum,
+                algorithm=ALGORITHM,
+                source=script.source,
+                tables={t: {"before": b, "after": a} for t, (b, a) in attempt.versions().items()},
+                waited_s=attempt.waited_s,
+                ran_s=ran_s,
+                error=trace or why,
+                detail=detail,
+            )
+        )
+        await self._recorder.record(attempt, *events)
+        await self._cleanup.clean_line(script.line)
+        if is_back:
+            await self._applier.clean([], attempt.made_branches())
+        log.error(
+            ev.STEP_FAILED, error=why, restored=restored, unresolved=unresolved_now,
+            ran_s=round(ran_s, 4),
+        )  # fmt: skip
+        remedy = remedy_of(attempt, exc, error)
+        if unresolved_now and error is not None and exc is not error:
+            why = f"{why} {error.what}"
+        if is_back and script.runs_code and (moved := await self._moved(attempt)):
+            why = (
+                f"{why} (Table {', '.join(moved)} was changed meanwhile by others, or through "
+                "ctx.connection; that was left as it is.)"
+            )
+        if under_way:
+            why = f"{why} A commit to {', '.join(sorted(under_way))} is still under way."
+            remedy = "Run again: the next run looks how far it came."
+        return attempt.report(outcome, ran_s, error=why, remedy=remedy)
+
+    async def _moved(self, attempt: Attempt) -> list[str]:
+        """Returns the tables that were committed to since, though not by the migration."""
+        found = []
+        for target in attempt.tables.values():
+            table = await self._store.find(target.name)
+            live = 0 if table is None else await table.version()
+            if not target.commits and live != target.version:
+                found.append(target.name)
+        return found
+
+
+def _witness_of(script: Script, position: int) -> str:
+    return witness_name(script, script.operations[position], script.operations[:position])
+
+
+async def _size(tables: Iterable[TableTarget]) -> int:
+    """Returns of how many bytes the data of some tables consists."""
+    sizes: list[int] = []
+
+    async def one(target: TableTarget) -> None:
+        sizes.append(await target.table.size())
+
+    await run_each(tables, one)
+    return sum(sizes)
+
+
+def _check(script: Script, tables: Mapping[str, TableTarget]) -> None:
+    """Folds the operations over the live tables before the first commit."""
+    states: dict[str, TableState | None] = {name: t.state for name, t in tables.items()}
+    for operation in script.operations:
+        if isinstance(operation, Run):
+            return
+        states = operation.fold(states)

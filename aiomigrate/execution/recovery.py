@@ -1,0 +1,336 @@
+"""Going back: undoing a failed migration, and making good what a crash left of one.
+
+Decides from the journal which commits are known to be ours; whatever is not stops it. The
+restores themselves are `savepoint`; running forward is `executor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aiomigrate import events as ev
+from aiomigrate.commits.commit_identity import is_ours
+from aiomigrate.commits.effects import shape_effect
+from aiomigrate.commits.savepoints import (
+    Guard,
+    drop_branch,
+    is_branch_of,
+    restore_fenced,
+    uncover,
+    unresolved,
+    vacate,
+)
+from aiomigrate.commits.table_target import TableTarget
+from aiomigrate.errors import OperationError, StoreError, TableVersionGoneError, UnresolvedError
+from aiomigrate.execution.applier import Applier
+from aiomigrate.execution.attempt import Attempt, event_of, intended
+from aiomigrate.execution.recorder import Recorder
+from aiomigrate.ledger.history import Unfinished, standing
+from aiomigrate.ledger.records import Event, Kind
+from aiomigrate.migration.model import Script
+from aiomigrate.schema.state import TableState
+from aiomigrate.store.connection import Store
+
+
+class Recovery:
+    """Returns tables to where a migration found them, when that discards nothing of others."""
+
+    def __init__(
+        self,
+        store: Store,
+        applier: Applier,
+        recorder: Recorder,
+        *,
+        check: Guard,
+        branch_of: Callable[[Script], str],
+        log: Any,
+    ) -> None:
+        """Binds to a database.
+
+        Args:
+            store: The database.
+            applier: For fencing and cleaning.
+            recorder: Writes events of a migration.
+            check: Raises unless the lease is safely ours.
+            branch_of: Returns what this holder calls the savepoint branches of a migration.
+            log: Bound logger.
+        """
+        self._branch_of = branch_of
+        self._store = store
+        self._applier = applier
+        self._recorder = recorder
+        self._check = check
+        self._log = log
+
+    async def undo(self, attempt: Attempt) -> bool:
+        """Returns every table to where it was; whether anything had to be done.
+
+        Raises:
+            UnresolvedError: Others committed since, or a table could not be looked at.
+        """
+        changed = [t for t in attempt.tables.values() if t.commits]
+        try:
+            for target in changed:
+                table = await self._store.find(target.name)
+                live = 0 if table is None else await table.version()
+                foreign = list(target.foreign)
+                if live != target.version:
+                    foreign.append((target.version + 1, max(live, target.version + 1)))
+                if table is None and target.version:
+                    raise UnresolvedError(
+                        f"{attempt.script}: table {target.name!r} was dropped by someone else.",
+                        "Find out why, then correct the migration and run again.",
+                        line=attempt.script.line,
+                        version=attempt.script.version,
+                    )
+                if foreign:
+                    raise unresolved(attempt.script, target.name, target.before, foreign)
+            back = [t for t in changed if t.version not in (0, t.before)]
+            # Announced first: a crash after the restore must not take its commit for another's.
+            if back:
+                await self._recorder.record(
+                    attempt, *[_going_back(attempt.script, t) for t in back]
+                )
+            for target in back:
+                target.version = await self._return(
+                    attempt.script,
+                    target.name,
+                    target.before,
+                    target.version,
+                    protected=target.name in attempt.protected,
+                )
+        except StoreError as exc:
+            raise UnresolvedError(
+                f"{attempt.script} failed and could not be undone: {exc.what}",
+                "Correct the cause and run again: the next run undoes it.",
+                line=attempt.script.line,
+                version=attempt.script.version,
+            ) from exc
+        return bool(back)
+
+    async def _return(
+        self, script: Script, table: str, to: int, head: int, *, protected: bool
+    ) -> int:
+        if not to:
+            return await vacate(self._store, table, head=head, guard=self._check, script=script)
+        return await restore_fenced(
+            self._store,
+            table,
+            to=to,
+            head=head,
+            guard=self._check,
+            script=script,
+            protected=protected,
+        )
+
+    async def recover(self, attempt: Attempt, unfinished: Unfinished) -> None:
+        """Decides what to do with a migration that was started and neither applied nor undone.
+
+        Unchanged operations go on where the journal says (each looks for its own effect first).
+        Anything else is returned to its savepoints, if every commit since is known to be ours.
+
+        Raises:
+            UnresolvedError: Others committed in between: a person must decide.
+        """
+        script = attempt.script
+        self._log.info(
+            ev.STEP_RECOVERING,
+            table=script.line,
+            version=script.version,
+            savepoints=dict(unfinished.savepoints),
+        )
+        effects = [intent.detail["effect"]["do"] for intent in unfinished.intents]
+        going_back = "restore" in effects or "vacate" in effects
+        if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
+            await self._resume(attempt, unfinished, done=unfinished.done_of(len(script.operations)))
+            return
+        if "fill" in effects and not going_back and await self._fits(script):
+            # Corrected, and what was paid for is in the table: each operation looks how far it is.
+            await self._resume(attempt, unfinished, done=frozenset())
+            return
+        restores: list[tuple[str, int, int]] = []
+        for table, savepoint in unfinished.savepoints.items():
+            head = await self._owned_head(script, unfinished, table, savepoint)
+            if head is not None:
+                restores.append((table, savepoint, head))
+        if restores:
+            await self._recorder.record(
+                attempt,
+                *[intended(script, t, head, _back_effect(to)) for t, to, head in restores],
+            )
+        branches = unfinished.started.detail.get("branches", {})
+        for table, to, head in restores:
+            # The first commit is announced before its savepoint is kept.
+            kept = table in branches and head != to
+            await self._return(script, table, to, head, protected=kept)
+        for name in branches:  # before the event: after it nobody looks for them
+            await self.drop_leftovers(script, name)
+        await self._recorder.record(attempt, event_of(script, Kind.RESTORED))
+        self._log.info(
+            ev.STEP_RESTORED,
+            table=script.line,
+            version=script.version,
+            tables={table: to for table, to, _ in restores},
+        )
+        # A restore fences what it returned. Only now: a commit of ours before the event would be
+        # taken for someone else's if we died too.
+        await self._applier.fence(
+            unfinished.savepoints.keys() - {table for table, _, _ in restores}
+        )
+
+    async def _fits(self, script: Script) -> bool:
+        """Returns whether a corrected migration can begin with its tables as they are."""
+        if script.runs_code:
+            return False
+        states = {name: (await self._store.state_of(name))[1] for name in script.touches}
+        try:
+            for operation in script.operations:
+                states = operation.fold(states)
+        except OperationError:
+            return False
+        return True
+
+    async def _resume(
+        self, attempt: Attempt, unfinished: Unfinished, *, done: frozenset[int]
+    ) -> None:
+        script = attempt.script
+        attempt.done = done
+        attempt.resumed = True
+        attempt.savepoints = unfinished.savepoints
+        attempt.branches = dict(unfinished.started.detail.get("branches", {}))
+        await self._protect(attempt)
+        for intent in unfinished.intents:
+            if intent.detail["effect"]["do"] == "overwrite":
+                await uncover(
+                    self._store,
+                    intent.detail["table"],
+                    base=int(intent.detail["base"]),
+                    witness=intent.detail["effect"]["witness"],
+                    guard=self._check,
+                    script=script,
+                )
+
+        await self.fence_resumed(attempt, unfinished)
+
+    async def _protect(self, attempt: Attempt) -> None:
+        """Keeps the savepoints of a migration that is gone on with, by branches of our own.
+
+        Those of its dead process go: it may only be paused, and removes them when it wakes.
+        """
+        mine = self._branch_of(attempt.script)
+        for name in list(attempt.branches):
+            table = await self._store.find(name)
+            if table is None:
+                continue
+            try:
+                await self._check()
+                await table.create_branch(mine, attempt.savepoints[name])
+                attempt.branches[name] = mine
+                attempt.protected |= {name}
+            except TableVersionGoneError:  # there is nothing to keep
+                del attempt.branches[name]
+            await self.drop_leftovers(attempt.script, name, but=mine)
+
+    async def drop_leftovers(self, script: Script, name: str, *, but: str = "") -> None:
+        """Deletes the savepoint branches that attempts at a migration left on a table.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+            StoreError: They could not be listed or deleted.
+        """
+        table = await self._store.find(name)
+        for left in [] if table is None else await table.branches():
+            if left != but and is_branch_of(left, script):
+                await self._check()
+                await drop_branch(self._store, name, left)
+
+    async def fence_resumed(self, attempt: Attempt, unfinished: Unfinished) -> None:
+        """Fences what a dead process may have in flight, on tables that are gone on with."""
+
+        async def announce(table: str, base: int, state: TableState) -> None:
+            await self._recorder.record(
+                attempt, intended(attempt.script, table, base, shape_effect(state))
+            )
+
+        # Not where a restore was announced: whether that is done is told by the version.
+        restored = {
+            i.detail["table"]
+            for i in unfinished.intents
+            if i.detail["effect"]["do"] in ("restore", "vacate")
+        }
+        restores = unfinished.started.detail.get("restores", {})
+        await self._applier.fence(unfinished.savepoints.keys() - restored - set(restores), announce)
+
+    async def return_table(self, attempt: Attempt, table: str, to: int, head: int) -> None:
+        """Returns a table that an applied migration changed, unless that was done already.
+
+        Args:
+            attempt: The undoing.
+            table: The table.
+            to: The table_version to return to, 0 to take it away.
+            head: The table_version that was its head when it was decided.
+
+        Raises:
+            UnresolvedError: Others have committed since.
+        """
+        found = await self._store.find(table)
+        live = 0 if found is None else await found.version()
+        if live > head and await is_ours(self._store, table, head, _back_effect(to)):
+            return
+        await self._recorder.record(
+            attempt, intended(attempt.script, table, head, _back_effect(to))
+        )
+        await self._return(attempt.script, table, to, head, protected=False)
+
+    async def _owned_head(
+        self, script: Script, unfinished: Unfinished, table: str, savepoint: int
+    ) -> int | None:
+        """Returns the table_version to restore from, `None` if there is nothing to undo.
+
+        Where a commit was announced and not made, there is: a paused process may be about to make
+        it, and nothing but a restore refuses a late append (facts: 12).
+
+        Raises:
+            UnresolvedError: A commit since the savepoint is not known to be ours.
+        """
+        found = await self._store.find(table)
+        head = 0 if found is None else await found.version()
+        known, last = standing(i for i in unfinished.intents if i.detail["table"] == table)
+        if not last or head == 0:
+            return None  # every commit is announced: none of ours was made, or nothing is left
+        expected = savepoint or int((*known, *last)[0].detail["base"])
+        several = False  # whether the commit before was of a kind that makes several
+        for intent in (*known, *last):
+            base = int(intent.detail["base"])
+            effect = intent.detail["effect"]["do"]
+            going_back = effect in ("restore", "vacate")  # what came before was checked then
+            if intent.detail.get("foreign"):
+                spans = [(int(a), int(b)) for a, b in intent.detail["foreign"]]
+                raise unresolved(script, table, savepoint, spans)
+            if base > expected and not (going_back or several):
+                raise unresolved(script, table, savepoint, [(expected + 1, base)])
+            expected = base + 1
+            several = effect == "optimize"
+        made = int(last[0].detail["base"])
+        for intent in last:
+            effect = intent.detail["effect"]
+            if head == made:
+                return head  # not made, and perhaps told with the one before
+            if not await is_ours(self._store, table, made, effect):
+                break
+            if effect["do"] in ("restore", "vacate"):
+                return None  # it is back; what was committed on top of that stays
+            made += 1
+        else:
+            if head == made or several:
+                return head
+        raise unresolved(script, table, savepoint, [(made + 1, head)])
+
+
+def _back_effect(to: int) -> dict[str, Any]:
+    return {"do": "restore", "to": to} if to else {"do": "vacate"}
+
+
+def _going_back(script: Script, target: TableTarget) -> Event:
+    return intended(script, target.name, target.version, _back_effect(target.before))

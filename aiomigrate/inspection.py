@@ -1,0 +1,335 @@
+"""What the manager's looking methods compute: status, health, validation, history, timings.
+
+Nothing here writes, takes a lease, or makes a database where there is none.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import secrets
+from collections.abc import Collection
+
+import anyio
+
+from aiomigrate.errors import LedgerError, NotAtTargetError
+from aiomigrate.ledger.codec import Head
+from aiomigrate.ledger.history import Journal
+from aiomigrate.ledger.lease import HOST, holder_of
+from aiomigrate.ledger.records import BACKGROUND_LEASE, Event, HeadRow, Holder
+from aiomigrate.migration.model import Scripts, Target
+from aiomigrate.planning.background import deferred_by_head
+from aiomigrate.planning.plan import Plan
+from aiomigrate.planning.reconcile import OnAhead, Reconciled, digest_at, pending, reconcile
+from aiomigrate.reporting.status import (
+    Background,
+    BackgroundState,
+    Health,
+    HealthState,
+    LineStatus,
+    Status,
+    Validation,
+)
+from aiomigrate.reporting.timing import RunTiming, runs_of
+from aiomigrate.results import Report
+from aiomigrate.runs.environment import Environment
+from aiomigrate.runs.settlement import BegunReport, follows
+from aiomigrate.runs.snapshot import (
+    SnapshotReader,
+    UpgradeView,
+    checked,
+    estimated,
+    read_folded,
+    read_head_fast,
+)
+from aiomigrate.schema.state import differences
+from aiomigrate.store.connection import Store
+from aiomigrate.text import error_line
+
+_LOOK_EVERY_S = 2.0
+
+
+class OnPending(enum.StrEnum):
+    """What a start does where migrations are pending.
+
+    Attributes:
+        MIGRATE: Runs them, or waits for the process that does.
+        WAIT: Leaves them to others, and waits.
+        FAIL: Fails at once.
+    """
+
+    MIGRATE = "migrate"
+    WAIT = "wait"
+    FAIL = "fail"
+
+
+class Inspection:
+    """Looks at the database of one manager."""
+
+    def __init__(self, environment: Environment) -> None:
+        """Reads nothing yet."""
+        self._database = environment.database
+        self._options = environment.options
+        self._clock = environment.clock
+        self._log = environment.log
+
+    async def plan(self, *, tables: Collection[str] | None, to: Target) -> Plan:
+        """Returns what an upgrade would do, checked against the live tables, with its cost."""
+        reader = await self._reader()
+        seen = await UpgradeView(reader, tables, to).look()
+        plan, _ = await checked(
+            reader.store, seen.plan, on_destructive=self._options.on_destructive
+        )
+        return plan if reader.store is None else await estimated(reader.store, plan)
+
+    async def _reader(self) -> SnapshotReader:
+        scripts = await self._database.scripts()
+        store = await self._database.open()
+        ledger = None if store is None else self._database.ledger(store, self._log)
+        return SnapshotReader(
+            store, ledger, scripts, on_ahead=self._options.on_ahead, log=self._log
+        )
+
+    async def await_target(self, *, waits: bool) -> Report:
+        """Returns when the database is at its target, which other processes bring about.
+
+        Args:
+            waits: Whether to wait for them, up to the patience for a lease.
+
+        Raises:
+            NotAtTargetError: It is not there, or not in time.
+            LedgerError: The head cannot be trusted.
+        """
+        database, clock = self._database, self._clock
+        scripts = await database.scripts()
+        begun, started_at = clock.monotonic(), clock.wall()
+        report = BegunReport(
+            Report(run_id=secrets.token_hex(4), database=database.name, started_at=started_at),
+            begun,
+            clock,
+            scripts,
+        )
+        wait_s, delay_s = self._options.lease.wait_s, 0.05
+        while True:
+            # Without a script there is nothing to wait for, not even for a database.
+            store = await database.open()
+            ledger = None if store is None else database.ledger(store, self._log)
+            _, there = await read_head_fast(ledger, scripts, database.targets, database.digests)
+            if there is not None:
+                return report.ended(lines=there.lines, deferred=there.deferred)
+            if not scripts.all:
+                return report.ended()
+            left_s = wait_s - (clock.monotonic() - begun)
+            if not waits or left_s <= 0:
+                health = await self.health()
+                after = f" after {wait_s:g} s" if waits else ""
+                raise NotAtTargetError(
+                    f"The database is not at its target{after}, and this process is not to "
+                    f"migrate it. It is {health}.".replace("\n", "; "),
+                    "Run `aiomigrate upgrade`, or start what migrates it, then start this again.",
+                )
+            await anyio.sleep(min(delay_s, left_s))
+            delay_s = min(2 * delay_s, _LOOK_EVERY_S)
+
+    async def status(self) -> Status:
+        """Returns where every line is, and who holds the lease. One small read."""
+        reader = await self._reader()
+        head = Head() if reader.ledger is None else await reader.ledger.read_head()
+        return await self._status(reader, head)
+
+    async def _status(self, reader: SnapshotReader, head: Head) -> Status:
+        scripts = reader.scripts
+        rows: dict[str, HeadRow] = {row.name: row for row in head.rows}
+        journal = Journal()
+        if reader.ledger is not None and not head.exists:  # lost, or never there: the journal knows
+            journal = await read_folded(reader.ledger)
+        at_work = holder_of(head, BACKGROUND_LEASE)
+        deferred = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
+        lines = {}
+        for name in sorted({*rows, *journal.lines, *scripts.line_names()}):
+            row = rows.get(name)
+            current = row.version if row else journal.of(name).current
+            known = bool(scripts.of(name))
+            lines[name] = LineStatus(
+                current=current,
+                target=scripts.latest(name) if known else None,
+                pending=tuple(s.version for s in scripts.after(name, current)),
+                migrated_at=row.migrated_at if row else None,
+                background=_background_of(name, row, deferred, at_work),
+            )
+        return Status(
+            database=self._database.name,
+            exists=head.exists,
+            lines=lines,
+            holder=holder_of(head),
+            background=at_work,
+        )
+
+    async def health(self) -> Health:
+        """Returns whether the database may be used, and if not, why. Reads little."""
+        reader = await self._reader()
+        head = Head() if reader.ledger is None else await reader.ledger.read_head()
+        status = await self._status(reader, head)
+        behind = {
+            name
+            for name, line in status.lines.items()
+            if line.target is not None and line.current < line.target
+        }
+        if all(status.lines[name].background is not None for name in behind):
+            refused = await self._refused(reader, head)
+            state = HealthState.FAILED if refused else HealthState.READY
+            return Health(state=state, status=status, failed=refused)
+        if (holder := status.holder) is not None:
+            is_own = (holder.host, holder.pid) == (HOST, os.getpid())
+            state = HealthState.RUNNING if is_own else HealthState.WAITING
+            return Health(state=state, status=status)
+        failed = {}
+        if reader.ledger is not None:
+            journal = await read_folded(reader.ledger)
+            failed = {
+                name: error_line(event.error)
+                for name, line in journal.lines.items()
+                if name in behind and (event := line.failed) is not None
+            }
+        state = HealthState.FAILED if failed else HealthState.PENDING
+        return Health(state=state, status=status, failed=failed)
+
+    async def _refused(self, reader: SnapshotReader, head: Head) -> dict[str, str]:
+        """Returns why a start would refuse the database, by line, though nothing is pending.
+
+        The journal is read only where the head leaves a doubt.
+        """
+        scripts = reader.scripts
+        doubtful = any(
+            row.version > scripts.latest(row.name)
+            or (row.digest or "") != digest_at(scripts, row.name, row.version)
+            for row in head.rows
+            if scripts.of(row.name)
+        )
+        if reader.ledger is None or not doubtful:
+            return {}
+        journal = await read_folded(reader.ledger)
+        decided = await reader.decide(head, journal)
+        return {problem.line or "": problem.what for problem in decided.problems}
+
+    async def validate(self) -> Validation:
+        """Compares scripts, ledger and live tables."""
+        reader = await self._reader()
+        scripts, store, ledger = reader.scripts, reader.store, reader.ledger
+        if store is None or ledger is None:
+            decided = reconcile((), Journal(), scripts)
+            behind = _behind(decided, scripts)
+            return Validation(errors=behind, not_at_target=behind)
+        try:
+            head = await ledger.read_head()
+            journal = await read_folded(ledger)
+        except LedgerError as exc:
+            return Validation(errors=(str(exc),))
+        decided = await reader.decide(head, journal)
+        left = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
+        behind = _behind(decided, scripts, left)
+        errors = [*behind, *(problem.what for problem in decided.problems)]
+        errors += _head_errors(head, decided, scripts)
+        deferred = [f"{line}: version {version} is pending" for line, version in sorted(left)]
+        for line, state in decided.lines.items():
+            if state.unfinished is None:
+                continue
+            version = state.unfinished.started.version
+            if state.unfinished.started.lease == BACKGROUND_LEASE:
+                deferred.append(f"{line}: version {version} was begun and has not ended")
+            else:
+                errors.append(f"{line}: version {version} was interrupted and not recovered yet")
+        errors += await _drifted(store, journal, decided)
+        unknown = [
+            f"{n}: recorded at v{s.current}, no script knows it; left alone"
+            for n, s in decided.lines.items()
+            if not scripts.of(n)
+        ]
+        ahead = [
+            f"{n}: recorded at v{s.current}, above its newest script v{s.latest}"
+            for n, s in decided.lines.items()
+            if s.is_ahead and self._options.on_ahead is OnAhead.WARN
+        ]
+        return Validation(
+            errors=tuple(errors),
+            warnings=(*ahead, *unknown),
+            not_at_target=behind,
+            deferred=tuple(deferred),
+        )
+
+    async def timings(self) -> tuple[RunTiming, ...]:
+        """Returns where the time of every run in the journal went, oldest first."""
+        return runs_of(await self.history(None), follows(await self._database.scripts()))
+
+    async def history(self, line: str | None) -> tuple[Event, ...]:
+        """Returns the journal's valid events in order, of one line or all."""
+        store = await self._database.open()
+        if store is None:
+            return ()
+        events = (await read_folded(self._database.ledger(store, self._log))).events
+        return tuple(e for e in events if line is None or e.line == line)
+
+
+async def _drifted(store: Store, journal: Journal, decided: Reconciled) -> list[str]:
+    busy = {
+        table
+        for state in decided.lines.values()
+        if state.unfinished is not None
+        for table in state.unfinished.savepoints
+    }
+    errors = []
+    for name, shape in sorted(journal.shapes.items()):
+        if shape is None or name in busy:
+            continue
+        _, state = await store.state_of(name)
+        if state is None:
+            errors.append(f"table {name} is missing")
+            continue
+        found = differences(shape, state.shape())
+        errors += [f"table {name}: {difference}" for difference in found]
+    return errors
+
+
+def _background_of(
+    line: str,
+    row: HeadRow | None,
+    deferred: Collection[tuple[str, int]],
+    holder: Holder | None,
+) -> Background | None:
+    """Returns how it stands with a line's work in the background, `None` if none is pending."""
+    versions = [version for name, version in deferred if name == line]
+    if not versions:
+        return None
+    going = next((one for one in holder.going if one.line == line), None) if holder else None
+    is_lent = holder is not None and row is not None and row.lease == BACKGROUND_LEASE
+    state = BackgroundState.RUNNING if is_lent else BackgroundState.PENDING
+    return Background(state=state, version=min(versions), going=going)
+
+
+def _head_errors(head: Head, decided: Reconciled, scripts: Scripts) -> list[str]:
+    """Tells where the head lags behind the journal; the next upgrade mends it."""
+    recorded = {row.name: row.version for row in head.rows}
+    mend = "the next upgrade mends it"
+    errors = []
+    for line, state in decided.lines.items():
+        if not scripts.of(line):
+            continue
+        if state.rows > 1:
+            errors.append(f"{line}: the head has {state.rows} equal rows; {mend}")
+        elif state.history.current and line not in recorded:
+            errors.append(f"{line}: the head has no row, the journal says v{state.current}; {mend}")
+        elif recorded.get(line, 0) < state.history.current:
+            errors.append(
+                f"{line}: the head says v{recorded[line]}, the journal v{state.current}; {mend}"
+            )
+    return errors
+
+
+def _behind(
+    decided: Reconciled, scripts: Scripts, deferred: Collection[tuple[str, int]] = ()
+) -> tuple[str, ...]:
+    return tuple(
+        f"{line}: current v{state.current}, target v{state.latest}"
+        for line, state in decided.lines.items()
+        if any(script.key not in deferred for script in pending(state, scripts, None))
+    )

@@ -1,0 +1,1 @@
+"""The two metadata tables: records, codec, history, founding, the lease and the writer."""

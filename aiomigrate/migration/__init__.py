@@ -1,0 +1,1 @@
+"""Migration scripts: the values users write, how they are loaded, and their checksums."""

@@ -1,0 +1,243 @@
+"""From a folder, a package or a sequence to loaded scripts.
+
+Imports migration files and nothing else; whether they fit a database is for `reconcile` and
+`plan`. A folder's files are imported once per manager, off the event loop.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from aiomigrate.errors import (
+    ConfigurationError,
+    DuplicateVersionError,
+    InvalidMigrationError,
+    ScriptError,
+    ScriptImportError,
+)
+from aiomigrate.migration.checksum import checksum
+from aiomigrate.migration.model import Migration, Params, Script, Scripts
+
+Source = str | Path | types.ModuleType | Sequence[Migration] | Scripts
+"""Where migrations come from: a folder, a package, the migrations, or what was loaded of them."""
+
+_FILE = re.compile(r"^(\d+)[-_].*\.py$|^(\d+)\.py$")
+
+
+def load(source: Source, params: Params) -> Scripts:
+    """Imports and checks all migrations. Blocks: imports run user code.
+
+    Args:
+        source: A folder (files `NNN_name.py`; other files are left alone), a package, a sequence
+            of migrations, or scripts that were loaded already, which are returned as they are.
+        params: Given to operations that are functions of them.
+
+    Returns:
+        All scripts; none for an empty folder.
+
+    Raises:
+        ConfigurationError: The folder does not exist.
+        ScriptError: A file cannot be imported, holds no migration or one of another version, or
+            two migrations claim one version of a line.
+    """
+    return source if isinstance(source, Scripts) else check(find(source), params)
+
+
+def find(
+    source: str | Path | types.ModuleType | Sequence[Migration],
+) -> list[tuple[Migration, str]]:
+    """Returns every migration with the name of its file, each once.
+
+    Raises:
+        ConfigurationError: The folder does not exist.
+        ScriptError: A file cannot be imported, or its number is not its version.
+    """
+    if isinstance(source, types.ModuleType):
+        file = getattr(source, "__file__", None)
+        if not file:
+            raise ConfigurationError(
+                f"Package {source.__name__!r} has no folder.", "Pass its folder, or a sequence."
+            )
+        source = Path(file).parent
+    if isinstance(source, str | Path):
+        return _from_folder(Path(source))
+    found: list[tuple[Migration, str]] = []
+    for item in source:
+        if not isinstance(item, Migration):
+            raise InvalidMigrationError(f"{item!r} is no Migration.", "Pass Migration objects.")
+        if all(item is not known for known, _ in found):
+            found.append((item, ""))
+    return found
+
+
+def _from_folder(folder: Path) -> list[tuple[Migration, str]]:
+    folder = folder.expanduser().absolute()
+    try:
+        if not folder.is_dir():
+            raise ConfigurationError(
+                f"There is no migrations folder {folder}.",
+                'Create it with `aiomigrate new "first migration"`, or pass --migrations.',
+                path=folder,
+            )
+        entries = sorted(folder.iterdir())
+    except OSError as exc:
+        raise ConfigurationError(
+            f"The migrations folder {folder} cannot be read: {exc.strerror}.",
+            "Check its permissions.",
+            path=folder,
+        ) from exc
+    found: list[tuple[Migration, str]] = []
+    numbers: dict[int, str] = {}
+    for path in entries:
+        match = _FILE.match(path.name)
+        if match is None or not path.is_file():
+            continue
+        number = int(match[1] or match[2])
+        if number in numbers:
+            raise DuplicateVersionError(
+                f"{path.name} and {numbers[number]} have one number.",
+                "Renumber the newer one (and the version in it).",
+                version=number,
+                path=path,
+            )
+        numbers[number] = path.name
+        found += [(migration, path.name) for migration in _from_file(path, number, found)]
+    return found
+
+
+def _from_file(path: Path, number: int, known: Iterable[tuple[Migration, str]]) -> list[Migration]:
+    module = _import(path)
+    seen = {id(migration) for migration, _ in known}
+    found: list[Migration] = []
+    for value in vars(module).values():
+        items = value if isinstance(value, list | tuple) else [value]
+        for item in items:
+            if isinstance(item, Migration) and id(item) not in seen:
+                seen.add(id(item))
+                found.append(item)
+    for migration in found:
+        if migration.version != number:
+            raise ScriptError(
+                f"{path.name} holds version {migration.version} of {migration.name!r}.",
+                f"A file holds the versions of its number: write version={number}, or rename it.",
+                line=migration.name,
+                version=migration.version,
+                path=path,
+            )
+    if not found:
+        raise ScriptError(
+            f"{path.name} holds no Migration.",
+            f'Assign one at module level: users = Migration(table="users", version={number}, ...).',
+            path=path,
+        )
+    return found
+
+
+def _import(path: Path) -> types.ModuleType:
+    name = f"_aiomigrate_scripts_.{abs(hash(str(path.parent)))}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ScriptImportError(f"{path.name} cannot be imported.", "Is it a .py file?", path=path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as exc:
+        del sys.modules[name]
+        if isinstance(exc, InvalidMigrationError):
+            raise InvalidMigrationError(
+                f"{path.name}: {exc.what}",
+                exc.remedy,
+                line=exc.line,
+                version=exc.version,
+                path=path,
+            ) from exc
+        raise ScriptImportError(
+            f"{path.name} cannot be imported: {type(exc).__name__}: {exc}.",
+            "Correct the file; `python` on it shows the whole traceback.",
+            path=path,
+        ) from exc
+    return module
+
+
+def check(found: Iterable[tuple[Migration, str]], params: Params) -> Scripts:
+    """Resolves migrations for a run's parameters and checks that they fit together.
+
+    Raises:
+        ScriptError: Two claim one version of a line, or one cannot be.
+    """
+    scripts: dict[tuple[str, int], Script] = {}
+    for migration, source in found:
+        script = _script(migration, source, params)
+        if (other := scripts.get(script.key)) is not None:
+            places = " and ".join(sorted({source or "one", other.source or "another"}))
+            raise DuplicateVersionError(
+                f"Two migrations are version {script.version} of {script.line!r} ({places}).",
+                "Give one of them another version.",
+                line=script.line,
+                version=script.version,
+                path=source or None,
+            )
+        scripts[script.key] = script
+    return Scripts(tuple(sorted(scripts.values(), key=lambda s: (s.version, s.line))))
+
+
+def _script(migration: Migration, source: str, params: Params) -> Script:
+    try:
+        operations = migration.resolve(params)
+    except InvalidMigrationError as exc:
+        raise InvalidMigrationError(
+            f"{source}: {exc.what}" if source else exc.what,
+            exc.remedy,
+            line=migration.name,
+            version=migration.version,
+            path=source or None,
+        ) from exc
+    except Exception as exc:  # the user's function of the parameters
+        raise ScriptError(
+            f"{source or migration.name}: operations(params) of {migration.name!r} version "
+            f"{migration.version} raised {type(exc).__name__}: {exc}.",
+            "Check the parameters given (-x key=value).",
+            line=migration.name,
+            version=migration.version,
+            path=source or None,
+        ) from exc
+    touches = set(migration.touches or ())
+    touches |= {table for operation in operations for table in operation.tables}
+    if migration.table and migration.touches is None:
+        touches.add(migration.table)
+    return Script(
+        line=migration.name,
+        version=migration.version,
+        description=migration.description,
+        operations=operations,
+        touches=tuple(sorted(touches)),
+        depends_on=dict(migration.depends_on),
+        checksum=checksum(migration),
+        source=source,
+        table=migration.table,
+        contracts=dict(migration.contracts),
+        background=migration.background,
+    )
+
+
+def refuse_tables(scripts: Scripts, names: Collection[str]) -> None:
+    """Checks that no migration concerns tables that are not the application's.
+
+    Raises:
+        InvalidMigrationError: One does.
+    """
+    for script in scripts.all:
+        if found := {script.line, *script.touches} & set(names):
+            raise InvalidMigrationError(
+                f"{script.source or script}: {min(found)!r} is where aiomigrate keeps its records.",
+                "Name another table, or pass another ledger= to the manager.",
+                line=script.line,
+                version=script.version,
+                path=script.source or None,
+            )

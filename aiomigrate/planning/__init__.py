@@ -1,0 +1,1 @@
+"""What a run will do, decided without I/O from scripts, ledger and table states."""

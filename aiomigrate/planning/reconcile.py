@@ -1,0 +1,358 @@
+"""Head, journal and scripts held against each other: what is each line's state? Pure.
+
+Another system may have written the head, a crash may have come between journal and head, a person
+may have edited either. Each case has one answer, given here. Reading and repairing is for
+`manager` and `ledger`; ordering what is pending is for `plan`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from aiomigrate.errors import (
+    AiomigrateError,
+    ChecksumMismatchError,
+    DatabaseAheadError,
+    LedgerConflictError,
+    MissingScriptError,
+    OutOfOrderError,
+)
+from aiomigrate.ledger.history import Journal, LineHistory, Unfinished, uncleaned
+from aiomigrate.ledger.records import HeadRow, Kind
+from aiomigrate.migration.checksum import ALGORITHM, chain_digest
+from aiomigrate.migration.model import Script, Scripts, Target
+
+
+class OnAhead(enum.Enum):
+    """What to do when a line is recorded above its newest script."""
+
+    ERROR = "error"
+    WARN = "warn"
+
+
+class Act(enum.Enum):
+    """What the holder of the lease must do to a line's head row before migrating."""
+
+    KEEP = "keep"
+    ENROL = "enrol"  # there is no row yet, or it was lost
+    ADOPT = "adopt"  # another system wrote the row
+    REOWN = "reown"  # another system rewrote the row, with the version we know
+    LIFT = "lift"  # the journal is ahead: a crash came before the head followed
+    IGNORE = "ignore"  # no script knows the line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineState:
+    """One line, decided.
+
+    Attributes:
+        line: Its name.
+        current: The version it is at.
+        latest: Its newest script's version, 0 if it has none.
+        act: What its head row needs.
+        history: What the journal says of it.
+        is_ahead: Whether it is above its newest script.
+        rows: How many head rows it has; more than one are identical duplicates to be merged.
+        is_unclean: Whether an undoing died before it removed what only it needed. (After an
+            applied migration the head lags then, and `act` tells.)
+    """
+
+    line: str
+    current: int
+    latest: int
+    act: Act
+    history: LineHistory
+    is_ahead: bool = False
+    rows: int = 1
+    is_unclean: bool = False
+
+    @property
+    def unfinished(self) -> Unfinished | None:
+        """A migration a crash interrupted, if there is one."""
+        return self.history.unfinished
+
+    @property
+    def needs_lease(self) -> bool:
+        """Whether the ledger must be written even if nothing is pending."""
+        if self.act is Act.IGNORE:
+            return False
+        lost = self.act is Act.ENROL and self.current > 0
+        changed = self.act in (Act.ADOPT, Act.REOWN, Act.LIFT)
+        return lost or changed or self.rows > 1 or self.is_unclean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciled:
+    """All lines, and everything that does not fit.
+
+    Attributes:
+        lines: State by line, sorted by name.
+        problems: What forbids running, most telling first.
+    """
+
+    lines: Mapping[str, LineState]
+    problems: tuple[AiomigrateError, ...]
+
+    def raise_first(self) -> None:
+        """Raises the first problem, if there is one."""
+        if self.problems:
+            raise self.problems[0]
+
+
+def is_at_target(rows: Iterable[HeadRow], scripts: Scripts, to: Target = None) -> bool:
+    """Returns whether the head alone proves that nothing is to be done.
+
+    `False` means "look closer", not "something is pending": so also for a target to be checked.
+    """
+    if not _is_plain(scripts, to):
+        return False
+    recorded: dict[str, HeadRow] = {}
+    for found in rows:
+        if found.name in recorded and scripts.of(found.name):
+            return False
+        recorded[found.name] = found
+    for line in scripts.line_names():
+        target = scripts.target(line, to)
+        row = recorded.get(line)
+        if row is None:
+            if target:
+                return False
+            continue
+        if not row.is_ours or row.version != target or row.version > scripts.latest(line):
+            return False
+        if row.digest != digest_at(scripts, line, target):
+            return False
+    return True
+
+
+def _is_plain(scripts: Scripts, to: Target) -> bool:
+    if isinstance(to, Mapping):
+        return all(
+            type(version) is int and scripts.get(line, version) is not None
+            for line, version in to.items()
+        )
+    return to is None or (type(to) is int and to >= 0)
+
+
+def at_target(scripts: Scripts) -> dict[str, tuple[int, str]]:
+    """Returns version and chain digest of every line at its newest script."""
+    return {
+        line: (scripts.latest(line), digest_at(scripts, line, scripts.latest(line)))
+        for line in scripts.line_names()
+    }
+
+
+def digest_at(scripts: Scripts, line: str, version: int) -> str:
+    """Returns the chain digest a line has at a version, as the scripts now are."""
+    return chain_digest((s.version, s.checksum) for s in scripts.up_to(line, version))
+
+
+def disputed(rows: Sequence[HeadRow], journal: Journal, scripts: Scripts) -> tuple[str, ...]:
+    """Returns the lines whose head was lost or lowered by another system.
+
+    For them the journal wins only if the data is as it says: the caller compares the live tables
+    with `journal.shapes` and passes the answer to `reconcile`.
+    """
+    recorded = {row.name: row for row in rows}
+    result = []
+    for line in scripts.line_names():
+        current = journal.of(line).current
+        row = recorded.get(line)
+        if current and (row is None or (not row.is_ours and row.version < current)):
+            result.append(line)
+    return tuple(result)
+
+
+def reconcile(
+    rows: Sequence[HeadRow],
+    journal: Journal,
+    scripts: Scripts,
+    *,
+    on_ahead: OnAhead = OnAhead.ERROR,
+    mismatched: Mapping[str, str] | None = None,
+) -> Reconciled:
+    """Decides the state of every line.
+
+    Args:
+        rows: The head without lease rows.
+        journal: The folded journal.
+        scripts: All scripts.
+        on_ahead: Whether a line above its scripts is a problem.
+        mismatched: For `disputed` lines whose data is not what the journal says: the difference.
+    """
+    by_line: dict[str, list[HeadRow]] = {}
+    for row in rows:
+        by_line.setdefault(row.name, []).append(row)
+    lines: dict[str, LineState] = {}
+    problems: list[AiomigrateError] = []
+    for line in sorted({*by_line, *journal.lines, *scripts.line_names()}):
+        found = by_line.get(line, [])
+        try:
+            state = _decide(line, found, journal.of(line), scripts, (mismatched or {}).get(line))
+        except LedgerConflictError as exc:
+            problems.append(exc)
+            continue
+        left = uncleaned(state.history, journal)
+        if left is not None and left.kind == Kind.ROLLED_BACK and left.detail.get("cleanup"):
+            state = replace(state, is_unclean=True)
+        lines[line] = state
+        if state.act is Act.IGNORE:
+            continue
+        if state.is_ahead and on_ahead is OnAhead.ERROR:
+            problems.append(_ahead(state))
+        problems.extend(_history_problems(state, scripts))
+    return Reconciled(lines=lines, problems=tuple(problems))
+
+
+def _decide(
+    line: str,
+    rows: Sequence[HeadRow],
+    history: LineHistory,
+    scripts: Scripts,
+    mismatch: str | None,
+) -> LineState:
+    versions = {row.version for row in rows}
+    known = bool(scripts.of(line))
+    if len(versions) > 1 and known:
+        listed = ", ".join(str(v) for v in sorted(versions))
+        raise LedgerConflictError(
+            f"The head has several rows for {line!r} with different versions ({listed}).",
+            f"Find out which is true, then run `aiomigrate stamp --table {line} --to VERSION`.",
+            line=line,
+        )
+    row = next((r for r in rows if r.is_ours), rows[0] if rows else None)
+    act, current = _act(line, row, history, mismatch) if known else (Act.IGNORE, 0)
+    if not known and row is not None:
+        current = row.version
+    latest = scripts.latest(line)
+    if (
+        act is Act.KEEP
+        and row is not None
+        and current <= latest  # the digest of newer code is not ours to correct
+        and (row.digest or "") != digest_at(scripts, line, current)
+    ):
+        act = Act.LIFT  # so that the next start sees in one read that nothing is to be done
+    return LineState(
+        line=line,
+        current=current,
+        latest=latest,
+        act=act,
+        history=history,
+        is_ahead=known and current > latest,
+        rows=len(rows),
+    )
+
+
+def _act(
+    line: str, row: HeadRow | None, history: LineHistory, mismatch: str | None
+) -> tuple[Act, int]:
+    known = history.current
+    if row is not None and row.version == known and (row.is_ours or known):
+        return (Act.KEEP if row.is_ours else Act.REOWN), known
+    if row is not None and row.version > known:
+        if not row.is_ours:
+            return Act.ADOPT, row.version
+        raise LedgerConflictError(
+            f"The head says {line!r} is at version {row.version}, the journal says {known}.",
+            "The head is never above the journal: one of them was edited or lost. Check the data, "
+            f"then run `aiomigrate stamp --table {line} --to VERSION`.",
+            line=line,
+            version=row.version,
+        )
+    if mismatch is not None:
+        said = "has no row" if row is None else f"says version {row.version}"
+        raise LedgerConflictError(
+            f"The head {said} for {line!r}, the journal says version {known}, and the data is not "
+            f"what the journal left: {mismatch}.",
+            f"Check the data, then run `aiomigrate stamp --table {line} --to VERSION`.",
+            line=line,
+            version=known,
+        )
+    if row is None:
+        return Act.ENROL, known
+    return (Act.LIFT if known else Act.ADOPT), known
+
+
+def _ahead(state: LineState) -> DatabaseAheadError:
+    return DatabaseAheadError(
+        f"{state.line!r} is at version {state.current}, its newest script is {state.latest}: "
+        "the database is newer than this code.",
+        "Deploy the code that has the script, or allow it with on_ahead=OnAhead.WARN "
+        "(`--on-ahead warn`).",
+        line=state.line,
+        version=state.current,
+    )
+
+
+def _history_problems(state: LineState, scripts: Scripts) -> list[AiomigrateError]:
+    problems: list[AiomigrateError] = []
+    applied = state.history.applied
+    accept = (
+        f"or, if the database is right as it is, accept the scripts as they are with "
+        f"`aiomigrate stamp --table {state.line} --to {state.current}`."
+    )
+    for script in scripts.up_to(state.line, min(state.current, state.history.current)):
+        known = applied.get(script.version)
+        name = script.source or str(script)
+        where = {"line": state.line, "version": script.version, "path": script.source or None}
+        if known is None:
+            problems.append(
+                OutOfOrderError(
+                    f"{name}: version {script.version} of {state.line!r} was added below version "
+                    f"{state.history.current}, which is applied.",
+                    f"Give it a number above {state.current}, {accept}",
+                    **where,  # type: ignore[arg-type]
+                )
+            )
+        elif (
+            known.checksum is not None
+            and known.algorithm == ALGORITHM
+            and known.checksum != script.checksum
+        ):
+            problems.append(
+                ChecksumMismatchError(
+                    f"{name}: version {script.version} of {state.line!r} was edited after it was "
+                    "applied.",
+                    f"Restore the file and put the change into a new migration, {accept}",
+                    **where,  # type: ignore[arg-type]
+                )
+            )
+    for version, record in sorted(applied.items()):
+        if version > state.latest:
+            continue  # newer than this code: `is_ahead` says so
+        if record.checksum is not None and scripts.get(state.line, version) is None:
+            problems.append(
+                MissingScriptError(
+                    f"Version {version} of {state.line!r} was applied from "
+                    f"{record.source or 'a script'}, which is gone.",
+                    f"Restore the file, {accept}",
+                    line=state.line,
+                    version=version,
+                    path=record.source,
+                )
+            )
+    return problems
+
+
+def newly_covered(state: LineState, scripts: Scripts) -> dict[str, str | None]:
+    """Returns the checksums to record when a line is adopted or stamped, by version as text.
+
+    What was applied by us keeps its checksum; what another system applied gets that of the script
+    as it is now; a version without a script is recorded without one.
+    """
+    result: dict[str, str | None] = {
+        str(v): a.checksum for v, a in state.history.applied.items() if v <= state.current
+    }
+    for script in scripts.up_to(state.line, state.current):
+        result.setdefault(str(script.version), script.checksum)
+    if state.current:
+        result.setdefault(str(state.current), None)
+    return result
+
+
+def pending(state: LineState, scripts: Scripts, to: Target) -> tuple[Script, ...]:
+    """Returns a line's scripts to run, in order; empty when it is at or above its target."""
+    target = scripts.target(state.line, to)
+    return tuple(s for s in scripts.after(state.line, state.current) if s.version <= target)

@@ -1,0 +1,391 @@
+"""How applied migrations can be undone, decided from the journal. Pure.
+
+A migration is undone by its own inverse, by the inverses of its operations, or by returning its
+tables to where it found them; the last only while every commit since is known to be ours. Doing
+it is for `rollback`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aiomigrate.errors import DependencyError, RollbackRefusedError, TargetError
+from aiomigrate.ledger.history import Journal, uncleaned
+from aiomigrate.ledger.records import Event, Kind
+from aiomigrate.migration.model import Key, Script, Scripts
+from aiomigrate.operations.base import Missing, Operation
+from aiomigrate.operations.rows import Run
+from aiomigrate.planning.destructive import _is_subsumed, _marked
+from aiomigrate.planning.reconcile import LineState, Reconciled
+from aiomigrate.schema.state import TableState, decode
+from aiomigrate.text import nearest, spell_spans
+
+
+class Way(enum.StrEnum):
+    """How a migration is undone."""
+
+    INVERSE = "inverse"  # by operations or by a function; what others wrote stays
+    RESTORE = "restore"  # by returning its tables to the table_version it found
+    FINISH = "finish"  # going on with an undoing that was interrupted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undo:
+    """How one migration is undone.
+
+    Attributes:
+        way: How.
+        to: The version its line is at afterwards.
+        operations: What to run, in order, for `Way.INVERSE`.
+        restores: For `Way.RESTORE`, by table: the table_version that must be its head, and the
+            one to return to (0 where the migration made the table).
+        discards: Commits of others that are given up, because that was allowed: ranges by table.
+        branches: Savepoint branches that were kept for it, by table.
+    """
+
+    way: Way
+    to: int
+    operations: tuple[Operation, ...] = ()
+    restores: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    discards: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    branches: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> tuple[str, ...]:
+        """Returns what is done, one line each."""
+        if self.way is Way.FINISH:
+            return ("go on undoing it, which was interrupted",)
+        if self.way is Way.INVERSE:
+            lines = [(f"{o.table}: " if o.table else "") + o.describe() for o in self.operations]
+        else:
+            lines = [
+                f"return {table} to table_version {to}" if to else f"take table {table} away"
+                for table, (_, to) in sorted(self.restores.items())
+            ]
+        return tuple(lines) or ("it changed nothing",)
+
+
+def to_undo(
+    decided: Reconciled,
+    journal: Journal,
+    scripts: Scripts,
+    to: Mapping[str, int],
+) -> tuple[Key, ...]:
+    """Returns the migrations to undo, those applied last first.
+
+    Args:
+        decided: The state of every line, without problems.
+        journal: The folded journal.
+        scripts: All scripts.
+        to: The version each line is to be at.
+
+    Raises:
+        TargetError: A line is unknown, or its target is no version that it was at.
+        DependencyError: A migration that stays needs one that is to be undone, or was applied to
+            one of its tables later.
+    """
+    order = {(e.line or "", e.version or 0): n for n, e in enumerate(journal.events)
+             if e.kind in (Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED)}  # fmt: skip
+    chosen: set[Key] = set()
+    for line, target in to.items():
+        chosen |= _of_line(line, target, decided, scripts)
+    if staying := _needed_too(chosen, order, decided, scripts):
+        raise _undo_too(staying, chosen, to, decided)
+    return tuple(sorted(chosen, key=lambda key: (-order.get(key, -1), -key[1], key[0])))
+
+
+def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> set[Key]:
+    known = scripts.line_names()
+    state = decided.lines.get(line)
+    if state is None or line not in known:
+        raise TargetError(
+            f"There is no migration of {line!r}.",
+            f"Lines with migrations: {', '.join(known) or 'none'}.{nearest(line, known)}",
+            line=line,
+        )
+    if not isinstance(target, int) or isinstance(target, bool) or target < 0:
+        raise TargetError(f"{target!r} is no version to go back to.", "Use 0 or more.", line=line)
+    if target > state.current:
+        raise TargetError(
+            f"{line!r} is at version {state.current}, below {target}.",
+            "rollback only goes down; `aiomigrate upgrade` goes up.",
+            line=line,
+            version=target,
+        )
+    if target and scripts.get(line, target) is None:
+        raise TargetError(
+            f"{line!r} has no version {target}.",
+            f"Its versions: {', '.join(str(s.version) for s in scripts.of(line))}, or 0.",
+            line=line,
+            version=target,
+        )
+    applied = scripts.up_to(line, state.current)
+    missing = [v for v in state.history.applied if v > target and scripts.get(line, v) is None]
+    if missing:
+        raise TargetError(
+            f"Version {max(missing)} of {line!r} has no script, so it cannot be undone.",
+            f"Choose a version of {max(missing)} or more.",
+            line=line,
+            version=max(missing),
+        )
+    chosen = {script.key for script in applied if script.version > target}
+    left = state.unfinished
+    if left is not None and left.started.kind == Kind.ROLLING_BACK:
+        chosen.add((line, left.started.version or 0))
+    return chosen
+
+
+def _needed_too(
+    chosen: Collection[Key], order: Mapping[Key, int], decided: Reconciled, scripts: Scripts
+) -> dict[Key, str]:
+    """Returns the migrations that cannot stay when some are undone, with the reason."""
+    applied = [
+        script
+        for line in scripts.line_names()
+        for script in scripts.up_to(line, decided.lines[line].current)
+    ]
+    by_key = {script.key: script for script in applied}
+    going = set(chosen)
+    found: dict[Key, str] = {}
+    grows = True
+    while grows:
+        grows = False
+        for script in applied:
+            if script.key in going:
+                continue
+            if why := _cannot_stay(script, going, by_key, order):
+                found[script.key] = why
+                going.add(script.key)
+                grows = True
+    return found
+
+
+def _cannot_stay(
+    script: Script, going: Collection[Key], by_key: Mapping[Key, Script], order: Mapping[Key, int]
+) -> str | None:
+    for line, version in going:
+        if script.line == line and script.version > version:
+            return f"comes after {line} {version}"
+        if script.depends_on.get(line, 0) >= version:
+            return f"depends on {line} {script.depends_on[line]}"
+        other = by_key.get((line, version))
+        shared = set(script.touches) & set(other.touches) if other is not None else set()
+        if shared and order.get(script.key, -1) > order.get((line, version), -1):
+            return f"was applied to {min(shared)} after {line} {version}"
+    return None
+
+
+def _undo_too(
+    staying: Mapping[Key, str],
+    chosen: Collection[Key],
+    to: Mapping[str, int],
+    decided: Reconciled,
+) -> DependencyError:
+    (line, version), why = next(iter(staying.items()))
+    more = f" (and {len(staying) - 1} more)" if len(staying) > 1 else ""
+    targets = dict(to)
+    for name, lowest in sorted({*staying, *chosen}, reverse=True):
+        below = [v for v in decided.lines[name].history.applied if v < lowest]
+        targets[name] = min(max(below, default=0), targets.get(name, lowest))
+    words = " ".join(f"--to {name}={target}" for name, target in sorted(targets.items()))
+    return DependencyError(
+        f"{line} {version} {why}, and is not to be undone{more}.",
+        f"To undo what cannot stay too: aiomigrate rollback {words}",
+        line=line,
+        version=version,
+    )
+
+
+def decide(
+    script: Script,
+    state: LineState,
+    journal: Journal,
+    heads: Mapping[str, int],
+    *,
+    allow_destructive: bool,
+    unsettled: Collection[str] = (),
+) -> Undo:
+    """Decides how one migration is undone.
+
+    Args:
+        script: The migration, unchanged since it was applied.
+        state: Its line.
+        journal: The folded journal.
+        heads: The table_version each of its tables is at, 0 for none.
+        allow_destructive: Whether commits of others may be given up.
+        unsettled: Tables of which it cannot be told yet what others committed (see `unsettled`).
+
+    Raises:
+        RollbackRefusedError: It cannot be, with the reason and the choices.
+    """
+    previous = [v for v in state.history.applied if v < script.version]
+    to = max(previous, default=0)
+    if (finishing := finish(script, state, journal)) is not None:
+        return finishing
+    applied = _applied(script.key, journal)
+    was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
+    operations = inverses(script, was)
+    branches = {} if applied is None else dict(applied.detail.get("kept", {}))
+    if operations is not None:
+        return Undo(way=Way.INVERSE, to=to, operations=operations, branches=branches)
+    if applied is None:
+        raise _refused(script, "it was not applied here but adopted or stamped", [])
+    restores: dict[str, tuple[int, int]] = {}
+    discards: dict[str, list[tuple[int, int]]] = {}
+    for table, facts in applied.tables.items():
+        before, after = int(facts["before"]), int(facts.get("after", 0))
+        if before == after:
+            continue
+        if not after:
+            raise _refused(script, f"it dropped table {table}", [])
+        if table in unsettled:
+            restores[table] = (heads.get(table, 0), before)
+            continue
+        known, foreign = _position(script, applied, table, journal)
+        foreign = [*((int(a), int(b)) for a, b in facts.get("foreign", ())), *foreign]
+        head = heads.get(table, 0)
+        if head < known:
+            raise _refused(script, f"table {table} is not the one it changed", [])
+        if head > known:
+            foreign.append((known + 1, head))
+        if foreign:
+            discards[table] = foreign
+        restores[table] = (head, before)
+    if discards and not allow_destructive:
+        told = "; ".join(
+            f"{table}: table_version {spell_spans(spans)}" for table, spans in discards.items()
+        )
+        raise _refused(
+            script,
+            f"it has no inverse, and others committed since ({told})",
+            ["give those commits up with --allow-destructive (allow_destructive=True)"],
+        )
+    return Undo(way=Way.RESTORE, to=to, restores=restores, discards=discards, branches=branches)
+
+
+def unsettled(journal: Journal) -> frozenset[str]:
+    """Returns the tables on which a dead process left commits that are still to be attributed."""
+    tables: set[str] = set()
+    for history in journal.lines.values():
+        if history.unfinished is not None:
+            tables.update(history.unfinished.savepoints)
+        if (left := uncleaned(history, journal)) is not None:
+            tables.update(left.detail.get("cleanup", ()))
+    return frozenset(tables)
+
+
+def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
+    """Returns how an interrupted undoing goes on, `None` if there is none of this migration."""
+    left = state.unfinished
+    if left is None or left.started.kind != Kind.ROLLING_BACK:
+        return None
+    if left.started.version != script.version:
+        return None
+    applied = _applied(script.key, journal)
+    was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
+    restores = left.started.detail.get("restores", {})
+    return Undo(
+        way=Way.FINISH,
+        to=int(left.started.detail["to"]),
+        operations=() if restores else inverses(script, was) or (),
+        restores={table: (int(head), int(to)) for table, (head, to) in restores.items()},
+        branches={} if applied is None else dict(applied.detail.get("kept", {})),
+    )
+
+
+def _refused(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:
+    choices = [*choices, "write a migration that changes things back and upgrade"]
+    if script.operations and all(isinstance(o, Run) for o in script.operations):
+        choices.append(
+            "write its `down` function, accept the script as it is then with `aiomigrate stamp "
+            f"--table {script.line} --to {script.version}` while that is the newest version that "
+            "is applied, and roll back again"
+        )
+    return RollbackRefusedError(
+        f"{script} cannot be undone: {why}. Nothing was changed.",
+        "Choose: " + "; or ".join(choices) + ".",
+        line=script.line,
+        version=script.version,
+        path=script.source or None,
+    )
+
+
+def _applied(key: Key, journal: Journal) -> Event | None:
+    found = None
+    for event in journal.events:
+        if (event.line, event.version) == key and event.kind in (
+            Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED,
+        ):  # fmt: skip
+            found = event
+    return found if found is not None and found.kind == Kind.APPLIED else None
+
+
+def _position(
+    script: Script, applied: Event, table: str, journal: Journal
+) -> tuple[int, list[tuple[int, int]]]:
+    """Follows our own commits on a table from a migration on.
+
+    Returns:
+        The table_version that they lead to, and what others committed between them.
+
+    Raises:
+        RollbackRefusedError: One of ours dropped or renamed it: a table of its name is another.
+    """
+    position = int(applied.tables[table].get("after", 0))
+    foreign: list[tuple[int, int]] = []
+    passed = False
+    for event in journal.events:
+        if event is applied:
+            passed = True
+            continue
+        facts = event.tables.get(table)
+        if not passed or not isinstance(facts, Mapping) or event.kind not in _COMMITTING:
+            continue
+        before, after = int(facts.get("before", 0)), int(facts.get("after", 0))
+        if before and not after:
+            raise _refused(
+                script, f"table {table} was dropped or renamed since, and its history with it", []
+            )
+        if after <= position or before == after:
+            continue
+        if before > position:
+            foreign.append((position + 1, before))
+        foreign += [(int(a), int(b)) for a, b in facts.get("foreign", ())]
+        position = after
+    return position, foreign
+
+
+_COMMITTING = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
+
+
+def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, ...] | None:
+    """Returns the operations that undo a migration, `None` where some cannot be undone so.
+
+    Args:
+        script: The migration.
+        was: The state of each table before it, as `stored.encode` made it.
+    """
+    if any(isinstance(o, Run) for o in script.operations):
+        functions = [o.undo(None) for o in reversed(script.operations) if isinstance(o, Run)]
+        if len(functions) == len(script.operations) and all(f is not None for f in functions):
+            return tuple(o for found in functions for o in found or ())
+        return None
+    states: Mapping[str, TableState | None]
+    try:
+        states = {table: _marked(decode(text)) for table, text in was.items()}
+    except ValueError:
+        return None
+    if any(table not in states for o in script.operations for table in o.tables):
+        return None
+    result: list[Operation] = []
+    for operation in script.operations:
+        before = states.get(operation.table or "")
+        is_passed_over = before is None and operation.when_missing is Missing.SKIP
+        undo: Iterable[Operation] | None
+        undo = () if is_passed_over or _is_subsumed(operation, before) else operation.undo(before)
+        if undo is None:
+            return None
+        result[:0] = undo
+        states = operation.fold(states)
+    return tuple(result)

@@ -1,0 +1,1 @@
+"""Timing reports of past runs, as text and as an HTML page."""

@@ -1,0 +1,1 @@
+"""One run under one lease: read, decide, schedule lines, settle the ledger."""

@@ -1,0 +1,239 @@
+"""Rolling back: which migrations are undone, how, and doing it under the lease."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from aiomigrate import events as ev
+from aiomigrate.ledger.codec import Head
+from aiomigrate.ledger.history import Journal
+from aiomigrate.ledger.lease import Lease
+from aiomigrate.ledger.records import Event
+from aiomigrate.ledger.writer import Writer
+from aiomigrate.migration.model import Key, Script
+from aiomigrate.planning.plan import Plan, build_rollback
+from aiomigrate.planning.reconcile import LineState
+from aiomigrate.planning.rollback import Undo, decide, to_undo, unsettled
+from aiomigrate.results import Report, StepReport
+from aiomigrate.runs.environment import Environment
+from aiomigrate.runs.scheduler import Scheduler
+from aiomigrate.runs.session import Job, Session
+from aiomigrate.runs.settlement import BegunReport, current_versions, failed, settle
+from aiomigrate.runs.snapshot import Snapshot, SnapshotReader, read_folded
+from aiomigrate.store.connection import Store
+
+
+async def plan_rollback(
+    environment: Environment,
+    line: str | Mapping[str, int],
+    *,
+    to: int | None,
+    allow_destructive: bool,
+) -> Plan:
+    """Returns what `rollback` would do. Writes nothing, takes no lease.
+
+    Args:
+        environment: What the manager works with.
+        line: The line (table), or the version to go back to by line.
+        to: The version to go back to, 0 for none; by default the one before.
+        allow_destructive: Whether commits that others made since may be given up.
+
+    Raises:
+        AiomigrateError: A migration cannot be undone, or something forbids running.
+    """
+    database, log = environment.database, environment.log
+    scripts = await database.scripts()
+    store = await database.open()
+    ledger = None if store is None else database.ledger(store, log)
+    reader = SnapshotReader(store, ledger, scripts, on_ahead=environment.options.on_ahead, log=log)
+    snapshot = await RollbackView(reader, line, to, allow_destructive).look()
+    return snapshot.plan
+
+
+async def rollback(
+    environment: Environment,
+    line: str | Mapping[str, int],
+    *,
+    to: int | None,
+    allow_destructive: bool,
+) -> Report:
+    """Undoes applied migrations, what was applied later first. Takes the lease.
+
+    Args:
+        environment: What the manager works with.
+        line: As for `plan_rollback`.
+        to: As for `plan_rollback`.
+        allow_destructive: As for `plan_rollback`.
+
+    Returns:
+        What was undone; without steps when there was nothing to undo.
+
+    Raises:
+        MigrationFailedError: Undoing one failed; its report says what was undone.
+        AiomigrateError: The run could not begin or go on.
+    """
+    run_id, log = environment.named_run()
+    database, options, clock = environment.database, environment.options, environment.clock
+    begun, started_at = clock.monotonic(), clock.wall()
+    scripts = await database.scripts()
+    report = BegunReport(
+        Report(run_id=run_id, database=database.name, started_at=started_at), begun, clock, scripts
+    )
+    plan = await plan_rollback(environment, line, to=to, allow_destructive=allow_destructive)
+    if not plan.needs_lease:
+        return report.ended(lines=current_versions(plan))
+    store = await database.connect()
+    ledger = database.ledger(store, log)
+    session = Session(environment.run(store, ledger, scripts, run_id=run_id, log=log))
+    reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
+    job = RollbackJob(session, RollbackView(reader, line, to, allow_destructive))
+    if plan.steps:
+        log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
+    await session.hold(job)
+    done = job.plan or plan
+    lines = current_versions(done)
+    for step in done.steps:
+        ended = job.results.get(step.key)
+        if ended is not None and ended.outcome.is_done and step.undo is not None:
+            lines[step.script.line] = min(step.undo.to, lines[step.script.line])
+    result = report.ended(
+        lease_s=session.lease_s,
+        steps=tuple(job.results.values()),
+        lines=lines,
+        ledger_commits=ledger.commits,
+    )
+    if any(not step.outcome.is_done for step in result.steps):
+        raise failed(result, log)
+    log.info(ev.RUN_FINISHED, rolled_back=len(result.steps), total_s=round(result.total_s, 4))
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackView:
+    """The state of every line, and the plan of a rollback.
+
+    Attributes:
+        reader: Reads the database.
+        line: The line, or the version to go back to by line.
+        to: The version to go back to; `None` for the one before.
+        allow_destructive: Whether commits that others made since may be given up.
+    """
+
+    reader: SnapshotReader
+    line: str | Mapping[str, int]
+    to: int | None
+    allow_destructive: bool
+
+    async def look(
+        self, head: Head | None = None, events: Sequence[Event] | None = None
+    ) -> Snapshot:
+        """Reads head and journal unless they are given, decides and plans.
+
+        Raises:
+            AiomigrateError: A migration cannot be undone, or something forbids running.
+        """
+        reader = self.reader
+        snapshot = await reader.read(head, events)
+        targets = dict(self.line) if isinstance(self.line, Mapping) else {self.line: self.to}
+        versions: dict[str, int] = {}
+        for name, version in targets.items():
+            state = snapshot.decided.lines.get(name)
+            below = [v for v in (state.history.applied if state else ()) if v < state.current]  # type: ignore[union-attr]
+            versions[name] = max(below, default=0) if version is None else version
+        undos: dict[Key, Undo] = {}
+        for key in to_undo(snapshot.decided, snapshot.journal, reader.scripts, versions):
+            script = reader.scripts.get(*key)
+            assert script is not None  # noqa: S101 - `to_undo` chose scripts
+            assert reader.store is not None  # noqa: S101 - nothing is applied without a database
+            heads = await _heads(reader.store, script)
+            state = snapshot.decided.lines[script.line]
+            undos[key] = decide(
+                script,
+                state,
+                snapshot.journal,
+                heads,
+                allow_destructive=self.allow_destructive,
+                unsettled=unsettled(snapshot.journal),
+            )
+        return replace(
+            snapshot, plan=build_rollback(undos, snapshot.decided, reader.scripts, snapshot.busy)
+        )
+
+    async def decide_again(self, script: Script, state: LineState) -> Undo:
+        """Decides how one migration is undone, under the lease, when its turn comes.
+
+        From the journal alone: the head of other lines moves while they are undone.
+
+        Raises:
+            AiomigrateError: It cannot be undone.
+        """
+        assert self.reader.store is not None  # noqa: S101 - the lease is held
+        assert self.reader.ledger is not None  # noqa: S101 - the lease is held
+        journal: Journal = await read_folded(self.reader.ledger)
+        state = replace(state, history=journal.of(script.line))
+        heads = await _heads(self.reader.store, script)
+        return decide(
+            script, state, journal, heads,
+            allow_destructive=self.allow_destructive, unsettled=(),
+        )  # fmt: skip
+
+
+async def _heads(store: Store, script: Script) -> dict[str, int]:
+    """Returns the latest table_version of each table a migration touches, 0 where none is."""
+    heads = {}
+    for name in script.touches:
+        table = await store.find(name)
+        heads[name] = 0 if table is None else await table.version()
+    return heads
+
+
+@dataclass(frozen=True, slots=True)
+class SettlingView:
+    """The state of every line, so that what a dead process left can be settled first."""
+
+    reader: SnapshotReader
+
+    async def look(
+        self, head: Head | None = None, events: Sequence[Event] | None = None
+    ) -> Snapshot:
+        """Reads head and journal unless they are given; plans nothing."""
+        snapshot = await self.reader.read(head, events)
+        return replace(snapshot, plan=Plan(lines=snapshot.decided.lines))
+
+
+class RollbackJob(Job):
+    """Undoes what the plan says.
+
+    Attributes:
+        plan: What was found under the lease, `None` before.
+        results: What came of each migration.
+    """
+
+    doing = "rolling back"
+
+    def __init__(self, session: Session, view: RollbackView) -> None:
+        """Reads nothing.
+
+        Args:
+            session: Takes the lease.
+            view: Reads, decides and plans.
+        """
+        self._session = session
+        self._view = view
+        self.plan: Plan | None = None
+        self.results: Mapping[Key, StepReport] = {}
+
+    async def work(self, writer: Writer, lease: Lease) -> None:
+        """Settles the ledger, plans again, and undoes the migrations."""
+        session = self._session
+        workspace = session.workspace(writer)
+        snapshot = await session.take_over(writer, lease, SettlingView(self._view.reader))
+        rows = await settle(session.run, snapshot, lease, workspace)
+        await rows.own()
+        await writer.sync()
+        snapshot = await self._view.look()
+        self.plan = snapshot.plan
+        scheduler = Scheduler(session, snapshot, workspace, undos=self._view)
+        self.results = scheduler.results
+        await scheduler.run_plan()

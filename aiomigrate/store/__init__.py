@@ -1,0 +1,1 @@
+"""The adapter to LanceDB, and the only package that imports it at run time."""
