@@ -1,7 +1,7 @@
 """Re-embeds on a local Ray cluster of two workers, and checks what it did.
 
 A program of its own: a cluster starts processes that outlive a test's patience with warnings.
-`python -m tests.ray_program DATABASE ROWS INTRUSIONS` prints JSON for `test_ray`.
+`python -m tests.ray_program DATABASE ROWS INTRUSIONS` prints JSON for `backfill.test_ray`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Object stores for tests: real servers of their protocols, each behind a proxy that makes faults.
 
-Each is started once and serves until the tests end. What is tested is in `test_object_store`.
+Each is started once and serves until the tests end. The tests are in
+`guarantees.test_object_stores`.
 """
 
 from __future__ import annotations

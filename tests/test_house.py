@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,69 @@ def test_every_verb_is_documented() -> None:
 
     verbs = [command.name for command in app.registered_commands]
     assert [verb for verb in verbs if f"`{verb}`" not in README] == []
+
+
+# ---- the structure ------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "aiomigrate"
+MODULES = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+LAYERS_3_TO_6 = ("ledger", "planning", "reporting", "commits", "execution", "runs")
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the import linter on the package that lies in a folder."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from importlinter.cli import lint_imports\n"
+        "sys.exit(lint_imports(no_cache=True, no_logo=True))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+PLANTED = {
+    "lazy": "def late():\n    from aiomigrate.manager import MigrationManager\n",
+    "typing only": (
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from aiomigrate.manager import MigrationManager\n"
+    ),
+    "of LanceDB": "import lancedb\n",
+    "of LanceDB, typing only": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lancedb\n"
+    ),
+    "of a clock": "import time\n",
+    "of what imports it": "def late():\n    from aiomigrate.schema import state\n",
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_import_breaks_a_contract(planted: str, tmp_path: Path) -> None:
+    """An upward import, or I/O in a pure module, is found wherever it is hidden."""
+    pytest.importorskip("importlinter")
+    shutil.copytree(PACKAGE, tmp_path / "aiomigrate", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    module = tmp_path / "aiomigrate" / "schema" / "paths.py"
+    module.write_text(module.read_text(encoding="utf-8") + PLANTED[planted], encoding="utf-8")
+
+    result = lint(tmp_path)
+
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "paths" in result.stdout.split("Broken contracts")[1]
+
+
+def test_modules_are_few_and_small() -> None:
+    """No module has over 500 lines, the top level is short, and no name is ambiguous."""
+    lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in MODULES}
+    top = [path for path in MODULES if path.parent == PACKAGE]
+    exports = [
+        path.name
+        for path in top
+        if re.search(r"^__all__ = ", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    names = Counter(path.stem for path in MODULES if path.parent.name in LAYERS_3_TO_6)
+
+    assert {name: count for name, count in lines.items() if count > 500} == {}
+    assert len(MODULES) <= 95
+    assert len(top) <= 18
+    assert len(exports) <= 5
+    assert [name for name, count in names.items() if count > 1] == []

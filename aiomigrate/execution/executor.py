@@ -30,7 +30,14 @@ from aiomigrate.errors import (
     UnresolvedError,
 )
 from aiomigrate.execution.applier import witness_name
-from aiomigrate.execution.attempt import Attempt, event_of
+from aiomigrate.execution.attempt import (
+    Attempt,
+    event_of,
+    failure_text,
+    failure_trace,
+    in_hand,
+    remedy_of,
+)
 from aiomigrate.execution.lookahead import (
     advance,
     chains,
@@ -39,7 +46,6 @@ from aiomigrate.execution.lookahead import (
     is_quick,
     predict_commits,
 )
-from aiomigrate.execution.recorder import failure_text, failure_trace, in_hand, remedy_of
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Kind

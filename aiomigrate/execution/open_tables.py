@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from aiomigrate.clock import Clock
 from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.concurrency import run_each
-from aiomigrate.execution.attempt import Attempt
-from aiomigrate.execution.recorder import Recorder
+from aiomigrate.execution.attempt import Attempt, Recorder
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.operations.tables import CreateTable
 from aiomigrate.schema.state import TableState

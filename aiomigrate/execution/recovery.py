@@ -24,8 +24,7 @@ from aiomigrate.commits.savepoints import (
 from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.errors import OperationError, StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.execution.applier import Applier
-from aiomigrate.execution.attempt import Attempt, event_of, intended
-from aiomigrate.execution.recorder import Recorder
+from aiomigrate.execution.attempt import Attempt, Recorder, event_of, intended
 from aiomigrate.ledger.history import Unfinished, standing
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script

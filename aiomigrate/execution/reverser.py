@@ -19,8 +19,7 @@ from aiomigrate.errors import (
     UnresolvedError,
 )
 from aiomigrate.execution.applier import witness_name
-from aiomigrate.execution.attempt import Attempt, event_of
-from aiomigrate.execution.recorder import failure_text, failure_trace, in_hand
+from aiomigrate.execution.attempt import Attempt, event_of, failure_text, failure_trace, in_hand
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Kind

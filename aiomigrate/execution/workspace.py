@@ -9,10 +9,10 @@ from typing import Any
 from aiomigrate.clock import Clock
 from aiomigrate.commits.savepoints import branch_name
 from aiomigrate.execution.applier import Applier, Progress
+from aiomigrate.execution.attempt import Recorder
 from aiomigrate.execution.cleanup import Cleanup
 from aiomigrate.execution.context import Functions
 from aiomigrate.execution.open_tables import OpenTables
-from aiomigrate.execution.recorder import Recorder
 from aiomigrate.execution.recovery import Recovery
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.migration.model import Params

@@ -17,8 +17,14 @@ from aiomigrate import MigrationManager
 from aiomigrate.errors import LeaseLostError
 from tests import scenario
 from tests.faults import Fault, FaultyStore, faulty_manager
+from tests.guarantees.test_killed_process import (
+    SCENARIO,
+    Upgrade,
+    by_twos,
+    kill_points,
+    undisturbed,
+)
 from tests.processes import MP, initialize, quiet_logger, start
-from tests.test_kill import SCENARIO, Upgrade, by_twos, kill_points, undisturbed
 from tests.tools import SEED
 
 OPTIONS: dict[str, Any] = {"lease_ttl": 0.5, "concurrency": 1}

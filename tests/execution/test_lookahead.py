@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from aiomigrate import Migration, MigrationFailedError, op
 from aiomigrate.errors import AiomigrateError
-from aiomigrate.execution.lookahead import MOST, _Future, predict_commits
+from aiomigrate.execution.lookahead import MOST, _PredictedTable, predict_commits
 from aiomigrate.ledger.history import standing
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.operations.base import Operation
 from aiomigrate.operations.target import Target
 from aiomigrate.schema.state import TableState
 from tests.faults import dying_manager, watched_manager
+from tests.guarantees.test_crash_at_every_commit import dies
+from tests.ledger.test_history import event
 from tests.processes import quiet_logger
-from tests.test_crash import dies
-from tests.test_fold import event
 from tests.tools import found, make, manager, rows_of
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("x", pa.int64()), pa.field("y", pa.string())])
@@ -133,7 +133,7 @@ async def states_of(operations: Sequence[tuple[Operation, str]], state: TableSta
         try:
             if operation.done(states[-1], witness):
                 continue
-            future = _Future(states[-1], witness)
+            future = _PredictedTable(states[-1], witness)
             await operation.apply(cast("Target", future))
         except AiomigrateError:
             break

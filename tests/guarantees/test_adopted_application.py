@@ -25,7 +25,7 @@ from tests import predecessor
 from tests.predecessor import DIARY, KEYS, LEDGER, State
 from tests.tools import FIXTURES
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 MIGRATIONS = HERE.parent / "migrations"
 ARCHIVES = {
     "memo_app_v1": 1536,

@@ -1,7 +1,7 @@
 """Every operation dies at every commit, runs beside writers, and ends as if nothing had happened.
 
 A run dies in this process: its port raises at one mutating call and at every later one, so that a
-point costs a tenth of what a killed process does (`test_kill` kills real ones).
+point costs a tenth of what a killed process does; `guarantees.test_killed_process` kills real ones.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.store.connection import Store
 from tests import scenario
 from tests.faults import Died, DyingStore, dying_manager, watched_manager
+from tests.operations.test_operations import CASES, ROWS, THINGS, Case, upper
 from tests.processes import quiet_logger
-from tests.test_operations import CASES, ROWS, THINGS, Case, upper
 from tests.tools import SEED, TABLE, found, make, rows_of
 
 LEDGER = "table_migrations"
@@ -227,7 +227,7 @@ def names(journey: Journey) -> str:
 async def laid_out(journey: Journey, database: Path) -> None:
     """Makes the tables as an application would, and a ledger without anything in it.
 
-    How a ledger is founded under kills is shown by `test_kill` and `test_ledger`.
+    Founding a ledger under kills is in `guarantees.test_killed_process` and `ledger.test_ledger`.
     """
     for name, given in journey.tables.items():
         await make(database, given.schema, given.rows, given.indexes, table=name)

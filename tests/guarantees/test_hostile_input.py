@@ -1,7 +1,7 @@
 """Nonsense and malice: names, ledgers edited by hand, folders of anything, settings of any kind.
 
 What is refused is refused in words, before anything is written; nothing else gets through. Texts
-in filters are in `test_lance`, damaged metadata tables in `test_bad_metadata`.
+in filters are in `store.test_store`, damaged metadata tables in `ledger.test_bad_metadata`.
 """
 
 from __future__ import annotations

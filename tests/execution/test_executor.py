@@ -1,7 +1,8 @@
 """One migration under hostile conditions: functions that misbehave, commits that do not end.
 
-And scripts that are corrected after a failure or a crash, and tables that others change, drop or
-make again meanwhile. What a plain failure leaves is `test_failure`; plain kills are `test_kill`.
+Also scripts that are corrected after a failure or a crash, and tables that other writers change.
+Crashes at every commit are in `guarantees.test_crash_at_every_commit`, killed processes in
+`guarantees.test_killed_process`.
 """
 
 from __future__ import annotations

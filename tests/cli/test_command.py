@@ -1125,7 +1125,7 @@ def test_shells_complete_verbs(folder: Path) -> None:
     assert done.stdout.split() == ["health"]
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def documented_keys() -> dict[str, set[str]]:
@@ -1244,4 +1244,4 @@ class TestDocumentation:
         assert (told["keep-savepoints"], defaults.keep_savepoints) == ("a week", 7 * 86400)
         assert (told["timeout"], defaults.timeout) == ("none", None)
         assert (told["on-ahead"], told["on-unsafe-store"]) == ("error", "error")
-        assert (settings.on_ahead, settings.on_unsafe_store) == ("error", "error")
+        assert (defaults.on_ahead, defaults.on_unsafe_store) == ("error", "error")

@@ -1,7 +1,7 @@
 """Many tables, many runs: files, memory and the ledger stay bounded, and servers keep answering.
 
-The small sizes run by default; `pytest -m campaign tests/test_scale.py` runs the large ones, with
-the event loop watched. Times are for `benchmarks`.
+The small sizes run by default. `pytest -m campaign tests/guarantees/test_bounded_cost.py` runs
+the large ones and watches the event loop. Times are for `benchmarks`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from aiomigrate.migration.model import Key
 from aiomigrate.planning.plan import build_plan
 from aiomigrate.planning.preflight import check_operations
 from aiomigrate.planning.reconcile import OnAhead, digest_at, reconcile
-from tests.test_reconcile import AT
+from tests.planning.test_reconcile import AT
 
 
 def script(

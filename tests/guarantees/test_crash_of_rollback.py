@@ -16,7 +16,7 @@ import pytest
 from aiomigrate import Migration, MigrationManager
 from aiomigrate.errors import AiomigrateError, RollbackRefusedError
 from tests.faults import Died, DyingStore, dying_manager
-from tests.test_crash import (
+from tests.guarantees.test_crash_at_every_commit import (
     JOURNEYS,
     LEDGER,
     OPTIONS,

@@ -1504,7 +1504,7 @@ def test_two_states_are_the_same_if_their_shapes_are(
 
     assert one.same(other) is equal
     assert other.same(one) is equal
-    assert fresh.foreseen_as(other).shape() == one.shape()
+    assert fresh.with_known_shape(other).shape() == one.shape()
 
 
 def shout(batch: pa.RecordBatch) -> list[str]:

@@ -24,12 +24,18 @@ from aiomigrate.errors import (
 )
 from tests import predecessor, scenario
 from tests.faults import Fault, FaultyStore, faulty_manager
+from tests.guarantees.test_adopted_application import (
+    MIGRATIONS,
+    application,
+    assert_rows_kept,
+    read,
+    target,
+)
+from tests.guarantees.test_killed_process import OPTIONS
+from tests.guarantees.test_racing_processes import race, repeated
+from tests.ledger.test_bad_metadata import on_disk
 from tests.predecessor import DIARY, DIMENSION, LEDGER, State
 from tests.processes import initialize, quiet_logger, start
-from tests.test_bad_metadata import on_disk
-from tests.test_kill import OPTIONS
-from tests.test_memo_app import MIGRATIONS, application, assert_rows_kept, read, target
-from tests.test_race import race, repeated
 from tests.tools import manager, rows_of, tree
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])
@@ -534,7 +540,7 @@ def test_defect_14_every_operation_error_and_verb_is_tested() -> None:
 
     Here each operation, each error and each verb of the manager is used by a test elsewhere.
     """
-    used = used_in([f for f in Path(__file__).parent.glob("*.py") if f != Path(__file__)])
+    used = used_in([f for f in Path(__file__).parents[1].rglob("*.py") if f != Path(__file__)])
     public = [getattr(op, name) for name in op.__all__]
     operations = {c.__name__ for c in public if isinstance(c, type) and issubclass(c, op.Operation)}
     errors = {c.__name__ for c in below(AiomigrateError) if c.__module__ == "aiomigrate.errors"}

@@ -13,8 +13,8 @@ import pytest
 from aiomigrate import MigrationManager
 from tests import scenario
 from tests.faults import Fault, FaultyStore, faulty_manager
+from tests.guarantees.test_killed_process import undisturbed
 from tests.processes import quiet_logger
-from tests.test_kill import undisturbed
 from tests.tools import SEED
 
 

@@ -1,6 +1,7 @@
-"""Operations of one migration that go on side by side, and savepoints made only where needed.
+"""Operations of one migration run concurrently, and savepoints are made only where needed.
 
-That a death anywhere among them ends as if undisturbed is shown by `test_crash`.
+That a crash at any of their commits changes nothing in the end is proved by
+`guarantees.test_crash_at_every_commit`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from aiomigrate.ledger.records import Kind
 from aiomigrate.manager import MigrationManager
 from aiomigrate.store.connection import Store
 from tests.faults import watched_manager
+from tests.ledger.test_history import event, opened
 from tests.processes import quiet_logger
-from tests.test_fold import event, opened
 from tests.tools import found, make, rows_of
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("x", pa.int64())])

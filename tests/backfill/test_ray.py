@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lance_ray", reason="the extra `ray` is not installed")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def reembedded(database: Path, rows: int, intrusions: int) -> dict[str, Any]:

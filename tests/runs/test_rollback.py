@@ -24,8 +24,8 @@ from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.store.connection import Store
 from tests import scenario
 from tests.faults import Died, DyingStore, dying_manager, watched_manager
+from tests.operations.test_operations import CASES, Case
 from tests.processes import quiet_logger
-from tests.test_operations import CASES, Case
 from tests.tools import SEED, TABLE, found, make, manager, rows_of
 
 T = pa.schema([pa.field("id", pa.int64()), pa.field("n", pa.int64())])

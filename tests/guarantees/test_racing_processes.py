@@ -13,10 +13,7 @@ import pytest
 from aiomigrate import Migration, MigrationFailedError, MigrationManager, load, op
 from tests import predecessor, scenario
 from tests.faults import Fault
-from tests.predecessor import DIMENSION, LEDGER, State
-from tests.processes import MP, initialize, quiet_logger, start
-from tests.test_kill import undisturbed
-from tests.test_memo_app import (
+from tests.guarantees.test_adopted_application import (
     MIGRATIONS,
     application,
     assert_rows_kept,
@@ -25,6 +22,9 @@ from tests.test_memo_app import (
     target,
     unpack,
 )
+from tests.guarantees.test_killed_process import undisturbed
+from tests.predecessor import DIMENSION, LEDGER, State
+from tests.processes import MP, initialize, quiet_logger, start
 from tests.tools import FIXTURES
 
 PROCESSES = 8

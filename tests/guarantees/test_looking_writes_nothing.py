@@ -15,8 +15,8 @@ from aiomigrate import Migration, MigrationManager, op
 from aiomigrate.errors import AiomigrateError, DatabaseAheadError, LedgerError, ScriptError
 from tests import predecessor, scenario
 from tests.faults import Fault, FaultyStore, faulty_manager
+from tests.ledger.test_bad_metadata import on_disk
 from tests.processes import initialize, quiet_logger, start
-from tests.test_bad_metadata import on_disk
 from tests.tools import manager, tree
 
 LOOKS = ("plan", "get_status", "validate", "history")

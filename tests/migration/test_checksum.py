@@ -21,7 +21,7 @@ from aiomigrate import Context, Migration, op
 from aiomigrate.errors import InvalidMigrationError
 from aiomigrate.migration.checksum import ALGORITHM, canonical, chain_digest, checksum
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 GOLDEN_SOURCE = '''
 """Uses what has changed between Python releases: f-strings, docstrings, decorators, match."""

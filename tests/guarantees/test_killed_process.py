@@ -24,7 +24,7 @@ from tests.tools import SEED
 
 T = TypeVar("T")
 OPTIONS: dict[str, Any] = {"lease_ttl": 0.5}
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
 LAST = 24
 """Of a run that is killed more commits are tried than an undisturbed one was counted to make: it
 renews its lease besides, and a commit that does not come is a kill that does not strike."""
