@@ -113,6 +113,17 @@ def test_every_verb_is_documented() -> None:
     assert [verb for verb in verbs if f"`{verb}`" not in README] == []
 
 
+def test_the_documents_name_files_that_exist() -> None:
+    """Every module and test that CONTRIBUTING.md or README.md names is there."""
+    guide = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = (ROOT, ROOT / "aiomigrate", ROOT / "aiomigrate" / "operations")
+    named = re.findall(r"`([\w./]+(?:\.py|/))`", guide)
+    named += re.findall(r"`(tests/[\w./]+\.py)`", README)
+
+    assert len(named) > 50
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 # ---- the structure ------------------------------------------------------------------------------
 
 PACKAGE = ROOT / "aiomigrate"
