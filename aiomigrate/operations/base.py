@@ -1,8 +1,8 @@
-"""What an operation is: a pure half that predicts, an effectful half that acts.
+"""The base of all operations: a pure half that predicts, and `apply`, which changes the table.
 
-The planner folds `evolve` over schemas, the executor runs `apply` and compares, reports print
-`describe`. No operation is defined here, and nothing here knows LanceDB: `apply` acts through the
-`Target` protocol.
+The planner folds `evolve` over table states, the executor runs `apply` and compares the table with
+the prediction, and plans print `describe`. This module defines no operation and imports no
+LanceDB: `apply` acts through the `Target` protocol.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aiomigrate.schema.sql import Statement
 from aiomigrate.schema.state import TableState, embedding_columns
 
 TUNING = "tuning"
-"""In the metadata of an operation's field: it says how, not what, and is no part of a checksum."""
+"""Key in a field's metadata: the field says how the operation runs, and is not in its checksum."""
 
 
 class Missing(enum.Enum):
@@ -31,13 +31,13 @@ class Missing(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """What kind of change an operation is, for plans and for people.
+    """The kind of change that an operation makes. `str()` is its text in plans.
 
     Attributes:
-        rewriting: Data files are written, so the cost grows with the table.
-        destructive: Data or structure is discarded.
-        reversible: By what it can be undone, or empty.
-        commits: How many commits it makes, in words.
+        rewriting: Whether it writes data files, so that its cost grows with the table.
+        destructive: Whether it discards data or structure.
+        reversible: How it is undone, as text; empty if it cannot be undone.
+        commits: How many commits it makes, as text.
     """
 
     rewriting: bool = False
@@ -55,11 +55,11 @@ class Traits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """Base of all declarative operations: a frozen value.
+    """Base class of all declarative operations: a frozen value.
 
     Attributes:
         table: The table to change; by default the table of the migration.
-        when_missing: Whether a missing table is an error or passed over.
+        when_missing: Whether to fail or to do nothing when the table does not exist.
     """
 
     table: str | None = None
@@ -67,49 +67,52 @@ class Operation:
 
     @property
     def traits(self) -> Traits:
-        """What kind of change this is."""
+        """The kind of change."""
         raise NotImplementedError
 
     @property
     def shows(self) -> bool:
-        """Whether the effect can be seen in the table's schema or indexes."""
+        """Whether the effect is visible in the table's schema or indexes."""
         return True
 
     @property
     def repeats(self) -> bool:
-        """Whether, if its effect does not show, making it again does the same to the same rows."""
+        """Whether one that does not show can be repeated with the same effect on the same rows."""
         return False
 
     @property
     def witnessed(self) -> bool:
-        """Whether it has a column of ours on the table while it runs, its witness."""
+        """Whether it keeps a witness while it runs: a temporary column that marks its work."""
         return not self.shows
 
     @property
     def needs_savepoint(self) -> bool:
-        """Whether the table_version before must be kept from cleanup while this runs."""
+        """Whether the table version before it must be protected from cleanup while it runs."""
         return False
 
     @property
     def identity(self) -> str | None:
-        """What makes it the same work when its script is corrected; by default all it is."""
+        """Text that stays the same when its script is corrected; `None` for the whole operation.
+
+        The witness is named after it, so a corrected script resumes the work of the earlier one.
+        """
         return None
 
     @property
     def surveyed(self) -> str | None:
-        """The column that a plan reads to tell what the operation will cost, if one."""
+        """The column that a plan reads to estimate the cost, `None` for no column."""
         return None
 
     def estimate(self, survey: Any) -> tuple[str, ...]:
-        """Returns what it will cost, one sentence each. Pure.
+        """Returns the estimated cost, one sentence each; empty by default. Pure.
 
         Args:
-            survey: What was found in the column `surveyed` (see `operations.fill.Survey`).
+            survey: The `operations.fill.Survey` of the column `surveyed`.
         """
         return ()
 
     def discards(self, before: TableState) -> bool:
-        """Returns whether it discards something of such a table that `undo` cannot bring back."""
+        """Returns whether it discards something of this table that `undo` cannot restore."""
         return self.traits.destructive
 
     @property
@@ -119,34 +122,37 @@ class Operation:
 
     @property
     def statement(self) -> Statement | None:
-        """The SQL in it, to be tried before anything is written."""
+        """The SQL it contains, which is checked before anything is written; `None` for no SQL."""
         return None
 
     def expand(self) -> tuple[Operation, ...]:
-        """Returns the simple operations that it stands for, by default itself."""
+        """Returns the simple operations that it consists of, by default itself."""
         return (self,)
 
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
-        """Returns what it breaks for code and handles still running, one sentence each. Pure.
+        """Returns what it breaks for running code and open handles, one sentence each. Pure.
 
         Args:
-            before: The table before it.
+            before: The table before it, `None` if it does not exist.
         """
         return ()
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
-        """Returns the operations that undo it, `None` where none can. Pure.
+        """Returns the operations that undo it; `None` if no operation does. Pure.
 
         Args:
-            before: The table before it.
+            before: The table before it, `None` if it does not exist.
         """
         return None
 
     def fold(self, states: Mapping[str, TableState | None]) -> dict[str, TableState | None]:
-        """Predicts every table after this operation, given at least those it names. Pure.
+        """Predicts all tables after this operation. Pure.
+
+        Args:
+            states: The tables before, by name; at least those in `tables`.
 
         Raises:
-            OperationError: The operation cannot be applied to such tables.
+            OperationError: The operation does not fit these tables.
         """
         after = dict(states)
         name = self.table
@@ -167,18 +173,18 @@ class Operation:
             state: The table before, `None` if it does not exist.
 
         Returns:
-            The table after; an equal state when the effect is already there.
+            The table after; an equal state if the effect is already there.
 
         Raises:
-            OperationError: The operation cannot be applied to such a table.
+            OperationError: The operation does not fit this table.
         """
         raise NotImplementedError
 
     def after(self, state: TableState) -> TableState | None:
-        """Predicts a table after this operation, once however often it is asked. Pure.
+        """Predicts the table after this operation; caches the prediction in the state.
 
         Raises:
-            OperationError: The operation cannot be applied to such a table.
+            OperationError: The operation does not fit this table.
         """
         for known, after in state.predicted:
             if known is self:
@@ -188,7 +194,15 @@ class Operation:
         return after
 
     def done(self, state: TableState | None, witness: str) -> bool:
-        """Returns whether the effect is already there, so that nothing is to be done."""
+        """Returns whether the effect is already there. Pure.
+
+        Args:
+            state: The table as it is, `None` if it does not exist.
+            witness: The name of the operation's witness column.
+
+        Raises:
+            OperationError: The operation does not fit this table.
+        """
         if not self.shows:
             return False
         after = _evolved(self, state)
@@ -197,20 +211,33 @@ class Operation:
         return after.same(state)
 
     def predict(self, state: TableState | None, witness: str) -> TableState | None:
-        """Predicts the table after `apply`, which may finish what an interrupted run began. Pure.
+        """Predicts the table after `apply`, which may resume an interrupted run. Pure.
 
         Args:
-            state: The table as it is, perhaps halfway.
-            witness: The column that belongs to this operation.
+            state: The table as it is, perhaps half changed.
+            witness: The name of the operation's witness column.
+
+        Returns:
+            The table after; `None` if it is dropped, or if it cannot be predicted.
+
+        Raises:
+            OperationError: The operation does not fit this table.
         """
         return _evolved(self, state)
 
     async def apply(self, target: Target) -> int:
-        """Makes the change; called only when not `done`. Returns the rows changed."""
+        """Changes the table; called only if not `done`. Returns the number of rows changed.
+
+        After a crash or a cancellation between two of its commits, the next call resumes.
+
+        Raises:
+            OperationError: The operation does not fit the table.
+            StoreError: LanceDB failed.
+        """
         raise NotImplementedError
 
     def on(self, table: str | None) -> Operation:
-        """Returns this operation bound to a table, its own if it names one."""
+        """Returns this operation bound to a table; one that names its own table is unchanged."""
         if self.table is not None:
             return self
         bound = copy.copy(self)
@@ -218,7 +245,7 @@ class Operation:
         return bound
 
     def existing(self, state: TableState | None) -> TableState:
-        """Returns the state.
+        """Returns the state of a table that must exist.
 
         Raises:
             OperationError: The table does not exist.
@@ -231,24 +258,40 @@ class Operation:
         return state
 
     def refuse(self, why: str, remedy: str) -> OperationError:
-        """Builds the error of an operation that does not fit its table."""
+        """Returns the error to raise if the operation does not fit its table."""
         return OperationError(f"{self.describe()} on table {self.table!r}: {why}", remedy)
+
+    def refuse_missing_column(
+        self, state: TableState, column: str, *, table: str | None = None
+    ) -> OperationError:
+        """Returns the error to raise if a table lacks a column; it lists the columns there are.
+
+        Args:
+            state: The table that lacks the column.
+            column: The column, by path.
+            table: The name of that table, if it is not the operation's own.
+        """
+        where = "" if table is None else f" in table {table!r}"
+        columns = ", ".join(f.name for f in state.fields())
+        return self.refuse(
+            f"there is no column {column!r}{where}.", f"Use one of its columns: {columns}."
+        )
 
 
 def refuse_embedding(operation: Operation, state: TableState, columns: Iterable[str]) -> None:
-    """Refuses what would leave an embedding function with a column that is not there.
+    """Refuses to drop or rename a column that an embedding function of the table uses.
 
     Raises:
-        OperationError: One of the columns is named by one.
+        OperationError: An embedding function uses one of the columns.
     """
     named = embedding_columns(state.schema)
     for column in columns:
         if column in named:
             raise operation.refuse(
-                f"the table's embedding function {named[column]!r} uses column {column!r}, and "
-                "LanceDB would go on looking for it: the next add() would fail.",
-                "Use op.Rebuild(function, schema=...) without or with the renamed column: it "
-                "writes the table's metadata anew.",
+                f"the table's embedding function {named[column]!r} uses column {column!r}; "
+                "LanceDB would still look for it, and the next add() would fail.",
+                "Use op.Rebuild(function, schema=...) with a schema that drops or renames the "
+                "column: it also rewrites the table's metadata.",
             )
 
 

@@ -20,7 +20,14 @@ from aiomigrate.schema.state import TableState, index_to_json, metadata_text, re
 
 @dataclass(frozen=True, slots=True, init=False)
 class SetNullable(Operation):
-    """Allow NULL in columns."""
+    """Allow NULL in columns.
+
+    It is one metadata commit. Readers that cannot handle NULL fail once a writer stores it. It is
+    undone by `SetNotNull` of the columns that were NOT NULL, which fails if a row is NULL by then.
+
+    Attributes:
+        columns: The columns, by path.
+    """
 
     columns: tuple[str, ...]
 
@@ -49,9 +56,15 @@ class SetNullable(Operation):
 
 @dataclass(frozen=True, slots=True, init=False)
 class SetNotNull(Operation):
-    """Forbid NULL in columns; refused while a row has one, unless `fill` gives a value for it.
+    """Forbid NULL in columns. It fails if a row is NULL, unless `fill` gives a value for it.
 
-    Writers that leave the column out fail from then on: first release code that writes it.
+    `fill` is an `Update` of the rows that are NULL; then LanceDB checks all rows and one metadata
+    commit follows. Writers that leave the column out, or store NULL, fail afterwards: first
+    release code that always writes it. It is undone by allowing NULL.
+
+    Attributes:
+        columns: The columns, by path.
+        fill: Literal by column, for the rows that are NULL.
     """
 
     columns: tuple[str, ...]
@@ -67,7 +80,7 @@ class SetNotNull(Operation):
             if column not in self.columns or value is None:
                 raise InvalidMigrationError(
                     f"SetNotNull: fill of {column!r} by {value!r}.",
-                    "Fill columns that are forbidden NULL, by a value.",
+                    "Fill only columns that become NOT NULL, with a value that is not None.",
                 )
 
     @property
@@ -93,7 +106,7 @@ class SetNotNull(Operation):
             return ()
         return (
             (
-                f"{', '.join(changed)}: writers that leave it out, or set NULL, fail from then on; "
+                f"{', '.join(changed)}: writers that leave it out, or store NULL, fail afterwards; "
                 "first release code that always writes it."
             ),
         )
@@ -113,8 +126,8 @@ class SetNotNull(Operation):
                 if nulls := await target.count_rows(f"{quote(column)} IS NULL"):
                     raise self.refuse(
                         f"{nulls} rows have NULL in {column!r}.",
-                        f'Fill them: op.SetNotNull("{column}", fill={{"{column}": ...}}), or '
-                        "before it with op.Update.",
+                        f'Fill them with op.SetNotNull("{column}", fill={{"{column}": ...}}), or '
+                        "with op.Update before it.",
                     ) from None
             raise
         return 0
@@ -126,10 +139,7 @@ def _with_nullable(
     before = operation.existing(state)
     for column in columns:
         if not before.has(column):
-            raise operation.refuse(
-                f"there is no column {column!r}.",
-                f"Its columns are {', '.join(f.name for f in before.fields())}.",
-            )
+            raise operation.refuse_missing_column(before, column)
     changes: dict[str, paths.Change] = {
         column: lambda old: old.with_nullable(nullable=nullable) for column in columns
     }
@@ -140,19 +150,22 @@ def _with_nullable(
 class AlterType(Operation):
     """Change the type of columns.
 
-    Where LanceDB can cast (wider or narrower numbers, string to large_string, inside lists) it
-    does; else a column of the new type is added, filled, and takes the old one's place in one
-    commit, and rows that were written meanwhile are swept. Indexes on the columns are dropped
-    first and made again; field metadata is kept. Values that do not fit (300 as int8, "x" as a
-    number) fail the migration, which is then undone. A type that is coarser cuts values off (1.7
-    becomes 1 as an integer, 0.1 the nearest float32): the plan warns of it, and like any step that
-    discards something it keeps a savepoint. For what SQL cannot cast, use `Rebuild`.
+    LanceDB casts where it can: between numbers, string to large_string, inside lists. Otherwise a
+    column of the new type is added and filled, replaces the old one in one commit, and rows that
+    were written meanwhile are filled too. Indexes on the columns are dropped before and created
+    again after; field metadata is kept. An interrupted run resumes.
 
-    Old handles that append to a retyped column store NULL in it: restart writers, or use a new
-    column and release twice.
+    Values that do not fit (300 as int8, "x" as a number) fail the migration, which is then undone.
+    A type of lower precision changes values (1.7 becomes 1 as an integer, 0.1 the nearest
+    float32): the plan warns of it and a savepoint keeps the earlier values. For conversions that
+    SQL cannot do, use `Rebuild`.
+
+    Handles opened before it store NULL in the column when they append: restart writers, or add a
+    new column and release twice. It is undone by casting back; by the savepoint, if the new type
+    has lower precision.
 
     Attributes:
-        columns: New Arrow type by column; for fields of structs, use `Rebuild`.
+        columns: New Arrow type by column. For fields of structs, use `Rebuild`.
     """
 
     columns: Mapping[str, pa.DataType]
@@ -162,7 +175,7 @@ class AlterType(Operation):
         for path, kind in self.columns.items():
             if not isinstance(kind, pa.DataType) or pa.types.is_null(kind):
                 raise InvalidMigrationError(
-                    f"AlterType: {kind!r} is no type for column {path!r}.",
+                    f"AlterType: {kind!r} is not a valid type for column {path!r}.",
                     "Give an Arrow type such as pa.int64().",
                 )
         object.__setattr__(self, "columns", dict(self.columns))
@@ -175,7 +188,7 @@ class AlterType(Operation):
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
-            reversible="changing the type back, or the savepoint where values were cut off",
+            reversible="changing the type back, or the savepoint if values lose precision",
             commits="1 to 5 for each column, and 2 for each index",
         )
 
@@ -188,30 +201,30 @@ class AlterType(Operation):
 
     @property
     def shows(self) -> bool:
-        """The type shows, but not which indexes must be made again."""
+        """Always false: the type shows, but not which indexes must be created again."""
         return False
 
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
-        if before is None or not self._todo(before):
+        if before is None or not self._pending(before):
             return ()
         stale = (
-            f"{', '.join(self._todo(before))}: handles opened before store NULL in it if they "
+            f"{', '.join(self._pending(before))}: handles opened before it store NULL when they "
             "append; restart writers, or add a new column and release twice."
         )
-        cut = [
-            f"{path}: values are not kept exactly from {before.column(path).type} to "
-            f"{self.columns[path]}; what is cut off stays in the savepoint, until it is pruned."
-            for path in self._inexact(before)
+        lossy = [
+            f"{path}: values lose precision from {before.column(path).type} to "
+            f"{self.columns[path]}; the earlier values stay in the savepoint until it is pruned."
+            for path in self._lossy(before)
         ]
-        return (stale, *cut)
+        return (stale, *lossy)
 
     def discards(self, before: TableState) -> bool:
-        return bool(self._inexact(before))
+        return bool(self._lossy(before))
 
-    def _inexact(self, state: TableState) -> list[str]:
+    def _lossy(self, state: TableState) -> list[str]:
         return [
             path
-            for path in self._todo(state)
+            for path in self._pending(state)
             if not casts_back(state.column(path).type, self.columns[path])
         ]
 
@@ -219,33 +232,30 @@ class AlterType(Operation):
         before = self.existing(state)
         for path in self.columns:
             if not before.has(path):
+                raise self.refuse_missing_column(before, path)
+            if "." in path and path in self._pending(before):  # measured
                 raise self.refuse(
-                    f"there is no column {path!r}.",
-                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
+                    f"filters on the struct of {path!r} fail after LanceDB has cast the field.",
+                    "Use op.Rebuild(schema=...) with the new type of the struct.",
                 )
-            if "." in path and path in self._todo(before):
-                raise self.refuse(
-                    f"after LanceDB has cast {path!r}, no filter on its struct works (measured).",
-                    "Use op.Rebuild(schema=...) with the struct as it is to be.",
-                )
-        changes = {path: _retyping(kind) for path, kind in self.columns.items()}
+        changes = {path: _with_type(kind) for path, kind in self.columns.items()}
         return TableState(paths.changed(before.schema, changes), before.indexes)
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
         was = self.existing(before)
-        if self._inexact(was):
+        if self._lossy(was):
             return None
-        back = {path: was.column(path).type for path in self._todo(was)}
+        back = {path: was.column(path).type for path in self._pending(was)}
         return (AlterType(back, table=self.table),) if back else ()
 
-    def _todo(self, state: TableState) -> list[str]:
+    def _pending(self, state: TableState) -> list[str]:
         return [p for p, k in self.columns.items() if state.has(p) and state.column(p).type != k]
 
     def done(self, state: TableState | None, witness: str) -> bool:
         have = self.existing(state)
-        if self._todo(have):
+        if self._pending(have):
             return False
-        return remembered(have, f"{witness}_all") is None  # else look at every part again
+        return remembered(have, f"{witness}_all") is None  # else `apply` checks every step again
 
     def predict(self, state: TableState | None, witness: str) -> TableState:
         have = self.existing(state)
@@ -253,7 +263,7 @@ class AlterType(Operation):
         memory = remembered(have, f"{witness}_all")
         if memory is None:
             return after
-        strict = dict.fromkeys(memory["not_null"], _forbidding_null)
+        strict = dict.fromkeys(memory["not_null"], _not_null)
         indexes = (*after.indexes, *missing_indexes(after, memory))
         return TableState(paths.changed(after.schema, strict), indexes)
 
@@ -261,13 +271,13 @@ class AlterType(Operation):
         state = self.existing(target.state)
         memory = remembered(state, f"{target.witness}_all")
         if memory is None:
-            lost = [index_to_json(i) for i in state.indexes if i.is_on(self._todo(state))]
-            kept = {p: metadata_text(state.column(p).metadata) for p in self._todo(state)}
-            strict = [p for p in self._todo(state) if not state.column(p).nullable]
+            lost = [index_to_json(i) for i in state.indexes if i.is_on(self._pending(state))]
+            kept = {p: metadata_text(state.column(p).metadata) for p in self._pending(state)}
+            strict = [p for p in self._pending(state) if not state.column(p).nullable]
             memory = {"indexes": lost, "metadata": kept, "not_null": strict}
             await target.add_columns([remember(f"{target.witness}_all", memory)])
         for index in self.existing(target.state).indexes:
-            if index.is_on(self._todo(self.existing(target.state))):
+            if index.is_on(self._pending(self.existing(target.state))):
                 await target.drop_index(index.name)
         for number, path in enumerate(self.columns):
             await self._retype(target, path, f"{target.witness}_{number}")
@@ -292,7 +302,7 @@ class AlterType(Operation):
         return None
 
     async def _replace(self, target: Target, path: str, witness: str) -> None:
-        """Adds a column of the new type, fills it, and puts it in the place of the old one."""
+        """Replaces a column by one of the new type, which it adds and fills."""
         state = self.existing(target.state)
         old = f"{witness}_old"
         if not state.has(old) and not state.has(witness):
@@ -303,18 +313,18 @@ class AlterType(Operation):
         if not self.existing(target.state).has(old):
             await self._fill(target, witness, path)
             renames: list[dict[str, Any]] = [
-                {"path": path, "rename": old, "nullable": True},  # new writers do not know it
+                {"path": path, "rename": old, "nullable": True},  # new writers leave it out
                 {"path": witness, "rename": path},
             ]
             await target.alter_columns(renames)
-        await self._fill(target, path, old)  # what was written between filling and swapping
+        await self._fill(target, path, old)  # rows written between the fill and the rename
 
     async def _forbid_null(self, target: Target, path: str, old: str) -> None:
-        for attempt in range(_SWEEPS):
+        for attempt in range(_NOT_NULL_ATTEMPTS):
             try:
                 return await target.alter_columns([{"path": path, "nullable": False}])
-            except ColumnNotNullableError:  # written by an old handle, into the old column
-                if attempt == _SWEEPS - 1:
+            except ColumnNotNullableError:  # an old handle has written into the old column
+                if attempt == _NOT_NULL_ATTEMPTS - 1:
                     raise
                 await self._fill(target, path, old)
         return None
@@ -328,24 +338,23 @@ class AlterType(Operation):
         )
 
 
-_SWEEPS = 5
+_NOT_NULL_ATTEMPTS = 5
 
-_DIGITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
-"""Binary digits that a type keeps of an integer."""
+_SIGNIFICAND_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
 
 _UNITS = ("s", "ms", "us", "ns")
 
 
 def casts_back(old: Any, new: Any) -> bool:
-    """Returns whether every value that fits the new type is the same after a cast back. Pure."""
+    """Returns whether every value that fits the new type is equal after a cast back. Pure."""
     if old == new:
         return True
     if pa.types.is_boolean(old):
         return bool(pa.types.is_integer(new))
     if pa.types.is_integer(old):
         if pa.types.is_floating(new):
-            return int(old.bit_width) <= _DIGITS[new]
-        return bool(pa.types.is_integer(new) or _is_text(new))  # what does not fit is refused
+            return int(old.bit_width) <= _SIGNIFICAND_BITS[new]
+        return bool(pa.types.is_integer(new) or _is_text(new))  # LanceDB refuses what does not fit
     if pa.types.is_floating(old):
         return pa.types.is_floating(new) and old.bit_width <= new.bit_width
     if pa.types.is_timestamp(old):
@@ -373,9 +382,9 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-def _retyping(kind: pa.DataType) -> paths.Change:
+def _with_type(kind: pa.DataType) -> paths.Change:
     return lambda old: old.with_type(kind)
 
 
-def _forbidding_null(old: pa.Field[Any]) -> pa.Field[Any]:
+def _not_null(old: pa.Field[Any]) -> pa.Field[Any]:
     return old.with_nullable(nullable=False)

@@ -1,4 +1,7 @@
-"""Operations on columns. Most change metadata only; a column is given by path (`address.city`)."""
+"""Operations that add, drop, rename and describe columns; most of them change metadata only.
+
+A column is given by path (`address.city`). Types and nullability are in `operations.column_types`.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,17 @@ from aiomigrate.schema.state import EMBEDDING, Index, TableState, metadata_text,
 
 @dataclass(frozen=True, slots=True)
 class SwapBack(Operation):
-    """Put the old vector column back in its place; the new one goes. What undoes a `Reembed`.
+    """Put the old vector column back in its place and drop the new one. It undoes a `Reembed`.
+
+    The new column becomes a witness, which is dropped when the migration has been recorded. The
+    two columns are renamed in one commit; indexes on the new one are dropped first. It cannot be
+    undone.
 
     Attributes:
         column: The vector column.
-        keep: What the old one is called.
-        not_null: Whether the old one forbade NULL; it does again if no row lacks it.
-        embedding: The table's embedding functions as they were, JSON, where one named the column.
+        keep: The present name of the old vector column.
+        not_null: Whether the old column was NOT NULL. It becomes NOT NULL again if no row is NULL.
+        embedding: The table's earlier embedding functions as JSON, `None` if none used the column.
     """
 
     column: str
@@ -49,26 +56,28 @@ class SwapBack(Operation):
         for column in (self.column, self.keep):
             if column not in before.schema.names:
                 raise self.refuse(
-                    f"there is no column {column!r}.",
-                    "The old vectors are gone: re-embed with the old model instead.",
+                    f"there is no column {column!r}, so the old vectors cannot be restored.",
+                    "Re-embed with the old model instead (op.Reembed).",
                 )
         fields = [f for f in before.schema if f.name not in (self.column, self.keep)]
         schema = pa.schema([*fields, before.column(self.keep).with_name(self.column)])
-        kept = [i.renamed({self.keep: self.column}) for i in before.indexes if not self._goes(i)]
+        kept = [
+            i.renamed({self.keep: self.column}) for i in before.indexes if not self._is_dropped(i)
+        ]
         return TableState(schema, tuple(kept))
 
-    def _goes(self, index: Index) -> bool:
+    def _is_dropped(self, index: Index) -> bool:
         return index.columns == (self.column,)
 
     def done(self, state: TableState | None, witness: str) -> bool:
         return self.existing(state).has(f"{witness}_gone")
 
     def predict(self, state: TableState | None, witness: str) -> TableState | None:
-        return None  # whether it forbids NULL depends on the rows
+        return None  # whether the column becomes NOT NULL depends on the rows
 
     async def apply(self, target: Target) -> int:
         for index in self.existing(target.state).indexes:
-            if self._goes(index):
+            if self._is_dropped(index):
                 await target.drop_index(index.name)
         if self.embedding is not None:
             await target.set_schema_metadata({EMBEDDING.decode(): self.embedding})
@@ -84,14 +93,15 @@ class SwapBack(Operation):
 class AddColumns(Operation):
     """Add nullable columns, NULL in every row unless `values` or `sql` fill them.
 
-    Filling never holds writers up: the columns are added as metadata, then rows where they are
-    NULL are updated. To forbid NULL, follow with `SetNotNull`. Columns that exist with the same
-    type are left as they are.
+    One metadata commit adds all columns; columns that exist with the same type are left as they
+    are. Filling is an `Update` of the rows where the new columns are NULL, which does not block
+    writers. Old writers do not know the columns and store NULL; to forbid NULL, follow with
+    `SetNotNull`. It is undone by dropping the columns that it added.
 
     Attributes:
-        columns: Arrow type of each new column by path; or a `pa.Field` with metadata.
-        values: Literal by column, for the rows that are there.
-        sql: SQL expression over the row by column, for the rows that are there.
+        columns: Arrow type by path of the new column; or a `pa.Field`, for its metadata.
+        values: Literal by column, for the existing rows.
+        sql: SQL expression over the row by column, for the existing rows.
     """
 
     columns: Mapping[str, pa.DataType | pa.Field[Any]]
@@ -104,20 +114,21 @@ class AddColumns(Operation):
             kind = given.type if isinstance(given, pa.Field) else given
             if not isinstance(kind, pa.DataType) or pa.types.is_null(kind):
                 raise InvalidMigrationError(
-                    f"AddColumns: {kind!r} is no type for column {path!r}.",
-                    "Give an Arrow type such as pa.string(), and fill it with op.Update.",
+                    f"AddColumns: {kind!r} is not a valid type for column {path!r}.",
+                    "Give an Arrow type such as pa.string().",
                 )
             if isinstance(given, pa.Field) and not given.nullable:
                 raise InvalidMigrationError(
-                    f"AddColumns: {path!r} is NOT NULL, but rows that are there have no value.",
-                    "Fill it with values= or sql=, then op.SetNotNull.",
+                    f"AddColumns: {path!r} is NOT NULL, but existing rows have no value for it.",
+                    "Add it nullable, fill it with values= or sql=, and follow with op.SetNotNull.",
                 )
         checked_new("AddColumns", (name for path in self.columns for name in path.split(".")))
         for column in (*self.values, *self.sql):
             if column not in self.columns or "." in column:
                 raise InvalidMigrationError(
-                    f"AddColumns: {column!r} is filled, but not a column that is added.",
-                    "Fill columns of the table that `columns` names.",
+                    f"AddColumns: values= or sql= fills {column!r}, which is not a column that is "
+                    "added.",
+                    "Fill only columns that `columns` names, and no field of a struct.",
                 )
         object.__setattr__(self, "columns", dict(self.columns))
         object.__setattr__(self, "values", dict(self.values))
@@ -148,16 +159,16 @@ class AddColumns(Operation):
         if before is None:
             return ()
         nested = [path for path in self.columns if "." in path and not before.has(path)]
-        rewrite = [
-            f"{path}: LanceDB can neither filter by nor index a field added to a struct until the "
-            "rows are rewritten; follow with op.Rebuild()."
+        unusable = [
+            f"{path}: LanceDB cannot filter by or index a field added to a struct until the rows "
+            "are rewritten; follow with op.Rebuild()."
             for path in nested
         ]
-        return (*rewrite, *self._twins(before))
+        return (*unusable, *self._ambiguous_vectors(before))
 
-    def _twins(self, before: TableState) -> tuple[str, ...]:
+    def _ambiguous_vectors(self, before: TableState) -> tuple[str, ...]:
         have = {f.type for f in before.fields() if pa.types.is_fixed_size_list(f.type)}
-        twins = [
+        ambiguous = [
             path
             for path in self.columns
             if pa.types.is_fixed_size_list(kind := self._field(path).type)
@@ -165,9 +176,9 @@ class AddColumns(Operation):
             and not before.has(path)
         ]
         return tuple(
-            f"{path}: a second vector column of the same dimension makes searches fail that name "
-            "no column; deploy code that passes vector_column_name first."
-            for path in twins
+            f"{path}: with a second vector column of the same dimension, searches that name no "
+            "vector column fail; first release code that passes vector_column_name."
+            for path in ambiguous
         )
 
     def evolve(self, state: TableState | None) -> TableState:
@@ -175,14 +186,11 @@ class AddColumns(Operation):
         for path in self.columns:
             parent, _ = paths.split(path)
             if parent and not before.has(parent):
-                raise self.refuse(
-                    f"there is no column {parent!r} to add to.",
-                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
-                )
+                raise self.refuse_missing_column(before, parent)
             if parent and not pa.types.is_struct(before.column(parent).type):
                 raise self.refuse(
                     f"column {parent!r} is {spell(before.column(parent))}, not a struct.",
-                    "Only a struct has fields.",
+                    "Add the field to a column that is a struct.",
                 )
             if not before.has(path):
                 continue
@@ -192,10 +200,10 @@ class AddColumns(Operation):
                     f"column {path!r} exists as {spell(have)}, not {self._field(path).type}.",
                     "Drop or rename the existing column in an earlier migration.",
                 )
-        return before.with_schema(paths.added(before.schema, self._new(before)))
+        return before.with_schema(paths.added(before.schema, self._missing(before)))
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...]:
-        new = self._new(self.existing(before))
+        new = self._missing(self.existing(before))
         return (DropColumns(*new, table=self.table),) if new else ()
 
     def _field(self, path: str) -> pa.Field[Any]:
@@ -205,15 +213,15 @@ class AddColumns(Operation):
             return given.with_name(name)
         return pa.field(name, given)
 
-    def _new(self, state: TableState) -> dict[str, pa.Field[Any]]:
+    def _missing(self, state: TableState) -> dict[str, pa.Field[Any]]:
         return {path: self._field(path) for path in self.columns if not state.has(path)}
 
     async def apply(self, target: Target) -> int:
         fields = []
-        for path, new in self._new(self.existing(target.state)).items():
+        for path, new in self._missing(self.existing(target.state)).items():
             *parents, _ = path.split(".")
             whole = new
-            for name in reversed(parents):  # LanceDB takes a struct that holds only what is new
+            for name in reversed(parents):  # LanceDB takes a struct of the new fields only
                 whole = pa.field(name, pa.struct([whole]))
             fields.append(whole)
         await target.add_columns(fields)
@@ -222,10 +230,16 @@ class AddColumns(Operation):
 
 @dataclass(frozen=True, slots=True, init=False)
 class DropColumns(Operation):
-    """Drop columns, with the indexes on them. Columns that are gone already are passed over.
+    """Drop columns, and the indexes on them. Columns that do not exist are skipped.
 
-    Handles that other processes hold keep the old schema until they refresh. In a rolling deploy,
-    first release code that does not use the column, then this.
+    One metadata commit drops the columns, after one commit for each index. Open handles of other
+    processes keep the old schema until they refresh, and code that uses a column fails: in a
+    rolling deploy, first release code that does not use it. A column that an embedding function
+    of the table uses is refused. It is undone by restoring the previous table version, which a
+    savepoint keeps.
+
+    Attributes:
+        columns: The columns, by path.
     """
 
     columns: tuple[str, ...]
@@ -238,7 +252,7 @@ class DropColumns(Operation):
     def traits(self) -> Traits:
         return Traits(
             destructive=True,
-            reversible="restoring the table_version before",
+            reversible="restoring the previous table version",
             commits="1, and 1 for each index",
         )
 
@@ -254,28 +268,30 @@ class DropColumns(Operation):
             return ()
         there = [column for column in self.columns if before.has(column)]
         gone = [column for column in self.columns if column not in there]
-        names = ", ".join(f.name for f in before.fields())
-        told = []
+        have = ", ".join(f.name for f in before.fields())
+        warnings = []
         if there:
-            told.append(
+            warnings.append(
                 f"{', '.join(there)}: code that reads or writes it fails; first release code that "
                 "does not use it, then drop it."
             )
         if gone:
-            told.append(f"{', '.join(gone)}: there is nothing to drop; the columns are {names}.")
-        return tuple(told)
+            warnings.append(f"{', '.join(gone)}: there is nothing to drop; the columns are {have}.")
+        return tuple(warnings)
 
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
         refuse_embedding(self, before, self.columns)
         schema = paths.changed(before.schema, {column: lambda _: None for column in self.columns})
         if not len(schema):
-            raise self.refuse("no column would be left.", "Keep one column, or drop the table.")
+            raise self.refuse(
+                "no column would be left.", "Keep one column, or drop the table (op.DropTable)."
+            )
         return before.with_schema(schema)
 
     async def apply(self, target: Target) -> int:
         state = self.existing(target.state)
-        # An index outlives its column in LanceDB and then breaks filtered reads: it goes first.
+        # LanceDB keeps the index of a dropped column, which breaks filtered reads: drop it first.
         for index in state.indexes:
             if index.is_on(self.columns):
                 await target.drop_index(index.name)
@@ -285,13 +301,15 @@ class DropColumns(Operation):
 
 @dataclass(frozen=True, slots=True)
 class RenameColumns(Operation):
-    """Rename columns in one commit; two columns may swap their names.
+    """Rename columns in one commit; columns may exchange their names.
 
-    Indexes follow their column. Readers see all the new names at once. In a rolling deploy, add
-    the new column, write both, and drop the old one a release later instead.
+    Only metadata changes, and indexes follow their column. Readers see all new names at once;
+    code that uses an old name fails. In a rolling deploy, add the new column instead, write both,
+    and drop the old one a release later. A column that an embedding function of the table uses is
+    refused. It is undone by renaming back.
 
     Attributes:
-        names: New name by old path; the new name has no path, it stays where it is.
+        names: New name by old path. The new name has no path: a field stays in its struct.
     """
 
     names: Mapping[str, str]
@@ -299,7 +317,7 @@ class RenameColumns(Operation):
     def __post_init__(self) -> None:
         checked_names("RenameColumns", self.names.keys())
         checked_new("RenameColumns", self.names.values())
-        new = self._new
+        new = self._new_paths
         checked_names("RenameColumns", new.values())
         if any(old == target for old, target in new.items()):
             raise InvalidMigrationError(
@@ -308,7 +326,7 @@ class RenameColumns(Operation):
         object.__setattr__(self, "names", dict(self.names))
 
     @property
-    def _new(self) -> dict[str, str]:
+    def _new_paths(self) -> dict[str, str]:
         """New path by old path."""
         result = {}
         for old, name in self.names.items():
@@ -322,8 +340,8 @@ class RenameColumns(Operation):
 
     @property
     def shows(self) -> bool:
-        """A permutation of the same names cannot be told from the schema alone."""
-        return set(self.names) != set(self._new.values())
+        """Whether the names change; a permutation of the same names may leave the schema equal."""
+        return set(self.names) != set(self._new_paths.values())
 
     def describe(self) -> str:
         return "rename " + ", ".join(f"{old} to {new}" for old, new in self.names.items())
@@ -333,14 +351,14 @@ class RenameColumns(Operation):
             return ()
         return (
             (
-                f"{', '.join(self.names)}: code that knows the old name fails from then on; in a "
+                f"{', '.join(self.names)}: code that uses the old name fails afterwards; in a "
                 "rolling deploy add the new column, write both, and drop the old one later."
             ),
         )
 
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
-        new = self._new
+        new = self._new_paths
         gone = set(new) - set(new.values())
         if (
             self.shows
@@ -350,22 +368,19 @@ class RenameColumns(Operation):
             return before
         for old in new:
             if not before.has(old):
-                raise self.refuse(
-                    f"there is no column {old!r}.",
-                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
-                )
+                raise self.refuse_missing_column(before, old)
         for path in set(new.values()) - set(new):
             if before.has(path):
                 raise self.refuse(
                     f"column {path!r} exists already.", "Choose another name, or rename both."
                 )
         refuse_embedding(self, before, self.names)
-        changes = {old: _renaming(name) for old, name in self.names.items()}
+        changes = {old: _rename_to(name) for old, name in self.names.items()}
         schema = paths.changed(before.schema, changes)
         return TableState(schema, tuple(index.renamed(self.names) for index in before.indexes))
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...]:
-        back = {new: paths.split(old)[1] for old, new in self._new.items()}
+        back = {new: paths.split(old)[1] for old, new in self._new_paths.items()}
         return (RenameColumns(back, table=self.table),)
 
     def done(self, state: TableState | None, witness: str) -> bool:
@@ -376,7 +391,7 @@ class RenameColumns(Operation):
     async def apply(self, target: Target) -> int:
         renames = [{"path": old, "rename": new} for old, new in self.names.items()]
         if not self.shows:
-            # The witness is renamed by the same commit, so that a second run can tell.
+            # The same commit renames the witness, by which a second run sees that it was made.
             if not self.existing(target.state).has(target.witness):
                 await target.add_columns([pa.field(target.witness, pa.bool_())])
             renames.append({"path": target.witness, "rename": f"{target.witness}_done"})
@@ -384,17 +399,20 @@ class RenameColumns(Operation):
         return 0
 
 
-def _renaming(name: str) -> paths.Change:
+def _rename_to(name: str) -> paths.Change:
     return lambda old: old.with_name(name)
 
 
 @dataclass(frozen=True, slots=True)
 class SetMetadata(Operation):
-    """Set entries of a column's metadata; others stay. `None` removes one.
+    """Set entries of a column's metadata, and leave the other entries as they are.
+
+    It is one metadata commit, which neither readers nor writers notice. It is undone by setting
+    the earlier values.
 
     Attributes:
         column: The column, by path.
-        metadata: Text by key.
+        metadata: Text by key; `None` removes the entry.
     """
 
     column: str
@@ -406,7 +424,8 @@ class SetMetadata(Operation):
         for key, value in self.metadata.items():
             if value is not None and not isinstance(value, str):
                 raise InvalidMigrationError(
-                    f"SetMetadata: {value!r} for {key!r} is not text.", "Give text, or None."
+                    f"SetMetadata: {value!r} for {key!r} is not text.",
+                    "Give text, or None to remove the entry.",
                 )
         object.__setattr__(self, "metadata", dict(self.metadata))
 
@@ -420,10 +439,7 @@ class SetMetadata(Operation):
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
         if not before.has(self.column):
-            raise self.refuse(
-                f"there is no column {self.column!r}.",
-                f"Its columns are {', '.join(f.name for f in before.fields())}.",
-            )
+            raise self.refuse_missing_column(before, self.column)
 
         def described(old: pa.Field[Any]) -> pa.Field[Any]:
             entries = {**metadata_text(old.metadata), **self.metadata}
@@ -436,7 +452,7 @@ class SetMetadata(Operation):
         return TableState(schema, before.indexes)
 
     def done(self, state: TableState | None, witness: str) -> bool:
-        self.evolve(state)  # refuses where there is no such column
+        self.evolve(state)  # raises if there is no such column
         have = metadata_text(self.existing(state).column(self.column).metadata)
         return all(have.get(key) == value for key, value in self.metadata.items())
 

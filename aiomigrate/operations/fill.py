@@ -1,6 +1,7 @@
-"""`Backfill`: a column computed by a function of the user's, row by row, never paid for twice.
+"""`Backfill`: fills a column by a user's function; committed results are never computed again.
 
-How the calls are made, retried and committed is for `filling`; here is what they are.
+This module declares which rows to fill and how. `backfill.engine` makes the calls, retries them
+and commits the results.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from aiomigrate.schema.sql import checked_names, quote
 from aiomigrate.schema.state import WITNESS_PREFIX, Index, TableState, remember, remembered
 
 FillFunction = Callable[[pa.RecordBatch], Any | Awaitable[Any]]
-"""From a batch of rows to one value for each: an Arrow or numpy array, or a sequence."""
+"""From a batch of rows to one value for each row: an Arrow or numpy array, or a sequence."""
 
-LISTED = 100
-"""How many poison rows are told with key and error; the others are counted."""
+MAX_LISTED = 100
+"""Poison rows that are listed with key and error; further ones are only counted."""
 
 
 class OnPoison(enum.Enum):
-    """What becomes of a migration with rows that the function fails for."""
+    """What a migration does with poison rows: rows for which the function fails."""
 
-    FAIL = "fail"  # the others are filled, then it fails; the next run tries those rows again
-    LIST = "list"  # they stay NULL, and are listed in report and history
+    FAIL = "fail"  # it fills the other rows, then fails; the next run retries the poison rows
+    LIST = "list"  # it leaves them NULL, and lists them in report and history
 
 
 class Engine(enum.Enum):
     """Where a function is called."""
 
-    LOCAL = "local"  # in this process: resumable to the call, beside any writer
-    RAY = "ray"  # on a Ray cluster, the rows that are there first in one commit
+    LOCAL = "local"  # in this process: it resumes after every commit, and does not block writers
+    RAY = "ray"  # on a Ray cluster: the rows present at the start, in one commit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +47,18 @@ class Pace:
     """How a function is called, and how often its results are committed.
 
     Attributes:
-        batch_rows: Rows given to the function at once.
-        concurrency: Calls in flight.
-        calls_per_s: Calls begun per second, `None` for no limit.
-        attempts: How often a batch is tried; between two tries it waits, longer each time.
-        chunk_rows: Rows of one commit, `None` to follow the table's fragments, which writes each
-            value once, up to some 100 MB.
-        checkpoint_s: Seconds after which results are committed even if their chunk is not full:
-            what a kill can cost, besides the calls in flight.
-        drain_s: Seconds that calls in flight have to end when the run is cancelled.
+        batch_rows: Rows per call.
+        concurrency: Calls that run at the same time.
+        calls_per_s: Most calls started per second, `None` for no limit.
+        attempts: Most calls for one batch; the pause before each retry grows.
+        chunk_rows: Rows per commit. `None` follows the table's fragments, up to some 100 MB per
+            commit, so that each value is written once.
+        checkpoint_s: Seconds after which results are committed even if their chunk is not full.
+            A crash loses at most these results and the calls in flight.
+        drain_s: Seconds that calls in flight get to finish after the run is cancelled.
+
+    Raises:
+        InvalidMigrationError: A value is not a positive number.
     """
 
     batch_rows: int = 256
@@ -71,34 +75,34 @@ class Pace:
             if value is None and name == "chunk_rows":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidMigrationError(f"Pace: {name}={value!r}.", "Give 1 or more.")
+                raise InvalidMigrationError(f"Pace: {name}={value!r}.", "Give an integer from 1.")
         for name in ("calls_per_s", "checkpoint_s", "drain_s"):
             value = getattr(self, name)
             if value is None and name == "calls_per_s":
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-                raise InvalidMigrationError(f"Pace: {name}={value!r}.", "Give more than 0.")
+                raise InvalidMigrationError(f"Pace: {name}={value!r}.", "Give a number above 0.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filling:
-    """A column to fill: what `Target.fill` is given.
+    """A column to fill, as the argument of `Target.fill`.
 
     Attributes:
-        column: The column; rows where it is NULL are to do.
-        witness: Column of ours (int64) that holds, for a row that was done, the digest of the
-            values it was computed from: it is to do again when they have changed since.
-        errors: Column of ours (text) with what the function raised for a poison row.
+        column: The column; rows where it is NULL are filled.
+        witness: Temporary column (int64) with the digest of the values that a finished row was
+            computed from; the row is filled again if they have changed since.
+        errors: Temporary column (string) with the error of each poison row.
         key: Column that identifies a row.
-        sources: Columns given to the function.
+        sources: Columns that the function receives.
         function: The function.
-        where: SQL condition on the rows that are to do, `None` for all.
-        pace: How it is called.
-        max_poison: Poison rows after which it stops.
-        retries_poison: Whether rows that it failed for in an earlier run are tried again.
-        words: What is being done, for errors.
-        by_value: Whether the function is given a list of the values of the one source, equal ones
-            once and without NULLs, instead of a batch.
+        where: SQL condition on the rows to fill, `None` for all rows.
+        pace: How the function is called.
+        max_poison: Poison rows after which the fill stops.
+        retries_poison: Whether poison rows of an earlier run are tried again.
+        words: Description of the work, for errors.
+        by_value: Whether the function receives a list of values of the only source, each distinct
+            value once and without NULL, instead of a batch.
     """
 
     column: str
@@ -116,7 +120,7 @@ class Filling:
 
     @property
     def todo(self) -> str:
-        """SQL condition on the rows that may be to do: not yet, or done and perhaps changed."""
+        """SQL condition on the rows to look at: not filled, or filled and perhaps changed since."""
         column, witness = quote(self.column), quote(self.witness)
         begun = f"({column} IS NULL OR {witness} IS NOT NULL)"
         return begun if self.where is None else f"({self.where}) AND {begun}"
@@ -124,14 +128,14 @@ class Filling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What a function will be called for.
+    """The values of a source column, for which a function will be called.
 
     Attributes:
         rows: Rows with a value.
-        distinct: How many different values there are.
-        characters: The length of these, where they are text.
-        repeated: Digests of the values that more than one row has.
-        free_bytes: What the disk still takes, `None` where that is not known.
+        distinct: Number of distinct values.
+        characters: Total length of the distinct values, 0 if they are not text.
+        repeated: Digests of the values that several rows have.
+        free_bytes: Free disk space, `None` if it is not known.
     """
 
     rows: int
@@ -145,28 +149,30 @@ class Survey:
 class Backfill(Operation):
     """Fill a column by a function of each row, in the order of the table's fragments.
 
-    **The data itself is the progress.** A row is done once its value is committed, with a digest
-    of what it was computed from in a column of ours: after a kill, a cancellation or a failure
-    the next run goes on with the rows that are left, on any machine, and the function is called
-    again for at most what was in flight. Rows that others add or change meanwhile are seen and
-    done (again); what they change after it has ended is theirs: first release code that writes
-    the new column. Values that are there already, and that it did not write itself, stay.
+    **The data itself is the progress.** The commit that stores a value also stores a digest of its
+    source values in a temporary column. After a crash, a cancellation or a failure, the next run
+    resumes with the remaining rows, on any machine, and repeats only the calls whose results were
+    not committed. Rows that other writers add or change meanwhile are filled (again); rows that
+    they add after it has ended are not: first release code that writes the new column. It keeps
+    values that it did not write. Readers see each value as soon as it is committed.
 
-    A batch for which the function raises is tried again, with growing and random pauses (extra
-    `backfill`), then halved until the rows that it fails for are known; the others go on.
+    A batch for which the function raises is tried again after growing random pauses (extra
+    `backfill`), then halved until the poison rows are known; the other rows are filled. It is
+    undone by dropping the column with `AddColumns`, or by restoring the previous table version,
+    which a savepoint keeps.
 
     Attributes:
-        column: The nullable column to fill, such as `op.AddColumns` has added just before.
+        column: The nullable column to fill, for example one that `op.AddColumns` has just added.
         function: From a `pyarrow.RecordBatch` (columns `source`) to one value for each row, async
-            or plain; a plain one runs in a thread. `None` for a row leaves it NULL for good.
-        key: A column without NULLs whose values are unique, of a type that a BTree takes. It gets
-            a temporary index where it has none.
-        source: The columns that the function is given; by default all but the one to fill.
-        where: SQL condition on the rows to fill; by default all.
-        revision: Part of its identity: a corrected function goes on where the first one was,
-            unless this is changed too.
-        on_poison: What becomes of the migration when rows cannot be filled.
-        max_poison: Poison rows after which it stops at once: the function is broken, not the rows.
+            or plain; a plain function runs in a thread. `None` for a row leaves it NULL for good.
+        key: A column with unique values and without NULL, of a type that a BTree index takes. It
+            gets a temporary index if it has none.
+        source: The columns that the function receives; by default all except `column`.
+        where: SQL condition on the rows to fill; by default all rows.
+        revision: Part of its identity. A corrected function resumes where the earlier one stopped;
+            with another revision, all rows are filled again.
+        on_poison: What the migration does if rows cannot be filled.
+        max_poison: Poison rows after which it stops at once, as the function itself is broken.
         pace: How the function is called, and how often results are committed.
     """
 
@@ -186,14 +192,15 @@ class Backfill(Operation):
         if not callable(self.function):
             raise InvalidMigrationError(
                 f"Backfill: {self.function!r} is not a function.",
-                "Pass a function of a pyarrow.RecordBatch that returns a value for each row.",
+                "Pass a function of a pyarrow.RecordBatch that returns one value for each row.",
             )
         given = (self.source,) if isinstance(self.source, str) else tuple(self.source)
         if given:
             checked_names("Backfill", given)
         if self.column in given:
             raise InvalidMigrationError(
-                f"Backfill: column {self.column!r} is filled from itself.", "Name other columns."
+                f"Backfill: column {self.column!r} is filled from itself.",
+                "Name other columns in source=.",
             )
         object.__setattr__(self, "source", given)
 
@@ -201,7 +208,7 @@ class Backfill(Operation):
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
-            reversible="dropping the column with it, or restoring the table_version before",
+            reversible="dropping the column, or restoring the previous table version",
             commits="1 for each chunk",
         )
 
@@ -215,7 +222,7 @@ class Backfill(Operation):
 
     @property
     def identity(self) -> str | None:
-        """What makes it the same work for a corrected script: all but its function."""
+        """All fields that define the work, without the function, which may be corrected."""
         return f"backfill {self.column} {self.key} {self.source} {self.where} {self.revision}"
 
     def describe(self) -> str:
@@ -227,23 +234,20 @@ class Backfill(Operation):
         check_key(self, before, self.key)
         for column in (self.column, *self.source):
             if column not in before.schema.names:
-                raise self.refuse(
-                    f"there is no column {column!r}.",
-                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
-                )
+                raise self.refuse_missing_column(before, column)
         if not before.column(self.column).nullable:
             raise self.refuse(
-                f"column {self.column!r} forbids NULL, so no row is to do.",
-                "Allow it first with op.SetNullable.",
+                f"column {self.column!r} is NOT NULL, so there is no row to fill.",
+                "Allow NULL first with op.SetNullable.",
             )
         check_extra(self)
         return before
 
     def predict(self, state: TableState | None, witness: str) -> TableState:
-        return without_temporary(self.evolve(state), witness, self.key)
+        return without_temporary_index(self.evolve(state), witness, self.key)
 
     async def apply(self, target: Target) -> int:
-        await begin(target, target.witness, self.key, ())
+        await prepare_fill(target, target.witness, self.key, ())
         names = [f.name for f in self.existing(target.state).fields()]
         filled = await target.fill(
             Filling(
@@ -260,20 +264,20 @@ class Backfill(Operation):
                 words=self.describe(),
             )
         )
-        await end(target, target.witness, self.key)
-        await judge_poison(target, target.witness, self, self.key, self.on_poison)
+        await finish_fill(target, target.witness, self.key)
+        await report_poison(target, target.witness, self, self.key, self.on_poison)
         return filled
 
 
 def check_extra(operation: Operation) -> None:
-    """Refuses to begin without the libraries that calling a function takes.
+    """Checks that the libraries of the extra `backfill` are installed.
 
     Raises:
-        OperationError: They are not installed.
+        OperationError: One is not.
     """
     if find_spec("tenacity") is None or find_spec("aiolimiter") is None:
         raise operation.refuse(
-            "the libraries that it calls functions with are not installed.",
+            "it needs tenacity and aiolimiter, which are not installed.",
             "pip install 'aiomigrate[backfill]'",
         )
 
@@ -282,47 +286,46 @@ def check_key(operation: Operation, state: TableState, key: str) -> None:
     """Checks the column that identifies rows.
 
     Raises:
-        OperationError: There is none, or none that LanceDB can find rows by.
+        OperationError: It does not exist, or its type takes no BTree index.
     """
     if key not in state.schema.names:
-        raise operation.refuse(
-            f"there is no column {key!r}.",
-            f"Its columns are {', '.join(f.name for f in state.fields())}.",
-        )
+        raise operation.refuse_missing_column(state, key)
     if not can_index("BTree", state.column(key).type):
         raise operation.refuse(
-            f"rows cannot be found by {key!r}, which is {state.column(key).type}.",
+            f"key {key!r} is {state.column(key).type}, which takes no BTree index.",
             "Name a key of integers or text.",
         )
 
 
-async def begin(target: Target, witness: str, key: str, more: Sequence[pa.Field[Any]]) -> None:
-    """Adds the columns of ours that a filling needs, and an index on the key; or finds them.
+async def prepare_fill(
+    target: Target, witness: str, key: str, more: Sequence[pa.Field[Any]]
+) -> None:
+    """Adds the temporary columns of a fill and an index on the key, unless they exist.
 
     Args:
         target: The table.
-        witness: The column that will hold digests.
+        witness: The temporary column for digests.
         key: The column that identifies rows.
-        more: Columns to add with them.
+        more: Further columns to add in the same commit.
     """
     state = target.state
-    assert state is not None  # noqa: S101 - `evolve` was asked
+    assert state is not None  # noqa: S101 - `evolve` has checked it
     if remembered(state, witness) is None:
-        await target.add_columns([*columns_of(state, witness, key), *more])
+        await target.add_columns([*fill_columns(state, witness, key), *more])
     if not any(i == Index("BTree", (key,)) for i in (target.state or state).indexes):
         await target.create_index(Index("BTree", (key,)), {})
 
 
-def columns_of(state: TableState, witness: str, key: str) -> list[pa.Field[Any]]:
-    """Returns the columns of ours that a filling needs: digests, and errors."""
+def fill_columns(state: TableState, witness: str, key: str) -> list[pa.Field[Any]]:
+    """Returns the temporary columns of a fill: digests (int64) and errors (string)."""
     memory = {"temporary": not any(i == Index("BTree", (key,)) for i in state.indexes)}
     return [remember(witness, memory, pa.int64()), pa.field(f"{witness}_error", pa.string())]
 
 
-async def end(target: Target, witness: str, key: str) -> None:
-    """Drops the temporary index, and makes others cover again what the filling has moved."""
+async def finish_fill(target: Target, witness: str, key: str) -> None:
+    """Drops the temporary index, and updates the other indexes until they cover moved rows."""
     state = target.state
-    assert state is not None  # noqa: S101 - as above
+    assert state is not None  # noqa: S101 - `evolve` has checked it
     memory = remembered(state, witness) or {}
     for index in state.indexes:
         if index == Index("BTree", (key,)):
@@ -331,11 +334,11 @@ async def end(target: Target, witness: str, key: str) -> None:
             elif await target.uncovered(index):
                 await target.create_index(index, index.options)
         elif not any(c.startswith(WITNESS_PREFIX) for c in index.columns):
-            await target.cover(index, _COVER_S)
+            await target.cover(index, _INDEX_TIMEOUT_S)
 
 
-def without_temporary(state: TableState, witness: str, key: str) -> TableState:
-    """Returns a state without the index that only a filling needs, if it is there."""
+def without_temporary_index(state: TableState, witness: str, key: str) -> TableState:
+    """Returns a state without the temporary index on the key, if it exists."""
     memory = remembered(state, witness)
     if memory is None or not memory.get("temporary"):
         return state
@@ -343,13 +346,13 @@ def without_temporary(state: TableState, witness: str, key: str) -> TableState:
     return TableState(state.schema, kept)
 
 
-async def judge_poison(
+async def report_poison(
     target: Target, witness: str, operation: Operation, key: str, policy: OnPoison
 ) -> None:
-    """Tells of the rows that could not be filled, and ends as the policy says.
+    """Reports the rows that could not be filled, as the policy says; nothing if there are none.
 
     Raises:
-        PoisonRowsError: There are some, and the policy is to fail.
+        PoisonRowsError: There are such rows, and the policy is to fail.
     """
     errors = f"{witness}_error"
     condition = f"{quote(errors)} IS NOT NULL"
@@ -357,24 +360,24 @@ async def judge_poison(
     if not count:
         return
     listed: list[tuple[str, str]] = []
-    async for batch in target.batches(condition, [key, errors], LISTED):
+    async for batch in target.batches(condition, [key, errors], MAX_LISTED):
         listed += [(str(k), str(e)) for k, e in zip(*batch.to_pydict().values(), strict=True)]
-        if len(listed) >= LISTED:
+        if len(listed) >= MAX_LISTED:
             break
-    listed = listed[:LISTED]
+    listed = listed[:MAX_LISTED]
     if policy is OnPoison.LIST:
         target.add_fact("poison", {"rows": count, "listed": [list(row) for row in listed]})
         return
-    told = "; ".join(f"{key}={row}: {error}" for row, error in listed[:3])
+    examples = "; ".join(f"{key}={row}: {error}" for row, error in listed[:3])
     raise PoisonRowsError(
         f"{operation.describe()} on table {target.name!r}: the function failed for {count} "
-        f"row{'s' if count > 1 else ''} ({told}{'; …' if count > 3 else ''}). "
-        "The others are filled.",
-        "Correct the function or the rows and run again: only they are tried again. Or pass "
+        f"row{'s' if count > 1 else ''} ({examples}{'; …' if count > 3 else ''}). "
+        "The other rows are filled.",
+        "Correct the function or the rows and run again: only these rows are tried again. Or pass "
         "on_poison=op.OnPoison.LIST to leave them NULL.",
         rows=listed,
         count=count,
     )
 
 
-_COVER_S = 3600.0
+_INDEX_TIMEOUT_S = 3600.0

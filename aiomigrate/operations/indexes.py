@@ -1,4 +1,4 @@
-"""Operations on indexes."""
+"""Operations that create and drop indexes. Which type takes which kind is in `schema.index`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class CreateIndex(Operation):
     """Index a column, and wait until the index covers the rows that are there.
 
     An index of the same kind on the column is left as it is, unless it was built with other
-    `options`: then it is built anew. LanceDB does not tell every option (the number of partitions
-    is one); what it does not tell is taken as equal. An index of another kind stays beside it,
-    except that a vector index replaces a vector index (measured).
+    `options`: then it is built again. LanceDB does not report every option (the number of
+    partitions is one); an option that it does not report counts as equal. Indexes of other kinds
+    stay, except that a vector index replaces a vector index (measured). Readers and writers go on
+    while it is built. It is undone by dropping the index and creating the one it replaced.
 
     Attributes:
         column: The column to index, by path.
-        kind: One of `KINDS`, by default `BTree`.
+        kind: One of `schema.index.KINDS`, by default `BTree`.
         options: Keyword arguments of lancedb's configuration class of that kind.
-        timeout_s: Seconds to wait for coverage when rows were written while it was built.
+        timeout_s: Seconds to wait until it covers rows that were written while it was built.
     """
 
     column: str
@@ -37,11 +38,13 @@ class CreateIndex(Operation):
     def __post_init__(self) -> None:
         if not isinstance(self.column, str) or not self.column:
             raise InvalidMigrationError(
-                f"CreateIndex: {self.column!r} is not a column.", "Name one column."
+                f"CreateIndex: {self.column!r} is not a column.",
+                "Give the name of one column, as text.",
             )
         if self.kind not in KINDS:
             raise InvalidMigrationError(
-                f"CreateIndex: there is no kind {self.kind!r}.", f"Use one of {', '.join(KINDS)}."
+                f"CreateIndex: there is no kind {self.kind!r} of index.",
+                f"Use one of {', '.join(KINDS)}.",
             )
         object.__setattr__(self, "options", dict(self.options))
 
@@ -61,24 +64,21 @@ class CreateIndex(Operation):
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
         if not before.has(self.column):
-            raise self.refuse(
-                f"there is no column {self.column!r}.",
-                f"Its columns are {', '.join(f.name for f in before.fields())}.",
-            )
-        if self._fits(before):
+            raise self.refuse_missing_column(before, self.column)
+        if self._is_built(before):
             return before
         have = before.column(self.column)
         if not can_index(self.kind, have.type):
             fitting = [kind for kind in KINDS if can_index(kind, have.type)]
             raise self.refuse(
                 f"LanceDB builds no {self.kind} index on {spell(have)}.",
-                f"On that type it builds {', '.join(fitting)}."
+                f"Use one of {', '.join(fitting)}, which it builds on that type."
                 if fitting
-                else "It builds none on that type.",
+                else "Index another column: it builds no index on that type.",
             )
         return with_index(before, self.index)
 
-    def _fits(self, state: TableState) -> bool:
+    def _is_built(self, state: TableState) -> bool:
         wanted = self.index
         return any(
             index == wanted and all(index.options.get(k, v) == v for k, v in self.options.items())
@@ -87,15 +87,15 @@ class CreateIndex(Operation):
 
     def done(self, state: TableState | None, witness: str) -> bool:
         self.evolve(state)
-        return self._fits(self.existing(state))
+        return self._is_built(self.existing(state))
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...]:
         was = self.existing(before)
-        if self._fits(was):
+        if self._is_built(was):
             return ()
         made = with_index(was, self.index)
         replaced = [i for i in was.indexes if i not in made.indexes or i == self.index]
-        back = [_creating(index, self.table) for index in replaced]
+        back = [_create_again(index, self.table) for index in replaced]
         return (DropIndex(self.column, kind=self.kind, table=self.table), *back)
 
     async def apply(self, target: Target) -> int:
@@ -104,7 +104,7 @@ class CreateIndex(Operation):
         return 0
 
 
-def _creating(index: Index, table: str | None) -> CreateIndex:
+def _create_again(index: Index, table: str | None) -> CreateIndex:
     return CreateIndex(
         index.columns[0], kind=config_name(index.kind), options=index.options, table=table
     )
@@ -112,11 +112,14 @@ def _creating(index: Index, table: str | None) -> CreateIndex:
 
 @dataclass(frozen=True, slots=True)
 class DropIndex(Operation):
-    """Drop every index on a column. Nothing happens when there is none.
+    """Drop every index on a column. If there is none, the plan warns and nothing happens.
+
+    Each index is one metadata commit. Queries that used it still work, but read all rows. It is
+    undone by creating the indexes again.
 
     Attributes:
         column: The indexed column, by path.
-        kind: Only indexes of this kind, as in `CreateIndex`.
+        kind: Drops only indexes of this kind, one of `schema.index.KINDS`; by default all.
     """
 
     column: str
@@ -125,11 +128,13 @@ class DropIndex(Operation):
     def __post_init__(self) -> None:
         if not isinstance(self.column, str) or not self.column:
             raise InvalidMigrationError(
-                f"DropIndex: {self.column!r} is not a column.", "Name one column."
+                f"DropIndex: {self.column!r} is not a column.",
+                "Give the name of one column, as text.",
             )
         if self.kind is not None and self.kind not in KINDS:
             raise InvalidMigrationError(
-                f"DropIndex: there is no kind {self.kind!r}.", f"Use one of {', '.join(KINDS)}."
+                f"DropIndex: there is no kind {self.kind!r} of index.",
+                f"Use one of {', '.join(KINDS)}.",
             )
 
     @property
@@ -140,25 +145,25 @@ class DropIndex(Operation):
         return f"drop index of {self.column}"
 
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
-        if before is None or any(self._concerns(index) for index in before.indexes):
+        if before is None or any(self._matches(index) for index in before.indexes):
             return ()
         have = ", ".join(str(index) for index in before.indexes) or "none"
         return (f"{self.column}: there is no index to drop; the indexes are {have}.",)
 
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
-        return TableState(before.schema, tuple(i for i in before.indexes if not self._concerns(i)))
+        return TableState(before.schema, tuple(i for i in before.indexes if not self._matches(i)))
 
-    def _concerns(self, index: Index) -> bool:
+    def _matches(self, index: Index) -> bool:
         kind = None if self.kind is None else REPORTED.get(self.kind, self.kind)
         return index.columns == (self.column,) and kind in (None, index.kind)
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...]:
         was = self.existing(before).indexes
-        return tuple(_creating(index, self.table) for index in was if self._concerns(index))
+        return tuple(_create_again(index, self.table) for index in was if self._matches(index))
 
     async def apply(self, target: Target) -> int:
         for index in self.existing(target.state).indexes:
-            if self._concerns(index):
+            if self._matches(index):
                 await target.drop_index(index.name)
         return 0

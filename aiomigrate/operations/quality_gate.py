@@ -1,4 +1,7 @@
-"""Judging embedding models: whether one is the same as before, and whether its vectors are good."""
+"""Checks of embedding models: whether a model is the same as before, and its vectors good enough.
+
+Everything except `answers_of` is pure. `operations.reembed` decides when to check.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,21 @@ Vector = Sequence[float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Thresholds for new vectors, measured on sampled rows before they are used.
+    """Thresholds for new vectors, measured on sampled rows before the vectors are used.
+
+    All shares are from 0 to 1.
 
     Attributes:
-        sample: Rows that are looked at.
-        neighbours: How many nearest rows are compared between the old column and the new one.
-        min_overlap: Mean share of them that must be the same, 0 to 1. Models differ: a good one
-            may well change half of them, one that is broken shares next to none.
-        max_missing: Share of all rows with a source that may have no new vector.
-        max_zero: Share of the sample that may have a vector of length 0.
-        max_duplicates: Share of the sample, of different sources, that may share one vector.
+        sample: Rows in the sample.
+        neighbours: Nearest rows that are compared between the old column and the new one.
+        min_overlap: Smallest mean share of nearest rows that both columns have in common. A good
+            model may change half of them; a broken model has almost none in common.
+        max_missing: Largest share of the rows with a source that have no new vector.
+        max_zero: Largest share of the sample with a vector of length 0.
+        max_duplicates: Largest share of the sample with a vector that another source has too.
+
+    Raises:
+        InvalidMigrationError: A value is out of its range.
     """
 
     sample: int = 100
@@ -41,22 +49,22 @@ class Gate:
         for name in ("sample", "neighbours"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidMigrationError(f"Gate: {name}={value!r}.", "Give 1 or more.")
+                raise InvalidMigrationError(f"Gate: {name}={value!r}.", "Give an integer from 1.")
         for name in ("min_overlap", "max_missing", "max_zero", "max_duplicates"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise InvalidMigrationError(f"Gate: {name}={value!r}.", "Give 0 to 1.")
+                raise InvalidMigrationError(f"Gate: {name}={value!r}.", "Give a share, 0 to 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What was measured of one row.
+    """The measurements of one sampled row.
 
     Attributes:
         key: The row's key.
-        source: What its vector was computed from, or something equal for equal ones.
+        source: The value its vector was computed from, or a text that is equal for equal values.
         vector: Its new vector.
-        old: Keys of its nearest rows by the old column, `None` where it has no old vector.
+        old: Keys of its nearest rows by the old column, `None` if it has no old vector.
         new: Keys of its nearest rows by the new column.
     """
 
@@ -69,18 +77,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateReport:
-    """What the gate measured. `str()` is for people.
+    """The measurements of a quality gate. `str()` is one sentence for people.
 
     Attributes:
         rows: Rows with a source.
-        missing: Share of them without a new vector.
-        sample: Rows that were looked at.
-        compared: Those of them that have an old vector too.
-        overlap: Mean share of common neighbours, `None` where nothing could be compared.
-        zero: Share of the sample whose vector has length 0.
-        duplicates: Share of the sample that shares its vector with another source.
+        missing: Share of these rows without a new vector.
+        sample: Rows in the sample.
+        compared: Sampled rows that also have an old vector.
+        overlap: Mean share of common neighbours, `None` if no row could be compared.
+        zero: Share of the sample with a vector of length 0.
+        duplicates: Share of the sample with a vector that another source has too.
         norm: Smallest, mean and largest length of a vector.
-        failures: What is beyond its threshold, one sentence each.
+        failures: The measurements beyond their thresholds, one phrase each.
     """
 
     rows: int
@@ -95,7 +103,7 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the new vectors are good enough."""
+        """Whether all measurements are within their thresholds."""
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,26 +112,29 @@ class GateReport:
         return {**out, "norm": list(self.norm), "failures": list(self.failures)}
 
     def __str__(self) -> str:
-        overlap = "nothing to compare" if self.overlap is None else f"{self.overlap:.1%}"
         low, mean, high = self.norm
-        same = f"{overlap} of their neighbours are the same ({self.compared} compared)"
+        overlap = (
+            "no old vectors to compare"
+            if self.overlap is None
+            else f"{self.overlap:.1%} of their neighbours are the same ({self.compared} compared)"
+        )
         lines = [
             f"{self.rows} rows with a source, {self.missing:.2%} of them without a new vector",
-            f"{self.sample} sampled: {same}",
-            f"{self.duplicates:.1%} share a vector with another source, {self.zero:.1%} are zero",
+            f"{self.sample} sampled: {overlap}",
+            f"{self.duplicates:.1%} have the vector of another source, {self.zero:.1%} are zero",
             f"length of the vectors: {low:.3g} to {high:.3g}, mean {mean:.3g}",
         ]
         return "; ".join(lines) + "."
 
 
 def judge(gate: Gate, *, rows: int, missing: int, samples: Sequence[Sample]) -> GateReport:
-    """Judges new vectors.
+    """Compares new vectors with the thresholds. Pure.
 
     Args:
         gate: The thresholds.
-        rows: Rows that have a source.
-        missing: Those of them that have no new vector.
-        samples: What was measured of some; none where the table is empty.
+        rows: Rows with a source.
+        missing: Rows with a source and without a new vector.
+        samples: The sampled rows; empty for an empty table.
     """
     norms = [math.sqrt(sum(x * x for x in sample.vector)) for sample in samples]
     shares = [
@@ -158,7 +169,7 @@ def judge(gate: Gate, *, rows: int, missing: int, samples: Sequence[Sample]) -> 
         failures.append(f"{measured.zero:.1%} of the vectors are zero (max_zero={gate.max_zero:g})")
     if measured.duplicates > gate.max_duplicates:
         failures.append(
-            f"{measured.duplicates:.1%} of the rows share their vector with another source "
+            f"{measured.duplicates:.1%} of the rows have the vector of another source "
             f"(max_duplicates={gate.max_duplicates:g})"
         )
     values = {name: getattr(measured, name) for name in measured.__slots__}
@@ -166,26 +177,26 @@ def judge(gate: Gate, *, rows: int, missing: int, samples: Sequence[Sample]) -> 
 
 
 MODEL = "aiomigrate:model"
-"""Key of the field metadata that says which model a vector column is of."""
+"""Key in a vector column's metadata for the name of its model."""
 
 PROBES = (
     "aiomigrate",
     "The quick brown fox jumps over the lazy dog.",
     "7 + 5 = 12; 東京, Zürich, naïve",
 )
-"""Texts by which a model is known again."""
+"""Texts whose vectors identify a model of text."""
 
 SAME_MODEL = 0.999
-"""Cosine similarity of two vectors of one text by one model: services round."""
+"""Smallest cosine similarity of two vectors of one text by one model: services round values."""
 
 
 def default_probes(kind: pa.DataType) -> tuple[str, ...]:
-    """Returns the texts by which a model of a text column is recognised; none for other types."""
+    """Returns the values that identify a model of such a column; none if it is not text."""
     return PROBES if pa.types.is_string(kind) or pa.types.is_large_string(kind) else ()
 
 
 def embed_function(function: Any) -> Callable[..., Any]:
-    """Returns what is called with a list of values."""
+    """Returns the callable that takes a list of values: a method of lancedb's functions."""
     found: Callable[..., Any] = getattr(function, "compute_source_embeddings", function)
     return found
 
@@ -197,7 +208,7 @@ def dimension_of(kind: Any) -> int | None:
 
 
 def similarity(one: Sequence[float], other: Sequence[float]) -> float:
-    """Returns the cosine similarity of two vectors, 0 where their dimensions differ."""
+    """Returns the cosine similarity of two vectors, 0 if their dimensions differ."""
     if len(one) != len(other):
         return 0.0
     lengths = math.sqrt(sum(x * x for x in one)) * math.sqrt(sum(x * x for x in other))
@@ -207,12 +218,12 @@ def similarity(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def refuse_other_model(doing: str, expected: Iterable[Vector], answers: Iterable[Vector]) -> None:
-    """Refuses a model that does not answer known texts as the one did that began the work.
+    """Refuses a model whose vectors of the probes differ from those at the start of the work.
 
     Args:
-        doing: The work and its table, in words.
-        expected: The vectors of the texts when it began.
-        answers: Their vectors now.
+        doing: The operation and its table, as text.
+        expected: The vectors at the start.
+        answers: The vectors now.
 
     Raises:
         ModelChangedError: One of them differs.
@@ -220,23 +231,23 @@ def refuse_other_model(doing: str, expected: Iterable[Vector], answers: Iterable
     for was, now in zip(expected, answers, strict=True):
         if (alike := similarity(was, now)) < SAME_MODEL:
             raise ModelChangedError(
-                f"{doing}: the model does not answer as it did when this began (similarity "
-                f"{alike:.3f} for one text): another one goes by its name.",
-                "Bring the first one back and run again, it goes on; or give the new one its own "
-                "name in model=, then all rows are embedded by that.",
+                f"{doing}: the model returns other vectors than at the start (similarity "
+                f"{alike:.3f} for one text), so another model has the same name.",
+                "Restore the first model and run again to resume; or give the new model its own "
+                "name in model=, and all rows are embedded by it.",
             )
 
 
 async def answers_of(
     target: Target, function: Any, probes: Sequence[Any], *, dimension: int, pace: Pace
 ) -> list[list[float]]:
-    """Returns a model's vectors of known texts, by which it is recognised; none without texts.
+    """Returns a model's vectors of the probes, rounded to 5 digits; empty without probes.
 
     Args:
         target: Calls the function.
         function: The model.
-        probes: The texts.
-        dimension: Of the vectors.
+        probes: The values to embed.
+        dimension: Length of a vector.
         pace: How the function is called.
 
     Raises:
@@ -250,11 +261,11 @@ async def answers_of(
 
 
 def registered_entry(function: Any, source: str, column: str) -> dict[str, Any] | None:
-    """Returns what lancedb stores of an embedding function; `None` for any other function.
+    """Returns lancedb's metadata entry of an embedding function; `None` for other functions.
 
     Args:
         function: The model.
-        source: The column it embeds.
+        source: The column that it embeds.
         column: The vector column.
     """
     dump = getattr(function, "safe_model_dump", None)

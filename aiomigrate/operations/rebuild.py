@@ -1,4 +1,7 @@
-"""Operations that stream all rows of a table: into itself, or into another one."""
+"""Operations that stream the rows of a table through a function: `Rebuild` and `CopyInto`.
+
+`Rebuild` writes into the same table, `CopyInto` into another one.
+"""
 
 from __future__ import annotations
 
@@ -23,63 +26,62 @@ from aiomigrate.schema.state import (
     kept_metadata,
     remember,
     remembered,
-    spell,
 )
 
 BatchFunction = Callable[[pa.RecordBatch], pa.RecordBatch | Awaitable[pa.RecordBatch]]
-"""From a batch of rows to a batch of rows; it may drop rows, or make more of one."""
+"""From a batch of rows to a batch of rows; it may drop rows, and add rows."""
 
 
 def _checked_function(what: str, function: object) -> None:
     if not callable(function):
         raise InvalidMigrationError(
             f"{what}: {function!r} is not a function.",
-            "Pass a function of a pyarrow.RecordBatch that returns one.",
+            "Pass a function of a pyarrow.RecordBatch that returns a pyarrow.RecordBatch.",
         )
 
 
-async def _call(
+async def _call_function(
     operation: Operation, function: BatchFunction | None, batch: pa.RecordBatch, wanted: pa.Schema
 ) -> pa.RecordBatch:
-    """Returns what a function makes of a batch.
+    """Returns the result of a function for a batch; the same batch without a function.
 
     Raises:
-        OperationError: It is no batch, or has columns by which values would be lost silently.
+        OperationError: The result is not a batch, or its columns would silently lose values.
     """
     if function is None:
         return batch
     result: Any = function(batch)
     if inspect.isawaitable(result):
         result = await result
-    name = _name(function)
+    name = _function_name(function)
     if not isinstance(result, pa.RecordBatch):
         raise operation.refuse(
             f"{name} returned {type(result).__name__}, not a RecordBatch.",
-            "Return a pyarrow.RecordBatch: `pa.RecordBatch.from_pylist(rows)` makes one of rows.",
+            "Return a pyarrow.RecordBatch; `pa.RecordBatch.from_pylist(rows)` converts rows.",
         )
     made, given, kept = result.schema.names, set(batch.schema.names), set(wanted.names)
     if len(set(made)) != len(made):
         twice = min(n for n in made if made.count(n) > 1)
-        raise operation.refuse(f"{name} returned two columns {twice!r}.", "Return each once.")
+        raise operation.refuse(
+            f"{name} returned two columns {twice!r}.", "Return each column once."
+        )
     if unknown := set(made) - kept - given:
         raise operation.refuse(
-            f"{name} returned a column {min(unknown)!r} that the table is not to have.",
-            "Name it in the schema (Rebuild(schema=...)), or do not return it.",
+            f"{name} returned a column {min(unknown)!r} that the new table does not have.",
+            "Add it to the schema (op.Rebuild(schema=...)), or do not return it.",
         )
-    # A copy leaves the source as it is, and its function may be for quite another table.
+    # A copy keeps the source table, and the other table may have other columns.
     if isinstance(operation, Rebuild) and (left_out := (kept & given) - set(made)):
         raise operation.refuse(
             f"{name} left out column {min(left_out)!r}, which would lose its values.",
-            "Return it as well; if they are to go, as `pa.nulls(len(batch))`, or leave it out of "
-            "the schema.",
+            "Return it as well. To discard its values, return `pa.nulls(len(batch))`; to drop it, "
+            "leave it out of the schema.",
         )
     return result
 
 
-def fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Returns a batch in a schema: columns by name, cast where that loses nothing.
-
-    Columns that are missing are NULL.
+def cast_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Returns a batch in another schema: columns by name, cast without loss, missing ones NULL.
 
     Raises:
         pyarrow.ArrowException: A value does not fit.
@@ -92,7 +94,7 @@ def fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
             continue
         have = batch.column(position)
         try:
-            columns.append(_cast(have, wanted.type))
+            columns.append(_cast_array(have, wanted.type))
         except pa.ArrowException as exc:
             raise type(exc)(
                 f"column {wanted.name!r}, {have.type}, does not fit {wanted.type}: {exc}"
@@ -100,8 +102,8 @@ def fitted(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _cast(array: Any, kind: pa.DataType) -> Any:
-    """Returns an array as another type; fields of structs are taken by name, like columns."""
+def _cast_array(array: Any, kind: pa.DataType) -> Any:
+    """Returns an array as another type; fields of structs are matched by name, like columns."""
     if array.type == kind:
         return array  # a cast would copy
     if not (pa.types.is_struct(kind) and pa.types.is_struct(array.type)):
@@ -109,7 +111,7 @@ def _cast(array: Any, kind: pa.DataType) -> Any:
     wanted: Any = kind
     fields = [wanted.field(position) for position in range(wanted.num_fields)]
     parts = [
-        _cast(pc.struct_field(array, [field.name]), field.type)
+        _cast_array(pc.struct_field(array, [field.name]), field.type)
         if array.type.get_field_index(field.name) >= 0
         else pa.nulls(len(array), field.type)
         for field in fields
@@ -119,18 +121,21 @@ def _cast(array: Any, kind: pa.DataType) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Rebuild(Operation):
-    """Rewrite a table, batch by batch, in one commit; indexes are made again.
+    """Rewrite a table, batch by batch, in one commit, and create its indexes again.
 
-    Memory is bounded by the batch, whatever the size of the table. The commit would discard what
-    others commit meanwhile: that is detected, undone, and the table rebuilt again from what it
-    then is; after three such losses it stops with everything kept.
+    Memory is bounded by the batch, whatever the size of the table. The commit would discard the
+    commits of other writers during the rewrite: these are detected, restored, and the rewrite
+    starts again from the new rows; after three attempts it stops, and nothing is lost. Handles
+    opened before it are refused when they write, until they refresh. After a crash, a rewrite
+    that was not committed starts again. It is undone by restoring the previous table version,
+    which a savepoint keeps.
 
     Attributes:
-        function: From a `pyarrow.RecordBatch` to one, async or plain; by default rows stay as
-            they are. Columns are taken by name and cast; new ones that it does not return are
-            NULL. It may be called again for rows it has seen.
-        schema: The new fields; by default the present ones. A field left out of it is dropped.
-        batch_rows: Rows given to the function at once.
+        function: From a `pyarrow.RecordBatch` to another one, async or plain; by default rows
+            stay as they are. Columns are matched by name and cast; new columns that it does not
+            return are NULL. It may be called again for the same rows.
+        schema: The new fields; by default the present ones. Fields that it lacks are dropped.
+        batch_rows: Rows per call, 1 to 100,000.
     """
 
     function: BatchFunction | None = None
@@ -147,9 +152,9 @@ class Rebuild(Operation):
                     "Pass a pyarrow.Schema with at least one field.",
                 )
             checked_new("Rebuild", checked_names("Rebuild", self.schema.names))
-        if not 1 <= self.batch_rows <= _MOST_ROWS:
+        if not 1 <= self.batch_rows <= _MAX_BATCH_ROWS:
             raise InvalidMigrationError(
-                f"Rebuild: batch_rows={self.batch_rows!r}.", f"Give 1 to {_MOST_ROWS}."
+                f"Rebuild: batch_rows={self.batch_rows!r}.", f"Give 1 to {_MAX_BATCH_ROWS}."
             )
 
     @property
@@ -157,7 +162,7 @@ class Rebuild(Operation):
         return Traits(
             rewriting=True,
             destructive=True,
-            reversible="restoring the table_version before",
+            reversible="restoring the previous table version",
             commits="1, and 1 for each index",
         )
 
@@ -170,7 +175,7 @@ class Rebuild(Operation):
         return True
 
     def describe(self) -> str:
-        how = "" if self.function is None else f" by {_name(self.function)}"
+        how = "" if self.function is None else f" by {_function_name(self.function)}"
         return f"rebuild the table{how}"
 
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
@@ -178,8 +183,8 @@ class Rebuild(Operation):
             return ()
         return (
             (
-                f"{self.table}: handles opened before are refused when they write, until they are "
-                "refreshed."
+                f"{self.table}: writes through handles that were opened before it fail until the "
+                "handles are refreshed."
             ),
         )
 
@@ -191,7 +196,7 @@ class Rebuild(Operation):
                 if not before.has(new.name) and not new.nullable:
                     raise self.refuse(
                         f"column {new.name!r} is new and NOT NULL.",
-                        "Give a function that fills it.",
+                        "Give a function that returns its values, or make it nullable.",
                     )
         kept = [i for i in before.indexes if self._keeps(i, before, schema)]
         return TableState(schema, tuple(kept))
@@ -232,10 +237,10 @@ class Rebuild(Operation):
                 given = batch.select(
                     [n for n in batch.schema.names if not n.startswith(WITNESS_PREFIX)]
                 )
-                made = await _call(self, self.function, given, schema)
+                made = await _call_function(self, self.function, given, schema)
                 rows += len(batch)
                 target.progress(min(rows, total), total)
-                return fitted(made, whole)
+                return cast_batch(made, whole)
 
             await target.overwrite(whole, transform, batch_rows=self.batch_rows)
         memory = remembered(target.state, target.witness) or {}
@@ -244,26 +249,27 @@ class Rebuild(Operation):
         return rows
 
 
-def _name(function: object) -> str:
+def _function_name(function: object) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 @dataclass(frozen=True, slots=True)
 class CopyInto(Operation):
-    """Copy rows of another table into this one, those whose key is not there yet.
+    """Copy rows of another table into this one, unless it contains their key already.
 
-    To split a table: create the new ones, copy into each with `where`, then `Delete`. To merge
-    tables: copy each into one. After a crash it goes on: rows that are there are passed over, so
-    each is copied once.
+    To split a table, create the new tables, copy into each with `where`, then `Delete`. To merge
+    tables, copy each into one. Each batch is one commit, which readers see at once; the source is
+    not changed. After a crash it resumes: rows that exist are skipped, so each is copied once. It
+    is undone by restoring the previous table version, which a savepoint keeps.
 
     Attributes:
         source: The table to copy from.
-        key: The column that identifies a row in both: no two rows that are copied may have the
-            same, and none may have NULL. All keys are held in memory at once.
-        where: SQL condition on the source's rows; by default all.
+        key: The column that identifies a row in both tables: unique and without NULL among the
+            copied rows. All keys are held in memory at once.
+        where: SQL condition on the source's rows; by default all rows.
         function: From a `pyarrow.RecordBatch` of the source to one of this table, async or plain;
-            by default columns are taken by name. Those that are missing are NULL.
-        batch_rows: Rows of one commit.
+            by default columns are matched by name. Missing columns are NULL.
+        batch_rows: Rows per commit, 1 to 100,000.
     """
 
     source: str
@@ -277,16 +283,16 @@ class CopyInto(Operation):
         checked_new("CopyInto", checked_names("CopyInto", [self.key]))  # it has no path
         if self.function is not None:
             _checked_function("CopyInto", self.function)
-        if not 1 <= self.batch_rows <= _MOST_ROWS:
+        if not 1 <= self.batch_rows <= _MAX_BATCH_ROWS:
             raise InvalidMigrationError(
-                f"CopyInto: batch_rows={self.batch_rows!r}.", f"Give 1 to {_MOST_ROWS}."
+                f"CopyInto: batch_rows={self.batch_rows!r}.", f"Give 1 to {_MAX_BATCH_ROWS}."
             )
 
     @property
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
-            reversible="restoring the table_version before",
+            reversible="restoring the previous table version",
             commits="1 for each batch",
         )
 
@@ -312,10 +318,7 @@ class CopyInto(Operation):
     def evolve(self, state: TableState | None) -> TableState:
         before = self.existing(state)
         if not before.has(self.key):
-            raise self.refuse(
-                f"there is no column {self.key!r}.",
-                f"Its columns are {', '.join(f.name for f in before.fields())}.",
-            )
+            raise self.refuse_missing_column(before, self.key)
         return before
 
     def fold(self, states: Mapping[str, TableState | None]) -> dict[str, TableState | None]:
@@ -324,23 +327,22 @@ class CopyInto(Operation):
             if self.when_missing is Missing.SKIP:
                 return dict(states)
             raise self.refuse(
-                f"there is no table {self.source!r}.", "Name a table that exists by then."
+                f"there is no table {self.source!r}.",
+                "Name a table that exists, or that an earlier migration creates.",
             )
         after = Operation.fold(self, states)
         if self.source == self.table:
-            raise self.refuse("that is the table itself.", "Copy from another one.")
+            raise self.refuse("the source is the table itself.", "Copy from another table.")
         if self.function is None and not source.has(self.key):
-            raise self.refuse(
-                f"{self.source!r} has no column {self.key!r} to know its rows by.",
-                f"Its columns are {', '.join(f.name for f in source.fields())}.",
-            )
+            raise self.refuse_missing_column(source, self.key, table=self.source)
         into = after[self.table or ""]
         if self.function is None and into is not None:
             for new in into.fields():
                 if not new.nullable and not source.has(new.name):
                     raise self.refuse(
-                        f"{self.source!r} has no column {new.name!r}, which is {spell(new)}.",
-                        "Give a function that fills it.",
+                        f"table {self.source!r} has no column {new.name!r}, which is NOT NULL "
+                        f"({new.type}).",
+                        "Give a function that returns its values.",
                     )
         return after
 
@@ -358,8 +360,8 @@ class CopyInto(Operation):
             self._check_keys(keys)
         async for batch in source.batches(self.where, None, self.batch_rows):
             given = batch.select([f.name for f in self.existing(source.state).fields()])
-            made = await _call(self, self.function, given, schema)
-            rows = pa.Table.from_batches([fitted(made, schema)])
+            made = await _call_function(self, self.function, given, schema)
+            rows = pa.Table.from_batches([cast_batch(made, schema)])
             if self.function is not None:
                 keys += rows[self.key].chunks
                 self._check_keys(rows[self.key].chunks)
@@ -370,16 +372,16 @@ class CopyInto(Operation):
         return copied
 
     def _check_keys(self, keys: list[pa.Array[Any]]) -> None:
-        """Refuses rows that could not be told apart: all but the first would be passed over."""
+        """Refuses rows without a key of their own: all except the first would be skipped."""
         missing = sum(part.null_count for part in keys)
         found = sum(len(part) for part in keys) - missing
-        double = found - pc.count_distinct(pa.chunked_array(keys)).as_py() if found else 0
-        if missing or double:
+        duplicates = found - pc.count_distinct(pa.chunked_array(keys)).as_py() if found else 0
+        if missing or duplicates:
             raise self.refuse(
-                f"{missing} rows have no {self.key!r}, {double} have that of another row.",
-                "Give a key that identifies a row, or correct the rows of "
+                f"{missing} rows have no {self.key!r}, {duplicates} have that of another row.",
+                "Name a key that identifies a row, or correct the rows of table "
                 f"{self.source!r} first (op.Update, op.Delete).",
             )
 
 
-_MOST_ROWS = 100_000
+_MAX_BATCH_ROWS = 100_000

@@ -1,7 +1,7 @@
-"""`Reembed`: another embedding model for a table that is in use.
+"""`Reembed`: changes the embedding model of a table that is in use.
 
-A shadow column is filled, indexed and judged while the old one answers; one commit swaps them.
-How the model is called and its results are committed is for `filling`.
+A shadow column is filled, indexed and checked while searches use the old one; one commit swaps
+them. `backfill.engine` calls the model and commits its results.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from aiomigrate.operations.fill import (
     OnPoison,
     Pace,
     Survey,
-    begin,
     check_extra,
     check_key,
-    columns_of,
-    end,
-    judge_poison,
+    fill_columns,
+    finish_fill,
+    prepare_fill,
+    report_poison,
 )
 from aiomigrate.operations.indexes import CreateIndex
 from aiomigrate.operations.quality_gate import (
@@ -61,43 +61,41 @@ from aiomigrate.text import bytes_text
 class Reembed(Operation):
     """Change the embedding model of a vector column, while the table is in use.
 
-    A shadow column is filled by the new model (as by `Backfill`: resumable, nothing paid twice,
-    equal sources paid once), indexed like the old one, and judged by a quality gate; then one
-    commit puts it in the place of the old column, which is kept under another name until a later
-    migration drops it (`op.DropColumns(keep)` with `contracts=`). Undoing swaps them back, in
-    milliseconds; rows that were added since then have no old vector.
+    A shadow column is filled by the new model (as by `Backfill`: it resumes, embeds equal sources
+    once, and keeps committed results), indexed like the old one, and checked by a quality gate.
+    Then one commit swaps the columns; the old one stays under another name until a later migration
+    drops it (`op.DropColumns(keep)` with `contracts=`). Readers use the old vectors until the
+    swap. It is undone by swapping back, in milliseconds; rows added since have no old vector.
 
-    Rows that others add or change meanwhile are done (again), up to the swap and once after it.
-    A few known texts are embedded at the start and whenever it goes on: a model that answers
-    otherwise than it did is another one, and stops it before two models mix in one column.
+    Rows that other writers add or change meanwhile are embedded (again), until the swap and once
+    after it. A few probes are embedded at the start and at each resumption: if their vectors
+    differ, the model is another one, and the run stops before two models mix in one column.
 
     Attributes:
         column: The vector column.
         source: The column that vectors are computed from. Rows where it is NULL get no vector.
-        function: From a list of values to a vector for each, async or plain (then in a thread),
-            or one of lancedb's `EmbeddingFunction` objects. It is no part of the checksum:
-            `model` says what it is.
-        dimension: Of the new vectors.
-        model: The model's name and revision, recorded in the column's field metadata.
+        function: From a list of values to one vector for each, async or plain (then in a thread);
+            or one of lancedb's `EmbeddingFunction` objects. It is not in the checksum: `model`
+            identifies it.
+        dimension: Length of the new vectors, which are stored as float32.
+        model: The model's name and revision, recorded in the column's metadata.
         key: As in `Backfill`.
-        keep: What the old column is called afterwards; by default the column's name with `_old`.
-        index: The index of the new column: by default of the kind and with the options of the old
-            one's, as far as LanceDB tells them; `False` for none, or an `op.CreateIndex` of the
-            column.
+        keep: The later name of the old column; by default the column's name with `_old`.
+        index: The index of the new column: by default one of the kind and the reported options of
+            the old one's; `False` for none, or an `op.CreateIndex` of the column.
         gate: Thresholds for the new vectors.
-        readers_name_column: Searches that do not name their vector column fail while there are
-            two of one dimension, so a new model of the same dimension is refused unless this says
-            that all of them name it.
-        probes: Values of `source` by which the model is known again, where it is no text.
-        on_poison: What becomes of it when rows cannot be embedded. To leave some without a vector
-            takes a gate that allows it.
+        readers_name_column: Whether all searches name their vector column. Others fail while two
+            columns have one dimension, so a model of the same dimension is refused without it.
+        probes: Values of `source` that identify the model by their vectors; by default known texts
+            if `source` is text.
+        on_poison: What it does if rows cannot be embedded. To leave them without a vector, the
+            gate must allow it.
         max_poison: As in `Backfill`.
         pace: As in `Backfill`.
-        engine: `op.Engine.RAY` embeds the rows that are there at first on a Ray cluster (extra
-            `ray`; the function is sent to its workers, of which it uses `pace.concurrency`).
-            That is one commit without a checkpoint: a kill pays for it again, and a commit of
-            others meanwhile fails it, after which it is tried again, twice. What changes later
-            is embedded here.
+        engine: `op.Engine.RAY` embeds the rows present at the start on a Ray cluster (extra `ray`;
+            the function is sent to `pace.concurrency` workers). That is one commit without a
+            checkpoint: after a crash it is paid again, and if another writer commits meanwhile it
+            fails and is tried again, twice. Later changes are embedded by this process.
     """
 
     column: str = "vector"
@@ -126,7 +124,7 @@ class Reembed(Operation):
         if not callable(embed_function(self.function)):
             raise InvalidMigrationError(
                 f"Reembed: {self.function!r} is neither a function nor an embedding function.",
-                "Pass a function from a list of values to a list of vectors.",
+                "Pass a function from a list of values to a list of vectors, one for each value.",
             )
         is_number = isinstance(self.dimension, int) and not isinstance(self.dimension, bool)
         if not is_number or self.dimension < 1:
@@ -162,9 +160,9 @@ class Reembed(Operation):
 
     @property
     def identity(self) -> str | None:
-        """What makes it the same work for a corrected script: its columns and the model."""
-        told = (self.column, self.source, self.key, self.dimension, self.model)
-        return f"reembed {told}"
+        """Its columns and its model, without the function, which may be corrected."""
+        parts = (self.column, self.source, self.key, self.dimension, self.model)
+        return f"reembed {parts}"
 
     @property
     def surveyed(self) -> str | None:
@@ -172,20 +170,22 @@ class Reembed(Operation):
 
     def estimate(self, survey: Survey) -> tuple[str, ...]:
         payload = survey.rows * self.dimension * 4
-        told = [
+        needed = self._disk_needed(survey.rows)
+        lines = [
             (
-                f"{self.describe()}: {survey.rows} rows, {survey.distinct} different sources with "
-                f"{survey.characters} characters to pay for; {bytes_text(payload)} of vectors "
-                f"to write{'' if self.index is False else ', and an index to build on them'}; "
-                f"up to {bytes_text(self._needs(survey.rows))} of disk meanwhile."
+                f"{self.describe()}: {survey.rows} rows; {survey.distinct} distinct sources with "
+                f"{survey.characters} characters to embed; {bytes_text(payload)} of vectors to "
+                f"write{'' if self.index is False else ', and an index to build on them'}; "
+                f"up to {bytes_text(needed)} of additional disk space."
             )
         ]
-        if survey.free_bytes is not None and survey.free_bytes < self._needs(survey.rows):
-            told.append(f"{self.describe()}: the disk has {bytes_text(survey.free_bytes)} only.")
-        return tuple(told)
+        if survey.free_bytes is not None and survey.free_bytes < needed:
+            free = bytes_text(survey.free_bytes)
+            lines.append(f"{self.describe()}: the disk has only {free} free; make room first.")
+        return tuple(lines)
 
-    def _needs(self, rows: int) -> int:
-        """Returns about how many bytes the disk holds more at the peak: vectors and index."""
+    def _disk_needed(self, rows: int) -> int:
+        """Returns about how many additional bytes vectors and index take at the peak."""
         return int(rows * (self.dimension * 4 + 64) * (1.3 if self.index is False else 2.4))
 
     def describe(self) -> str:
@@ -194,20 +194,20 @@ class Reembed(Operation):
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
         if before is None or not before.has(self.column) or self._is_swapped(before):
             return ()
-        told = [
+        warnings = [
             (
                 f"{self.column}: code that searches with vectors of the old model, or writes them, "
-                f"must be replaced by code for {self.model} at the swap; the old ones stay in "
+                f"must be replaced by code for {self.model} at the swap; the old vectors stay in "
                 f"{self.keep!r}."
             )
         ]
         named = embedding_columns(before.schema)
         if self.column in named and not hasattr(self.function, "safe_model_dump"):
-            told.append(
+            warnings.append(
                 f"{self.column}: the table's embedding function {named[self.column]!r} no longer "
-                "fills it on add(): writers must give vectors."
+                "fills it on add(); writers must give vectors."
             )
-        return tuple(told)
+        return tuple(warnings)
 
     def _is_swapped(self, state: TableState) -> bool:
         return state.has(self.keep) and self._is_new(state.column(self.column))
@@ -224,16 +224,14 @@ class Reembed(Operation):
         check_key(self, before, self.key)
         for column in (self.column, self.source):
             if column not in before.schema.names:
-                raise self.refuse(
-                    f"there is no column {column!r}.",
-                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
-                )
+                raise self.refuse_missing_column(before, column)
         if self._is_swapped(before):
             return before
         check_extra(self)
         if self.engine is Engine.RAY and find_spec("lance_ray") is None:
             raise self.refuse(
-                "lance-ray is not installed.", "pip install 'aiomigrate[ray]', here and there."
+                "lance-ray is not installed.",
+                "pip install 'aiomigrate[ray]', here and on the cluster.",
             )
         self._check_columns(before)
         fields = [f for f in before.schema if f.name != self.column]
@@ -251,25 +249,25 @@ class Reembed(Operation):
         old = before.column(self.column)
         if not pa.types.is_fixed_size_list(old.type):
             raise self.refuse(
-                f"column {self.column!r} is {old.type}, no vector.", "Name the vector column."
+                f"column {self.column!r} is {old.type}, not a vector.", "Name a vector column."
             )
         if before.has(self.keep):
             raise self.refuse(
-                f"there is a column {self.keep!r} already, where the old vectors would be kept.",
-                "Drop it, or choose another name with keep=.",
+                f"column {self.keep!r} exists already, so it cannot keep the old vectors.",
+                "Drop it first, or choose another name with keep=.",
             )
         if self._is_new(old):
             raise self.refuse(
-                f"column {self.column!r} is of that model already.",
-                "Give another model, or another revision of it.",
+                f"column {self.column!r} has vectors of {self.model} already.",
+                "Give another model, or another revision, in model=.",
             )
         same = [f.name for f in before.fields() if dimension_of(f.type) == self.dimension]
         if same and not self.readers_name_column:
             raise self.refuse(
-                f"column {same[0]!r} has {self.dimension} dimensions too: while both are there, "
-                "every search that does not name its column fails.",
-                'First release code that names it (.column("vector")), then pass '
-                "readers_name_column=True; or re-embed to another dimension.",
+                f"column {same[0]!r} has {self.dimension} dimensions too: while both exist, every "
+                "search that does not name its column fails.",
+                f'First release code that names it (.column("{self.column}")), then pass '
+                "readers_name_column=True; or embed to another dimension.",
             )
         if self.column in embedding_columns(before.schema):
             self._check_pylance(before)
@@ -279,19 +277,19 @@ class Reembed(Operation):
             name = embedding_columns(before.schema)[self.column]
             raise self.refuse(
                 f"the table's embedding function {name!r} fills column {self.column!r} on add(), "
-                "by the old model, and lancedb alone cannot change that.",
+                "by the old model, and lancedb alone cannot replace it.",
                 "pip install 'aiomigrate[lance]', or first op.Rebuild() the table without it.",
             )
 
     def _index(self, before: TableState) -> Index | None:
-        """Returns the index of the new column, called as if it were in place already."""
+        """Returns the index of the new column, under the column's name after the swap."""
         if self.index is False:
             return None
         if isinstance(self.index, CreateIndex):
             return self.index.index
         for index in before.indexes:
             if index.columns == (self.column,):
-                # What it was made of is of the old dimension.
+                # `num_sub_vectors` fits the old dimension only.
                 options = {k: v for k, v in index.options.items() if k != "num_sub_vectors"}
                 return Index(index.kind, (self.column,), options=options)
         return None
@@ -300,8 +298,8 @@ class Reembed(Operation):
         have = self.existing(state)
         memory = remembered(have, f"{witness}_fill")
         temporary = memory is not None and bool(memory.get("temporary"))
-        ours = (f"{witness}_new", *([self.key] if temporary else []))
-        kept = tuple(i for i in have.indexes if i.columns[0] not in ours)
+        unwanted = (f"{witness}_new", *([self.key] if temporary else []))
+        kept = tuple(i for i in have.indexes if i.columns[0] not in unwanted)
         after = self.evolve(TableState(have.schema, kept))
         fields = [f for f in after.schema if f.name != f"{witness}_new"]
         return TableState(pa.schema(fields), after.indexes)
@@ -322,19 +320,19 @@ class Reembed(Operation):
 
     async def apply(self, target: Target) -> int:
         shadow, fill = f"{target.witness}_new", f"{target.witness}_fill"
-        await self._know(target)
+        await self._start_or_resume(target)
         rows = 0
         if not self._is_swapped(self.existing(target.state)):
             rows += await target.fill(self._filling(shadow, fill))
-            await judge_poison(target, fill, self, self.key, self.on_poison)
-            await self._build(target, shadow)
-            await self._judge(target, shadow)
-            # What was written while the index was built; then there is little left to come.
+            await report_poison(target, fill, self, self.key, self.on_poison)
+            await self._build_index(target, shadow)
+            await self._check_quality(target, shadow)
+            # Rows written while the index was built, so that few are left after the swap.
             rows += await target.fill(self._filling(shadow, fill))
             await self._swap(target, shadow)
         rows += await target.fill(self._filling(self.column, fill))
-        await self._embed_from_now_on(target)
-        await end(target, fill, self.key)
+        await self._register_function(target)
+        await finish_fill(target, fill, self.key)
         return rows
 
     def _filling(self, column: str, fill: str) -> Filling:
@@ -355,11 +353,11 @@ class Reembed(Operation):
 
     # ---- the model ------------------------------------------------------------------------------
 
-    async def _know(self, target: Target) -> None:
-        """Begins: the shadow with what the model answers to known texts; or knows it again.
+    async def _start_or_resume(self, target: Target) -> None:
+        """Adds the shadow column and records the vectors of the probes, or compares these.
 
         Raises:
-            ModelChangedError: It answers otherwise.
+            ModelChangedError: The model returns other vectors than at the start.
             OperationError: The disk is too small.
         """
         state = self.existing(target.state)
@@ -375,33 +373,33 @@ class Reembed(Operation):
             embedded = self.column in embedding_columns(state.schema)
             model = remember(f"{target.witness}_model", {"answers": answers, "embedded": embedded})
             if self.engine is Engine.LOCAL:
-                await begin(target, fill, self.key, [new, model])
+                await prepare_fill(target, fill, self.key, [new, model])
                 return
             await target.add_columns([model])
         if self.engine is Engine.RAY and remembered(target.state, fill) is None:
             await target.compute(
                 embed_function(self.function),
                 self.source,
-                [new, *columns_of(self.existing(target.state), fill, self.key)],
+                [new, *fill_columns(self.existing(target.state), fill, self.key)],
                 batch_rows=self.pace.batch_rows,
                 workers=self.pace.concurrency,
             )
-        await begin(target, fill, self.key, [new])
+        await prepare_fill(target, fill, self.key, [new])
         expected = (memory or {"answers": answers})["answers"]
         refuse_other_model(f"{self.describe()} on table {target.name!r}", expected, answers)
 
     async def _check_disk(self, target: Target) -> None:
         free = target.free_bytes()
-        needs = self._needs(await target.count_rows())
-        if free is not None and free < needs:
+        needed = self._disk_needed(await target.count_rows())
+        if free is not None and free < needed:
             raise self.refuse(
-                f"it needs up to {bytes_text(needs)} of disk, which has {bytes_text(free)}.",
+                f"it needs up to {bytes_text(needed)} of disk space; {bytes_text(free)} are free.",
                 "Make room, then run again.",
             )
 
     # ---- before the swap ------------------------------------------------------------------------
 
-    async def _build(self, target: Target, shadow: str) -> None:
+    async def _build_index(self, target: Target, shadow: str) -> None:
         state = self.existing(target.state)
         wanted = self._index(state)
         if wanted is None:
@@ -409,26 +407,26 @@ class Reembed(Operation):
         index = Index(wanted.kind, (shadow,), options=wanted.options)
         if index not in state.indexes:
             if not await target.count_rows(f"{quote(shadow)} IS NOT NULL"):
-                return  # LanceDB trains none on nothing
+                return  # LanceDB trains no index without vectors
             await target.create_index(index, wanted.options)
-        await target.cover(index, _COVER_S)
+        await target.cover(index, _INDEX_TIMEOUT_S)
 
-    async def _judge(self, target: Target, shadow: str) -> None:
-        """Measures the new vectors.
+    async def _check_quality(self, target: Target, shadow: str) -> None:
+        """Measures the new vectors, and adds the `GateReport` to the migration's report.
 
         Raises:
-            QualityGateError: They are beyond the thresholds.
+            QualityGateError: A measurement is beyond its threshold.
         """
         source, new, old = quote(self.source), quote(shadow), quote(self.column)
         rows = await target.count_rows(f"{source} IS NOT NULL")
-        done = quote(f"{target.witness}_fill")  # not what others have added since
+        done = quote(f"{target.witness}_fill")  # leaves out rows added since the fill
         missing = await target.count_rows(
             f"{source} IS NOT NULL AND {new} IS NULL AND {done} IS NOT NULL"
         )
         columns = [self.key, self.source, self.column, shadow]
         wanted = f"{new} IS NOT NULL"
-        drawn = await target.sample(wanted, columns, self.gate.sample, seed=self.model)
-        have = drawn.to_pylist()
+        sample = await target.sample(wanted, columns, self.gate.sample, seed=self.model)
+        have = sample.to_pylist()
         both = [row for row in have if row[self.column] is not None]
         share = f"{new} IS NOT NULL AND {old} IS NOT NULL"
         k = self.gate.neighbours
@@ -436,7 +434,7 @@ class Reembed(Operation):
             column: await target.nearest(column, [r[column] for r in both], k + 1, self.key, share)
             for column in (self.column, shadow)
         }
-        others = {
+        neighbours = {  # without the row itself
             column: [
                 [key for key in keys if key != row[self.key]][:k]
                 for row, keys in zip(both, found, strict=True)
@@ -452,47 +450,49 @@ class Reembed(Operation):
                     key=row[self.key],
                     source=json.dumps(row[self.source], default=repr),
                     vector=row[shadow],
-                    old=None if n is None else others[self.column][n],
-                    new=() if n is None else others[shadow][n],
+                    old=None if n is None else neighbours[self.column][n],
+                    new=() if n is None else neighbours[shadow][n],
                 )
             )
         report = judge(self.gate, rows=rows, missing=missing, samples=samples)
         target.add_fact("gate", report.to_dict())
         if not report.passed:
             raise QualityGateError(
-                f"{self.describe()} on table {target.name!r}: the new vectors are not good enough: "
-                f"{'; '.join(report.failures)}. Measured: {report} The old ones stay in use.",
-                "Look at the model. If it is as good as it can be, lower the threshold in gate= "
-                "and run again: nothing is embedded twice.",
+                f"{self.describe()} on table {target.name!r}: the new vectors fail the quality "
+                f"gate: {'; '.join(report.failures)}. Measured: {report} The old vectors stay in "
+                "use.",
+                "Check the model. If its vectors are acceptable, change thresholds in gate= and "
+                "run again: nothing is embedded twice.",
             )
 
     async def _swap(self, target: Target, shadow: str) -> None:
         if self.column in embedding_columns(self.existing(target.state).schema):
-            # Not the old model for new rows: without it they have no vector, and are swept.
-            await target.set_schema_metadata({EMBEDDING.decode(): self._without(target)})
+            # New rows must not get vectors of the old model: without one, the last fill adds it.
+            await target.set_schema_metadata({EMBEDDING.decode(): self._other_functions(target)})
         renames: list[dict[str, Any]] = [
-            {"path": self.column, "rename": self.keep, "nullable": True},  # new code leaves it out
+            {"path": self.column, "rename": self.keep, "nullable": True},  # writers leave it out
             {"path": shadow, "rename": self.column},
         ]
         await target.alter_columns(renames)
 
-    def _without(self, target: Target) -> str | None:
-        told = embeddings(self.existing(target.state).schema.metadata)
-        others = [dict(one) for one in told if one.get("vector_column") != self.column]
+    def _other_functions(self, target: Target) -> str | None:
+        """Returns the embedding functions of other columns as JSON, `None` if there are none."""
+        entries = embeddings(self.existing(target.state).schema.metadata)
+        others = [dict(entry) for entry in entries if entry.get("vector_column") != self.column]
         return json.dumps(others) if others else None
 
-    async def _embed_from_now_on(self, target: Target) -> None:
-        """Makes lancedb's own embedding function, if it is one, that of the column."""
+    async def _register_function(self, target: Target) -> None:
+        """Registers `function` for the column, if it is lancedb's and the column had one."""
         memory = remembered(self.existing(target.state), f"{target.witness}_model")
-        told = embedding_columns(self.existing(target.state).schema)
-        if memory is None or not memory.get("embedded") or self.column in told:
+        named = embedding_columns(self.existing(target.state).schema)
+        if memory is None or not memory.get("embedded") or self.column in named:
             return
-        mine = registered_entry(self.function, self.source, self.column)
-        if mine is None:
+        entry = registered_entry(self.function, self.source, self.column)
+        if entry is None:
             return
         others = embeddings(self.existing(target.state).schema.metadata)
-        text = json.dumps([*map(dict, others), mine])
+        text = json.dumps([*map(dict, others), entry])
         await target.set_schema_metadata({EMBEDDING.decode(): text})
 
 
-_COVER_S = 24 * 3600.0
+_INDEX_TIMEOUT_S = 24 * 3600.0

@@ -1,4 +1,7 @@
-"""Operations on rows: `Update` and `Delete` by SQL, and `Run`, an async Python function."""
+"""Operations on rows: `Update` and `Delete` by SQL, and `Run`, which calls an async function.
+
+Operations that call a function for each row are in `operations.fill` and `operations.rebuild`.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,22 @@ from aiomigrate.schema.state import TableState
 class Update(Operation):
     """Set columns of the rows that match, in one commit or, beside other writers, in batches.
 
-    Takes effect once: literal values may safely be set twice, and make no commit where no row
-    matches; SQL expressions, which may not, are guarded by a witness, a column of ours that the
-    same commit sets and that is dropped once the migration is recorded. An expression may use the
-    column it sets, but no other column that is set with it: LanceDB evaluates them one after
-    another in no fixed order (measured).
+    It takes effect once, also after a crash or a cancellation. Literals can safely be set twice,
+    and make no commit if no row matches. Expressions cannot: the same commit marks each row in a
+    witness, a temporary column that is dropped when the migration has been recorded. An
+    expression may use the column it sets, but no other column of the same `Update`: LanceDB
+    evaluates expressions one after another in no fixed order (measured).
+
+    It rewrites the matching rows. It is undone by restoring the previous table version, which a
+    savepoint keeps, or by dropping the columns that it filled.
 
     Attributes:
-        values: New value by column: text, numbers, booleans or `None`.
-        sql: New value by column as a SQL expression over the row (no `CASE WHEN`).
-        where: SQL condition; by default every row.
-        batch_rows: Rows of one commit; by default all in one where nobody else has committed to
-            the table lately, else some thousands. 0 forces one commit. A rewrite of many rows in
-            one commit would hold up writers that change them.
+        values: New value by column: text, number, boolean or `None`.
+        sql: New value by column, as a SQL expression over the row (without `CASE WHEN`).
+        where: SQL condition on the rows; by default all rows.
+        batch_rows: Rows of one commit; 0 for all rows in one commit. By default all rows if no
+            other process has committed to the table lately, otherwise some thousands: one commit
+            that rewrites many rows blocks writers that change them.
     """
 
     values: Mapping[str, Literal] = field(default_factory=dict)
@@ -48,20 +54,20 @@ class Update(Operation):
             if value is not None and not isinstance(value, (str, int, float, bool)):
                 raise InvalidMigrationError(
                     f"Update: {value!r} for {column!r} is not a literal.",
-                    "Use text, a number, a boolean or None; or op.Run for other values.",
+                    "Use text, a number, a boolean or None; for other values, use op.Run.",
                 )
         for column, expression in self.sql.items():
             if not isinstance(expression, str) or not expression.strip():
                 raise InvalidMigrationError(
                     f"Update: {expression!r} for {column!r} is not SQL.",
-                    "Pass an expression as text, or use values= for literals.",
+                    "Give an expression as text; for literals, use values=.",
                 )
             words = set(re.findall(r"\w+", re.sub(r"'(?:[^']|'')*'", "", expression)))
             if others := sorted((words & {*self.values, *self.sql}) - {column}):
                 raise InvalidMigrationError(
                     f"Update: the expression for {column!r} uses {others[0]!r}, which is set too; "
-                    "LanceDB evaluates them in no fixed order.",
-                    "Write two Updates, in the order you need.",
+                    "LanceDB evaluates expressions in no fixed order.",
+                    "Write two op.Update, in the order you need.",
                 )
         object.__setattr__(self, "values", dict(self.values))
         object.__setattr__(self, "sql", dict(self.sql))
@@ -71,7 +77,7 @@ class Update(Operation):
         return Traits(
             rewriting=True,
             destructive=True,
-            reversible="restoring the table_version before",
+            reversible="restoring the previous table version",
             commits="1, or 1 for each batch",
         )
 
@@ -102,18 +108,15 @@ class Update(Operation):
         before = self.existing(state)
         for column in (*self.values, *self.sql):
             if not before.has(column):
-                raise self.refuse(
-                    f"there is no column {column!r}.",
-                    f"Its columns are {', '.join(f.name for f in before.fields())}.",
-                )
+                raise self.refuse_missing_column(before, column)
             value, kind = self.values.get(column), before.column(column).type
             if isinstance(value, float) and pa.types.is_integer(kind) and not value.is_integer():
                 raise self.refuse(
-                    f"{value} does not fit column {column!r}, {kind}.", "Give a whole number."
+                    f"{value} does not fit column {column!r}, {kind}.", "Give an integer."
                 )
             if self.values.get(column, 0) is None and not before.schema.field(column).nullable:
                 raise self.refuse(
-                    f"column {column!r} forbids NULL.", "Allow it first with op.SetNullable."
+                    f"column {column!r} is NOT NULL.", "Allow NULL first with op.SetNullable."
                 )
         return before
 
@@ -141,10 +144,12 @@ class Update(Operation):
 class Delete(Operation):
     """Delete the rows that match, in one commit.
 
-    After a crash it may delete again what matches then: say in `where` what is meant for ever.
+    After a crash it may run again and delete rows that match by then: write a condition that does
+    not match rows that the application adds. It is undone by restoring the previous table
+    version, which a savepoint keeps.
 
     Attributes:
-        where: SQL condition.
+        where: SQL condition on the rows; `"true"` for all rows.
     """
 
     where: str
@@ -152,14 +157,14 @@ class Delete(Operation):
     def __post_init__(self) -> None:
         if not isinstance(self.where, str) or not self.where.strip():
             raise InvalidMigrationError(
-                f"Delete: {self.where!r} is no condition.",
-                'Say which rows; for all of them, where="true".',
+                f"Delete: {self.where!r} is not a condition.",
+                'Give a SQL condition; for all rows, where="true".',
             )
 
     @property
     def traits(self) -> Traits:
         return Traits(
-            rewriting=True, destructive=True, reversible="restoring the table_version before"
+            rewriting=True, destructive=True, reversible="restoring the previous table version"
         )
 
     @property
@@ -187,21 +192,23 @@ class Delete(Operation):
 
 
 Up = Callable[[Any], Awaitable[None]]
-"""An async function of a `aiomigrate.Context`."""
+"""An async function of an `aiomigrate.Context`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run(Operation):
-    """Run an async function: the escape hatch for what no operation can say.
+    """Run an async function, for changes that no operation makes.
 
-    **The function must be idempotent**: after a crash it runs again. Where every commit since its
-    start is known to be ours, the tables it touches are first returned to where it began; where
-    someone else committed in between, the run stops and tells what to do. For that, change tables
-    through the context (`context.table(...)`, `context.apply(...)`), which records each commit.
+    **The function must be idempotent**: after a crash it runs again. If all commits since its
+    start are known to be aiomigrate's, its tables are first restored to their state at the start;
+    if another writer has committed in between, the run stops and the error says what to do. For
+    that, change tables through the context (`context.table(...)`, `context.apply(...)`), which
+    records each commit. It is undone by `inverse`, otherwise by restoring the previous table
+    version, which a savepoint keeps.
 
     Attributes:
-        function: Called with a `Context`; what it returns is ignored.
-        inverse: Undoes it, on rollback.
+        function: Called with a `Context`; its result is ignored.
+        inverse: Called with a `Context` on rollback, to undo the function.
     """
 
     function: Up
@@ -219,7 +226,7 @@ class Run(Operation):
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
-            reversible="its inverse" if self.inverse else "restoring the table_version before",
+            reversible="its inverse" if self.inverse else "restoring the previous table version",
             commits="as many as it makes",
         )
 
@@ -241,9 +248,9 @@ class Run(Operation):
         return f"run {getattr(function, '__name__', repr(function))}"
 
     def evolve(self, state: TableState | None) -> TableState | None:
-        """Returns the state as it is: what a function does cannot be predicted."""
+        """Returns the same state: the effect of a function cannot be predicted."""
         return state
 
     async def apply(self, target: Target) -> int:
-        """Never called: the executor gives the function a context instead."""
+        """Is never called: the executor calls the function with a context."""
         raise AssertionError(target)

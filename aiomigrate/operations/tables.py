@@ -1,4 +1,7 @@
-"""Operations on whole tables, but for rewriting them: that is `rewrite`."""
+"""Operations that create, drop, rename and optimize whole tables.
+
+Operations that rewrite a table are in `operations.rebuild`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from aiomigrate.schema.state import TableState, spell
 
 
 class ArrowSchemaSource(Protocol):
-    """Anything that can tell its Arrow schema, such as a `LanceModel` class."""
+    """An object with an Arrow schema, such as a `LanceModel` class."""
 
     def to_arrow_schema(self) -> pa.Schema: ...
 
@@ -25,12 +28,13 @@ class ArrowSchemaSource(Protocol):
 class CreateTable(Operation):
     """Create a table, empty or with its first rows, in one commit.
 
-    A table that exists with an equal schema (order of fields aside) is adopted as it is, whatever
-    its rows.
+    A table that exists with an equal schema (in any order of fields) is adopted as it is, whatever
+    its rows. It is undone by removing the table if this created it.
 
     Attributes:
-        schema: Its fields with Arrow types; freeze it in the script.
-        rows: Its first rows by column name.
+        schema: Fields with Arrow types, or a `LanceModel` class. Write it in the script: a class
+            of the application changes later.
+        rows: The first rows, each with its values by column name.
     """
 
     schema: pa.Schema | ArrowSchemaSource
@@ -55,8 +59,8 @@ class CreateTable(Operation):
         for row in self.rows:
             if unknown := row.keys() - set(schema.names):
                 raise InvalidMigrationError(
-                    f"CreateTable: a row has {min(unknown)!r}, which is no field.",
-                    f"Its fields are {', '.join(schema.names)}.",
+                    f"CreateTable: a row has {min(unknown)!r}, which is not a field.",
+                    f"Give values only for its fields: {', '.join(schema.names)}.",
                 )
         self._arrow_rows()
 
@@ -74,13 +78,14 @@ class CreateTable(Operation):
             rows.validate(full=True)
         except pa.ArrowException as exc:
             raise InvalidMigrationError(
-                f"CreateTable: the rows do not fit the schema: {exc}.", "Correct the rows."
+                f"CreateTable: the rows do not fit the schema: {exc}.",
+                "Correct the rows, or the schema.",
             ) from exc
         for column in self.arrow:
             if not column.nullable and rows[column.name].null_count:
                 raise InvalidMigrationError(
                     f"CreateTable: a row has no {column.name!r}, which is NOT NULL.",
-                    "Give it a value.",
+                    "Give each row a value, or make the field nullable.",
                 )
         return rows
 
@@ -105,12 +110,13 @@ class CreateTable(Operation):
             ]
             raise self.refuse(
                 f"the table exists with another schema ({'; '.join(parts)}).",
-                "If that table is right, `aiomigrate stamp` this version; otherwise move it away.",
+                "If that schema is right, record this version with `aiomigrate stamp`; otherwise "
+                "rename or drop the table.",
             )
         return state
 
     def undo(self, before: TableState | None) -> tuple[Operation, ...] | None:
-        """Returns nothing for a table it adopted; one it made is taken away, not dropped."""
+        """Returns no operation for a table it adopted; `None` for one that the rollback removes."""
         return None if before is None else ()
 
     async def apply(self, target: Target) -> int:
@@ -120,10 +126,11 @@ class CreateTable(Operation):
 
 @dataclass(frozen=True, slots=True)
 class DropTable(Operation):
-    """Drop a table with all its history. It cannot be undone: it asks to be allowed.
+    """Drop a table with all its versions. It cannot be undone.
 
-    Last in its migration. Never make a table of the same name again: a process that holds an old
-    handle would write into it.
+    It is refused unless destructive operations are allowed, and does nothing if the table does not
+    exist. Write it last in its migration. Readers and writers of the table fail afterwards. Never
+    create a table of the same name again: processes with an old handle would write into it.
     """
 
     @property
@@ -132,7 +139,7 @@ class DropTable(Operation):
 
     @property
     def shows(self) -> bool:
-        """A drop that was killed midway leaves remains which must be dropped again."""
+        """Always false: a drop that was interrupted leaves files, and must be repeated."""
         return False
 
     def describe(self) -> str:
@@ -141,7 +148,7 @@ class DropTable(Operation):
     def hazards(self, before: TableState | None) -> tuple[str, ...]:
         if before is None:
             return ()
-        return (f"{self.table}: its rows and its history are gone for good once it is dropped.",)
+        return (f"{self.table}: dropping it deletes its rows and its history for good.",)
 
     def evolve(self, state: TableState | None) -> None:
         return None
@@ -153,12 +160,15 @@ class DropTable(Operation):
 
 @dataclass(frozen=True, slots=True)
 class RenameTable(Operation):
-    """Give a table another name: copy it, compare rows, schema and indexes, drop the old one.
+    """Rename a table: copy it, compare rows, schema and indexes, and drop the old one.
 
-    LanceDB has no rename. Rows that others commit while it is copied are copied too; what an old
-    handle writes into the old table after that is lost with it, so stop the writers first. The
-    line keeps its name: later migrations say `table="new", line="old"`. History and savepoints are
-    not copied: what was applied before can be undone by inverses only.
+    LanceDB cannot rename a table. Rows that other writers commit during the copy are copied too;
+    rows that they write into the old table after it are lost, so stop the writers first. Code that
+    opens the old name fails afterwards. An interrupted run resumes.
+
+    The line of migrations keeps its name: later migrations say `table="new", line="old"`. Versions
+    and savepoints are not copied, so earlier migrations can only be undone by their inverses. It
+    is undone by renaming back.
 
     Attributes:
         to: The new name.
@@ -179,7 +189,7 @@ class RenameTable(Operation):
 
     @property
     def shows(self) -> bool:
-        """It is several commits on two tables."""
+        """Always false: it is several commits on two tables."""
         return False
 
     @property
@@ -194,23 +204,23 @@ class RenameTable(Operation):
             return ()
         return (
             (
-                f"{self.table}: code that opens the old name fails, and what an old handle "
-                "writes while it is dropped is lost; stop its writers first."
+                f"{self.table}: code that opens the old name fails, and rows that are written "
+                "to it while it is dropped are lost; stop its writers first."
             ),
             (
-                f"{self.table}: its history and savepoints go with the old name; what was applied "
-                "before can be rolled back by inverses only."
+                f"{self.table}: its history and savepoints are dropped with the old name; earlier "
+                "migrations can only be rolled back by their inverses."
             ),
         )
 
     def evolve(self, state: TableState | None) -> None:
-        """Returns `None`: under its old name it is gone."""
+        """Returns `None`: the table does not exist under its old name."""
         return
 
     def fold(self, states: Mapping[str, TableState | None]) -> dict[str, TableState | None]:
         old, new = states[self.table or ""], states.get(self.to)
         if self.to == self.table:
-            raise self.refuse("that is its name.", "Choose another name.")
+            raise self.refuse("the table has that name already.", "Choose another name.")
         if old is None and new is None and self.when_missing is Missing.FAIL:
             raise self.refuse("the table does not exist.", "Create it in an earlier migration.")
         if old is not None and new is not None and not new.witnesses() and not new.same(old):
@@ -234,11 +244,15 @@ class RenameTable(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Optimize(Operation):
-    """Compact small files and bring indexes up to date; optionally remove old versions.
+    """Compact small files and update indexes; optionally remove old versions.
+
+    It changes no row, makes up to three commits, and makes none if there is nothing to do. Readers
+    of a version that it removes fail. Undoing it does nothing.
 
     Attributes:
-        cleanup_older_than_s: Removes versions older than that, at least an hour: a shorter age
-            beside writers corrupts (measured). By default nothing is removed.
+        cleanup_older_than_s: Age in seconds from which versions are removed, at least 3600: a
+            shorter age corrupts tables that are written to meanwhile (measured). By default no
+            version is removed.
     """
 
     cleanup_older_than_s: float | None = field(default=None, kw_only=True)
@@ -247,13 +261,16 @@ class Optimize(Operation):
         age = self.cleanup_older_than_s
         if age is not None and not age >= _MIN_AGE_S:
             raise InvalidMigrationError(
-                f"Optimize: versions younger than an hour must stay, not {age} s.",
-                f"Give {_MIN_AGE_S} or more: a shorter age beside writers corrupts the table.",
+                f"Optimize: cleanup_older_than_s={age} would remove versions younger than an hour, "
+                "which corrupts tables that are written to meanwhile.",
+                f"Give {_MIN_AGE_S} or more.",
             )
 
     @property
     def traits(self) -> Traits:
-        return Traits(rewriting=True, reversible="nothing: it changes no row", commits="0 to 3")
+        return Traits(
+            rewriting=True, reversible="doing nothing: it changes no row", commits="0 to 3"
+        )
 
     @property
     def shows(self) -> bool:

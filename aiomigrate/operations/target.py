@@ -1,6 +1,6 @@
-"""The protocol through which an operation changes a table.
+"""The protocol through which an operation reads and changes a table.
 
-`commits.tracked_table` implements it. An operation sees no other side of the store.
+`commits.table_target` implements it. An operation has no other access to the store.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import pyarrow as pa
 from aiomigrate.schema.state import Index, TableState
 
 Transform = Callable[[pa.RecordBatch], Awaitable[pa.RecordBatch]]
-"""What rows become, batch by batch."""
+"""From a batch of rows to the batch that replaces it."""
 
 
 class Target(Protocol):
-    """A table in the executor's hands: each change is one recorded, shielded commit."""
+    """A table that one migration changes.
+
+    Each change is one commit, which is recorded, guarded by the lease and shielded from
+    cancellation. Methods that change the table raise `StoreError` if LanceDB fails.
+    """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The table's name."""
 
     @property
     def state(self) -> TableState | None:
@@ -28,40 +33,55 @@ class Target(Protocol):
 
     @property
     def witness(self) -> str:
-        """A column name that belongs to this operation of this migration alone."""
+        """The name of the column that is reserved for this operation of this migration."""
 
     def sibling(self, name: str) -> Target:
         """Returns another table that the operation names."""
 
     def progress(self, done: int, total: int | None, note: str = "") -> None:
-        """Tells how far the operation is."""
+        """Reports the progress of the operation.
+
+        Args:
+            done: Finished units, such as rows.
+            total: All units, `None` if not known.
+            note: What it is working on.
+        """
 
     def add_fact(self, topic: str, what: Any) -> None:
         """Adds a JSON value to the migration's report and history."""
 
-    async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None: ...
+    async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
+        """Creates the table, empty or with rows."""
 
-    async def drop(self) -> None: ...
+    async def drop(self) -> None:
+        """Drops the table."""
 
-    async def overwrite(
-        self, schema: pa.Schema, transform: Transform, *, batch_rows: int
-    ) -> None: ...
+    async def overwrite(self, schema: pa.Schema, transform: Transform, *, batch_rows: int) -> None:
+        """Replaces all rows, batch by batch, in one commit."""
 
-    async def copy_to(self, name: str) -> None: ...
+    async def copy_to(self, name: str) -> None:
+        """Copies the table, its rows and its indexes, to another name."""
 
-    async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None: ...
+    async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
+        """Adds nullable columns; an existing struct gets the fields that it lacks."""
 
-    async def drop_columns(self, names: Sequence[str]) -> None: ...
+    async def drop_columns(self, names: Sequence[str]) -> None:
+        """Drops columns, by path."""
 
-    async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None: ...
+    async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
+        """Renames columns, or changes their nullability or their type, in one commit."""
 
-    async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None: ...
+    async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
+        """Sets entries of a column's metadata; `None` removes an entry."""
 
-    async def create_index(self, index: Index, options: Mapping[str, Any]) -> None: ...
+    async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
+        """Creates an index."""
 
-    async def cover(self, index: Index, timeout_s: float) -> None: ...
+    async def cover(self, index: Index, timeout_s: float) -> None:
+        """Updates an index until it covers the rows present now; raises after `timeout_s`."""
 
-    async def drop_index(self, name: str) -> None: ...
+    async def drop_index(self, name: str) -> None:
+        """Drops an index."""
 
     async def update(
         self,
@@ -70,7 +90,12 @@ class Target(Protocol):
         sql: Mapping[str, str],
         where: str | None,
         unless_live: bool = False,
-    ) -> int | None: ...
+    ) -> int | None:
+        """Sets columns of the matching rows in one commit; returns how many.
+
+        With `unless_live` it does nothing and returns `None` if the commit would block other
+        writers.
+        """
 
     async def update_in_batches(
         self,
@@ -79,13 +104,17 @@ class Target(Protocol):
         sql: Mapping[str, str],
         where: str,
         batch_rows: int | None,
-    ) -> int: ...
+    ) -> int:
+        """Sets columns so that no row matches any more; returns how many rows it changed."""
 
-    async def delete(self, where: str) -> int: ...
+    async def delete(self, where: str) -> int:
+        """Deletes the matching rows; returns how many."""
 
-    async def insert_missing(self, key: str, rows: pa.Table) -> int: ...
+    async def insert_missing(self, key: str, rows: pa.Table) -> int:
+        """Inserts the rows whose key the table does not contain; returns how many."""
 
-    async def optimize(self, cleanup_older_than_s: float | None) -> None: ...
+    async def optimize(self, cleanup_older_than_s: float | None) -> None:
+        """Compacts the table, updates its indexes, and removes versions that are older."""
 
     async def fill(self, filling: Any) -> int:
         """Fills a column by a function (see `operations.fill.Filling`); returns the rows filled."""
@@ -98,33 +127,38 @@ class Target(Protocol):
         *,
         batch_rows: int,
         workers: int,
-    ) -> None: ...
+    ) -> None:
+        """Adds columns that a Ray cluster computes, in one commit."""
 
     async def ask(
         self, function: Callable[..., Any], values: Sequence[Any], kind: pa.DataType, pace: Any
     ) -> list[Any]:
-        """Calls a function with values as `fill` would; returns what it gave, as Python values."""
+        """Calls a function with values as `fill` does; returns its results as Python values."""
 
-    async def uncovered(self, index: Index) -> int: ...
+    async def uncovered(self, index: Index) -> int:
+        """Returns the number of rows that an index does not cover."""
 
-    async def sample(
-        self, where: str, columns: Sequence[str], rows: int, *, seed: str
-    ) -> pa.Table: ...
+    async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
+        """Returns some of the matching rows; the same for the same seed and rows."""
 
     async def nearest(
         self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
-    ) -> list[list[Any]]: ...
+    ) -> list[list[Any]]:
+        """Returns, for each vector, the keys of the nearest rows."""
 
-    async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> None: ...
+    async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> None:
+        """Sets entries of the schema's metadata; `None` removes an entry."""
 
     def free_bytes(self) -> int | None:
-        """Returns how much the disk still takes, `None` where that is not known."""
+        """Returns the free disk space, `None` if it is not known."""
 
     async def is_live(self) -> bool:
-        """Returns whether others commit to it, so that long commits would hold them up."""
+        """Returns whether other processes commit to it, so that long commits would block them."""
 
-    async def count_rows(self, where: str | None = None) -> int: ...
+    async def count_rows(self, where: str | None = None) -> int:
+        """Returns the number of matching rows."""
 
     def batches(
         self, where: str | None, columns: Sequence[str] | None, rows: int
-    ) -> AsyncIterator[pa.RecordBatch]: ...
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows, as they are when it is called, in batches of `rows`."""

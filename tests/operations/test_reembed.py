@@ -195,7 +195,7 @@ async def test_the_plan_says_what_it_costs(database: Path) -> None:
     async with manager(database, change(Model())) as migrating:
         plan = str(await migrating.plan())
     characters = sum(map(len, texts()[:30]))
-    assert f"40 rows, 30 different sources with {characters} characters" in plan
+    assert f"40 rows; 30 distinct sources with {characters} characters to embed" in plan
     assert "15.4 kB of vectors to write, and an index" in plan
     assert "code that searches with vectors of the old model" in plan
 
@@ -205,7 +205,9 @@ async def test_a_full_disk_is_told_before(database: Path, monkeypatch: pytest.Mo
     await library(database, 30)
     model = Model()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1000}))
-    with pytest.raises(MigrationFailedError, match=r"it needs up to .* of disk, which has 1.0 kB"):
+    with pytest.raises(
+        MigrationFailedError, match=r"it needs up to .* of disk space; 1.0 kB are free"
+    ):
         await upgrade(database, change(model))
     monkeypatch.undo()
     assert not set(model.paid) & set(texts())
@@ -249,7 +251,7 @@ async def test_another_model_behind_the_name_is_caught(database: Path) -> None:
     def other(given: list[str]) -> Any:
         return new_vectors([text[::-1] for text in given])
 
-    with pytest.raises(MigrationFailedError, match="another one goes by its name"):
+    with pytest.raises(MigrationFailedError, match="another model has the same name"):
         await upgrade(database, change(other))
     await upgrade(database, change(model))
     assert right(await rows_of(database))
@@ -272,7 +274,10 @@ async def test_a_corrected_model_name_starts_afresh(database: Path) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "one vector for all": (lambda given: np.ones((len(given), NEW)), "share their vector"),
+    "one vector for all": (
+        lambda given: np.ones((len(given), NEW)),
+        "have the vector of another source",
+    ),
     "noise": (
         lambda given: np.random.default_rng(len(given[0])).normal(size=(len(given), NEW)),
         "nearest rows are the same",
@@ -291,7 +296,7 @@ async def test_a_bad_model_is_stopped_by_the_gate(database: Path, case: str) -> 
     probed = change(model, probes=()) if case != "noise" else change(model, probes=("x",))
     with pytest.raises(MigrationFailedError, match=message) as failed:
         await upgrade(database, probed)
-    assert "The old ones stay in use" in str(failed.value)
+    assert "The old vectors stay in use" in str(failed.value)
     assert await answers(table, old_vectors([texts()[7]])[0]) == before
     lax = op.Gate(min_overlap=0, max_zero=1, max_duplicates=1)
     relaxed = change(model, gate=lax, probes=("x",) if case == "noise" else ())
@@ -375,10 +380,10 @@ async def test_the_old_column_goes_with_a_contracting_migration(database: Path) 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no vector": ({"column": "text", "source": "id"}, "is string, no vector"),
+    "no vector": ({"column": "text", "source": "id"}, "is string, not a vector"),
     "no such column": ({"source": "body"}, "no column 'body'"),
     "no such key": ({"key": "uid"}, "no column 'uid'"),
-    "kept under a name that is taken": ({"keep": "text"}, "column 'text' already"),
+    "kept under a name that is taken": ({"keep": "text"}, "column 'text' exists already"),
 }
 
 

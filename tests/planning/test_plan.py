@@ -248,7 +248,7 @@ def test_a_plan_is_a_value_for_people_and_programs() -> None:
         "after": [{"line": "users", "version": 1}],
         "operations": [{
             "table": "memos", "does": "drop a", "rewriting": False, "destructive": True,
-            "reversible": "restoring the table_version before",
+            "reversible": "restoring the previous table version",
             "commits": "1, and 1 for each index",
         }],
     }  # fmt: skip

@@ -479,7 +479,7 @@ async def test_a_cast_is_undone_without_losing_a_digit(
     assert await rows_of(database) == before
     assert back.steps[0].undo is not None
     assert back.steps[0].undo.way == way
-    assert any("not kept exactly" in told for told in plan.warnings) == (way == "restore")
+    assert any("lose precision" in told for told in plan.warnings) == (way == "restore")
     assert plan.steps[0].is_destructive(0) == (way == "restore")
     assert pruned == ()
 
