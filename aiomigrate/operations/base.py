@@ -57,6 +57,9 @@ class Traits:
 class Operation:
     """Base class of all declarative operations: a frozen value.
 
+    Constructing one with an invalid argument raises `InvalidMigrationError`, so that the import
+    of its script fails. Only `apply` needs the lease; all other methods read no table.
+
     Attributes:
         table: The table to change; by default the table of the migration.
         when_missing: Whether to fail or to do nothing when the table does not exist.
