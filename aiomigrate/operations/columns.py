@@ -407,8 +407,8 @@ def _rename_to(name: str) -> paths.Change:
 class SetMetadata(Operation):
     """Set entries of a column's metadata, and leave the other entries as they are.
 
-    It is one metadata commit, which neither readers nor writers notice. It is undone by setting
-    the earlier values.
+    It is one metadata commit, which changes no row. It is undone by setting the
+    earlier values.
 
     Attributes:
         column: The column, by path.
