@@ -655,8 +655,8 @@ def _head_first() -> None:
 
     async def head_first(self: Any, batch: Any) -> None:
         for request in batch:
-            if request.lifts is not None:
-                self._dirty[request.lifts.name] = request.lifts
+            if request.head_row is not None:
+                self._dirty[request.head_row.name] = request.head_row
                 await self._write_head(closing=False)
         await append(self, batch)
 

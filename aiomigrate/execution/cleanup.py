@@ -153,7 +153,7 @@ class Cleanup:
 
     def lift(self, line: str, version: int) -> None:
         """Lets the head follow to a version the journal holds."""
-        self._writer.lift(self.head_row(line, version))
+        self._writer.write_row_later(self.head_row(line, version))
 
     def head_row(self, line: str, version: int) -> HeadRow:
         """Returns the head row of a line at a version."""

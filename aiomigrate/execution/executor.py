@@ -339,7 +339,7 @@ class Executor:
             self._cleanup.postpone(script.line, script.version, branches, opened, is_durable)
         else:
             self._writer.record_later(
-                applied, lifts=self._cleanup.head_row(script.line, script.version)
+                applied, head_row=self._cleanup.head_row(script.line, script.version)
             )
         if not (cleanup or script.runs_code):  # else it is not as it was seen
             self._tables.keep(attempt)

@@ -25,7 +25,7 @@ from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.errors import OperationError, StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.execution.applier import Applier
 from aiomigrate.execution.attempt import Attempt, Recorder, event_of, intended
-from aiomigrate.ledger.history import Unfinished, standing
+from aiomigrate.ledger.history import Unfinished, classify_intents
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script
 from aiomigrate.schema.state import TableState
@@ -295,7 +295,7 @@ class Recovery:
         """
         found = await self._store.find(table)
         head = 0 if found is None else await found.version()
-        known, last = standing(i for i in unfinished.intents if i.detail["table"] == table)
+        known, last = classify_intents(i for i in unfinished.intents if i.detail["table"] == table)
         if not last or head == 0:
             return None  # every commit is announced: none of ours was made, or nothing is left
         expected = savepoint or int((*known, *last)[0].detail["base"])

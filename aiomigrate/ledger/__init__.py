@@ -1,1 +1,1 @@
-"""The two metadata tables: records, codec, history, founding, the lease and the writer."""
+"""The two metadata tables: their records, format, history, creation, lease and writer."""

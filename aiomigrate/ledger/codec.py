@@ -1,7 +1,7 @@
-"""The two metadata tables as Arrow: their schemas, and records to and from rows. Pure.
+"""The Arrow schemas of the two metadata tables, and the conversion of records to and from rows.
 
-The format and its version are documented in `docs` and pinned by tests: names of tables, columns
-and JSON keys are stored in users' databases and never change.
+Pure: reading and writing the tables is for `ledger.ledger`. The names of tables, columns and JSON
+keys are stored in users' databases, pinned by tests, and never change.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from aiomigrate.ledger.validation import fault_of
 from aiomigrate.migration.model import MAX_VERSION
 
 FORMAT = 1
-"""Of the metadata tables; a higher one found on disk is refused."""
+"""Format version of the metadata tables; a table of a higher version is refused."""
 
 LEASE_PREFIX = ":lease:"
-"""Start of the names of lease rows: no table and no line can have such a name."""
+"""Prefix of the names of lease rows; no table and no line can have such a name."""
 
 PRIMARY_KEY = b"lance-schema:unenforced-primary-key"
 _FORMAT_KEY = b"aiomigrate:format"
 
 _KEYED = {PRIMARY_KEY: b"true"}
-OUR_FIELDS: tuple[pa.Field[Any], ...] = (
+ADDED_FIELDS: tuple[pa.Field[Any], ...] = (
     pa.field("epoch", pa.int64(), metadata={_FORMAT_KEY: str(FORMAT).encode()}),
     pa.field("owner", pa.string()),
     pa.field("beat", pa.int64()),
@@ -39,11 +39,13 @@ OUR_FIELDS: tuple[pa.Field[Any], ...] = (
     pa.field("digest", pa.string()),
     pa.field("lease", pa.string()),
 )
+"""The columns that aiomigrate adds to a head that another system created."""
+
 _HEAD_FIELDS: list[pa.Field[Any]] = [
     pa.field("tableName", pa.string(), nullable=False, metadata=_KEYED),
     pa.field("currentVersion", pa.int32(), nullable=False),
     pa.field("lastMigratedAt", pa.timestamp("ms"), nullable=False),
-    *OUR_FIELDS,
+    *ADDED_FIELDS,
 ]
 _JOURNAL_FIELDS: list[pa.Field[Any]] = [
     pa.field("id", pa.string(), nullable=False, metadata=_KEYED),
@@ -80,12 +82,12 @@ _JSON = ("tables", "detail")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stamp:
-    """What all events of a commit to the journal get.
+    """The fields that all events of one journal commit share.
 
     Attributes:
-        seq: Sequence number of the first; the others follow.
-        at: When, for those that do not say.
-        common: Other fields.
+        seq: Sequence number of the first event; the following events count up from it.
+        at: Time of the events that have none of their own, UTC.
+        common: Other fields, by name.
     """
 
     seq: int
@@ -95,13 +97,13 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The head as read.
+    """The content of the head.
 
     Attributes:
-        exists: Whether the table is there.
-        rows: A row per line, in no order; duplicates are possible where another system wrote.
+        exists: Whether the table exists.
+        rows: One row per line, unordered; duplicates are possible if another system wrote them.
         leases: The lease rows by key.
-        is_adopted: Whether our columns are there.
+        is_adopted: Whether the table has the columns that aiomigrate adds.
     """
 
     exists: bool = False
@@ -127,7 +129,7 @@ def lease_row(
     beat: int = 0,
     phase: str = "",
 ) -> HeadRow:
-    """Returns the row of a lease, free unless it has an owner."""
+    """Returns the head row of a lease; without an owner the lease is free."""
     return HeadRow(
         name=lease_row_name(key),
         version=0,
@@ -141,7 +143,7 @@ def lease_row(
 
 
 def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
-    """Returns head rows as Arrow, in `HEAD_SCHEMA`."""
+    """Returns head rows as an Arrow table of `HEAD_SCHEMA`."""
     return pa.Table.from_pylist(
         [
             {
@@ -162,11 +164,17 @@ def rows_to_arrow(rows: Iterable[HeadRow]) -> pa.Table:
 
 
 def events_to_arrow(events: Iterable[Event], owner: str, stamp: Stamp | None = None) -> pa.Table:
-    """Returns events as Arrow, in `JOURNAL_SCHEMA`; the id is unique per holder and sequence."""
+    """Returns events as an Arrow table of `JOURNAL_SCHEMA`.
+
+    Args:
+        events: The events.
+        owner: The writer's nonce; with lease, epoch and sequence number it makes the id unique.
+        stamp: Fields to set on all events, `None` if the events have them already.
+    """
     rows: list[dict[str, Any]] = []
     common = {} if stamp is None else dict(stamp.common)
     for number, event in enumerate(events):
-        row = dict(zip(_TOLD, _told_by(event), strict=True)) | common
+        row = dict(zip(_EVENT_FIELDS, _field_values(event), strict=True)) | common
         if stamp is not None:
             row["seq"] = stamp.seq + number
             row["at"] = stamp.at if event.at == NOT_YET else event.at
@@ -175,26 +183,30 @@ def events_to_arrow(events: Iterable[Event], owner: str, stamp: Stamp | None = N
         for name in _JSON:
             row[name] = _as_json(row[name]) if row[name] else None
         rows.append(row)
-    # As structs: four times as fast as column by column, for the few rows of most commits.
-    structs: Any = pa.array(rows, _EVENT)
+    # For the few rows of most commits, structs are four times as fast as separate columns.
+    structs: Any = pa.array(rows, _EVENT_TYPE)
     return pa.Table.from_struct_array(structs)
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
-_EVENT = pa.struct(list(JOURNAL_SCHEMA))
-_TOLD = [name for name in JOURNAL_SCHEMA.names if name != "id"]
-_told_by = operator.attrgetter(*_TOLD)
+_EVENT_TYPE = pa.struct(list(JOURNAL_SCHEMA))
+_EVENT_FIELDS = [name for name in JOURNAL_SCHEMA.names if name != "id"]
+_field_values = operator.attrgetter(*_EVENT_FIELDS)
 
 
 def parse_head(content: pa.Table, name: str) -> Head:
-    """Returns the head's rows as values.
+    """Returns the content of a head as values.
+
+    Args:
+        content: All rows. Columns that aiomigrate adds may be missing.
+        name: Name of the table, for errors.
 
     Raises:
-        LedgerCorruptError: A column is missing or of another type, or a value cannot be.
-        LedgerFormatError: A newer aiomigrate wrote it.
+        LedgerCorruptError: A column is missing or has another type, or a value is invalid.
+        LedgerFormatError: A newer release of aiomigrate wrote the table.
     """
     _check_columns(content.schema, HEAD_SCHEMA, name, required=3)
-    adopted = all(f.name in content.schema.names for f in OUR_FIELDS)
+    adopted = all(f.name in content.schema.names for f in ADDED_FIELDS)
     if adopted:
         _check_format(content.schema, name)
     columns = [n for n in HEAD_SCHEMA.names if n in content.schema.names]
@@ -242,16 +254,19 @@ def _repeated(names: Sequence[str]) -> set[str]:
 def versions_if_current(
     content: pa.Table, versions: Mapping[str, int], digests: Mapping[str, str]
 ) -> dict[str, int] | None:
-    """Returns the version of every line if the head proves that nothing is to be done.
+    """Returns the version of every line if the head proves that no line has to change.
 
-    What every start costs, so it looks at few columns, builds no rows, and makes one pass (Arrow's
-    own comparisons take longer: 0.3 ms where there is nothing to compare).
-    Any doubt is `None`: look closer.
+    Every start calls this, so it reads few columns, builds no rows, and makes one pass (Arrow's
+    own comparisons take longer: 0.3 ms even if there is nothing to compare).
 
     Args:
-        content: The head as read.
-        versions: Version at target, by line.
-        digests: Chain digest at target, by line.
+        content: All rows of the head.
+        versions: Target version, by line.
+        digests: Chain digest at the target, by line.
+
+    Returns:
+        The recorded version by line, lines without scripts included; `None` if the head does not
+        prove it, which calls for a full check.
     """
     if not content.schema.equals(HEAD_SCHEMA, check_metadata=False):
         return None
@@ -261,7 +276,7 @@ def versions_if_current(
     values: list[list[Any]] = [content[column].to_pylist() for column in columns]
     names, found, marks = values
     if content["epoch"].null_count:
-        # Rows of lines without scripts stay as other systems left them, twice or not.
+        # Rows of lines without scripts stay as other systems left them, duplicates included.
         epochs = content["epoch"].to_pylist()
         foreign = {name for name, epoch in zip(names, epochs, strict=True) if epoch is None}
         if not foreign.isdisjoint(versions):
@@ -280,11 +295,15 @@ def versions_if_current(
 
 
 def parse_journal(content: pa.Table, name: str) -> list[Event]:
-    """Returns the journal's events as values.
+    """Returns the events of a journal as values, in the order of the rows.
+
+    Args:
+        content: All rows, of `JOURNAL_SCHEMA`.
+        name: Name of the table, for errors.
 
     Raises:
-        LedgerCorruptError: A column is missing or of another type, or a value cannot be.
-        LedgerFormatError: A newer aiomigrate wrote it.
+        LedgerCorruptError: A column is missing or has another type, or a value is invalid.
+        LedgerFormatError: A newer release of aiomigrate wrote the table.
     """
     _check_columns(content.schema, JOURNAL_SCHEMA, name, required=len(JOURNAL_SCHEMA))
     _check_format(content.schema, name)
@@ -295,8 +314,8 @@ def parse_journal(content: pa.Table, name: str) -> list[Event]:
             row[column] = _json_object(row[column])
             if row[column] is None:
                 raise LedgerCorruptError(
-                    f"The metadata table {name!r} has an event whose {column!r} is no JSON object "
-                    f"(epoch {row['epoch']}, seq {row['seq']}).",
+                    f"The metadata table {name!r} has an event whose {column!r} is not a JSON "
+                    f"object (epoch {row['epoch']}, seq {row['seq']}).",
                     "Restore an earlier table_version of that table.",
                 )
         if None in (row["lease"], row["epoch"], row["seq"], row["at"], row["kind"]):
@@ -326,6 +345,11 @@ def _json_object(text: str | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+_NOT_A_LEDGER = (
+    "The table is not a ledger of aiomigrate: choose another ledger name, or restore the table."
+)
+
+
 def _check_columns(have: pa.Schema, want: pa.Schema, name: str, *, required: int) -> None:
     for position, wanted in enumerate(want):
         index = have.get_field_index(wanted.name)
@@ -333,14 +357,14 @@ def _check_columns(have: pa.Schema, want: pa.Schema, name: str, *, required: int
             if position < required:
                 raise LedgerCorruptError(
                     f"The metadata table {name!r} has no column {wanted.name!r}.",
-                    "It is not a ledger: choose another name for ours, or restore the table.",
+                    _NOT_A_LEDGER,
                 )
             continue
         if have.field(index).type != wanted.type:
             raise LedgerCorruptError(
                 f"The metadata table {name!r} has column {wanted.name!r} of type "
                 f"{have.field(index).type}, not {wanted.type}.",
-                "It is not a ledger: choose another name for ours, or restore the table.",
+                _NOT_A_LEDGER,
             )
 
 
@@ -348,8 +372,8 @@ def _check_format(schema: pa.Schema, name: str) -> None:
     found = _format_of(schema)
     if found > FORMAT:
         raise LedgerFormatError(
-            f"The metadata table {name!r} has format {found}, "
-            f"this aiomigrate writes format {FORMAT}.",
+            f"The metadata table {name!r} has format {found}; "
+            f"this release of aiomigrate supports formats up to {FORMAT}.",
             "Upgrade aiomigrate.",
         )
 

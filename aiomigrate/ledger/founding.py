@@ -1,4 +1,7 @@
-"""Creates the metadata tables safely beside other processes, or adopts an existing head."""
+"""Creates the metadata tables, or adopts an existing head, safe against concurrent processes.
+
+Reading and writing the tables once they exist is for `ledger.ledger`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from aiomigrate.errors import (
     WriterCongestionError,
 )
 from aiomigrate.ledger.codec import (
-    OUR_FIELDS,
+    ADDED_FIELDS,
     PRIMARY_KEY,
     events_to_arrow,
     lease_row_name,
@@ -40,7 +43,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 40
 CREATED_AT = 1
-"""table_version of a table that was made where there was none."""
+"""table_version of a table that was created without overwriting another one."""
 
 
 _TRIAL = pa.schema([pa.field("id", pa.int64())])
@@ -48,7 +51,7 @@ _TRIALS = 8
 
 
 class OnUnsafeStore(enum.Enum):
-    """What to do about a store that loses commits it has acknowledged."""
+    """How to react to a store that loses commits it has acknowledged."""
 
     ERROR = "error"
     WARN = "warn"
@@ -56,12 +59,12 @@ class OnUnsafeStore(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A head as it was read a moment ago.
+    """A metadata table that was just read.
 
     Attributes:
-        table: Its handle.
-        content: Its rows; columns that were added since are not in it.
-        is_new: Whether no version of it is beneath that had its first rows.
+        table: The handle.
+        content: All rows, without columns that were added since.
+        is_new: Whether no earlier version can have had the first rows.
     """
 
     table: Table
@@ -70,23 +73,23 @@ class Known:
 
 
 def has_lease(content: pa.Table) -> bool:
-    """Returns whether a head has the row of the run lease."""
+    """Returns whether a head contains the row of the run lease."""
     return lease_row_name(RUN_LEASE) in content["tableName"].to_pylist()
 
 
 def has_founding(content: pa.Table) -> bool:
-    """Returns whether a journal has the event of its founding."""
+    """Returns whether a journal contains its `founded` event."""
     return "kind" in content.schema.names and Kind.FOUNDED in content["kind"].to_pylist()
 
 
 class MetadataTables:
-    """The two metadata tables of one database: created, found and adopted.
+    """Finds, creates and adopts the two metadata tables of one database.
 
     Attributes:
         store: The database.
         head_name: Name of the head.
         journal_name: Name of the journal.
-        commits: How many commits were made to both tables.
+        commits: Number of commits made to both tables.
     """
 
     def __init__(
@@ -98,14 +101,14 @@ class MetadataTables:
         log: Any,
         on_unsafe_store: OnUnsafeStore = OnUnsafeStore.ERROR,
     ) -> None:
-        """Binds to the tables `name` and `name_history`; nothing is read yet.
+        """Binds to the tables `name` and `name_history` without reading them.
 
         Args:
             store: The database.
-            name: Of the head.
+            name: Name of the head.
             clock: Clocks.
             log: Bound logger.
-            on_unsafe_store: What to do where a store turns out to lose commits.
+            on_unsafe_store: How to react to a store that loses commits.
         """
         self.store = store
         self.head_name = name
@@ -121,7 +124,7 @@ class MetadataTables:
     async def _find(self, name: str) -> Table | None:
         table = await self.store.find(name)
         if table is None and await self.store.has_remains(name):
-            # Found again: a rival has created it between the two looks.
+            # Another process may have created it between the two calls.
             table = await self.store.find(name)
             if table is None:
                 raise StoreError("it has data files, but no readable version.", "")
@@ -130,22 +133,23 @@ class MetadataTables:
     def _unreadable(self, name: str, exc: StoreError) -> LedgerUnreadableError:
         return LedgerUnreadableError(
             f"The metadata table {name!r} exists but cannot be read: {exc.what}",
-            "Nothing was run. Correct what LanceDB says (space, rights, network); only if that is "
-            "not it, restore the table (an earlier table_version, or a backup).",
+            "No migration was run. Correct the cause that LanceDB reports (disk space, "
+            "permissions, network). If the table itself is damaged, restore an earlier "
+            "table_version of it, or a backup.",
         )
 
-    async def _made(self, name: str, schema: pa.Schema) -> Known:
-        return await self._retry_race(name, lambda: self._make(name, schema))
+    async def _open_or_create(self, name: str, schema: pa.Schema) -> Known:
+        return await self._retry_race(name, lambda: self._try_open_or_create(name, schema))
 
-    async def _make(self, name: str, schema: pa.Schema) -> Known:
-        """Opens and reads a table, making it if need be."""
+    async def _try_open_or_create(self, name: str, schema: pa.Schema) -> Known:
+        """Opens and reads a table, creating it if it does not exist."""
         found = await self._find(name)
         if found is not None:
             return Known(found, await found.read(), is_new=False)
         table = await self.store.create(name, schema)
         return Known(table, schema.empty_table(), is_new=await table.version() == CREATED_AT)
 
-    async def _founded(
+    async def _open_founded(
         self,
         name: str,
         schema: pa.Schema,
@@ -154,18 +158,30 @@ class MetadataTables:
         is_founded: Callable[[pa.Table], bool],
         known: Known | None = None,
     ) -> tuple[Table, pa.Table]:
-        """Opens and reads a table that has its first rows, making both if need be.
+        """Opens and reads a table, creating it and inserting its first rows if they are missing.
 
-        `create_table` is not exclusive: a late creator overwrites what others have made, and may
-        have been paused for long before. So a table without its first rows is taken as wiped: what
-        the version beneath holds is inserted again, else the first rows. The insert is
-        insert-only on the primary key through a handle pinned to the wiped version: one of many
-        racers inserts each key, and if the table was overwritten meanwhile LanceDB refuses it.
+        `create_table` is not exclusive: a process that was paused before it created the table
+        overwrites what other processes have created meanwhile. A table without its first rows is
+        therefore treated as overwritten: the rows of the previous version are inserted again, or
+        the first rows if there are none. The merge only inserts, on the primary key, through a
+        handle pinned to the overwritten version: of several concurrent processes one inserts each
+        key, and if the table was overwritten again meanwhile LanceDB refuses the merge.
+
+        Args:
+            name: Name of the table.
+            schema: Its schema.
+            key: Its primary key.
+            first: Returns the first rows.
+            is_founded: Returns whether rows include the first ones.
+            known: The table if it was just read: the first attempt uses it instead of reading.
+
+        Returns:
+            The table and its rows. Rows that others inserted at the same time may be missing.
         """
-        seen = [] if known is None else [known]  # a moment ago
+        seen = [] if known is None else [known]  # for the first attempt only
 
         async def found() -> tuple[Table, pa.Table] | None:
-            here = seen.pop() if seen else await self._make(name, schema)
+            here = seen.pop() if seen else await self._try_open_or_create(name, schema)
             if is_founded(here.content):
                 return here.table, here.content
             rows = None if here.is_new else await self._previous_content(here.table, is_founded)
@@ -176,13 +192,13 @@ class MetadataTables:
             self.commits += 1
             if await here.table.insert_missing(key, rows) < len(rows) or not is_first:
                 return None
-            # What others have written since is seen by whoever takes the lease.
+            # A process that takes the lease reads what others have written since.
             return here.table, pa.concat_tables([here.content, rows], promote_options="default")
 
         return await self._retry_race(name, found)
 
     async def _retry_race(self, name: str, make: Callable[[], Awaitable[T | None]]) -> T:
-        """Does what makes a table, until it returns something: others may be doing the same."""
+        """Calls `make` until it returns a value, as other processes may create the same table."""
         last: StoreError | None = None
         for attempt in range(ATTEMPTS):
             try:
@@ -199,7 +215,7 @@ class MetadataTables:
             except StoreError as exc:
                 raise self._unreadable(name, exc) from exc
         raise LedgerUnreadableError(
-            f"The metadata table {name!r} could not be made: {last}",
+            f"The metadata table {name!r} could not be created: {last}",
             "Run again when fewer processes write to it.",
         )
 
@@ -225,13 +241,13 @@ class MetadataTables:
         return events_to_arrow([event], "")
 
     async def _try_store(self) -> None:
-        """Lets several handles commit at once to a table of its own, and looks what is there.
+        """Tests on a temporary table whether the store keeps concurrent commits.
 
-        A store that ignores the condition on a write lets each think that it came first: there
-        31 of 99 appends were lost (measured). A crash leaves a table of one column behind.
+        On a store that ignores conditional writes, concurrent commits overwrite each other: 31 of
+        99 appends were lost (measured). A crash leaves the temporary table, of one column, behind.
 
         Raises:
-            UnsafeStoreError: It loses commits, and that is not allowed.
+            UnsafeStoreError: The store loses commits, and `on_unsafe_store` is `ERROR`.
         """
         name = f"{self.head_name}_trial_{secrets.token_hex(6)}"
         await self.store.create(name, _TRIAL)
@@ -239,7 +255,7 @@ class MetadataTables:
 
         async def add(table: Table, number: int) -> None:
             nonlocal done
-            with contextlib.suppress(StoreError):  # not acknowledged, so not asked for
+            with contextlib.suppress(StoreError):  # not acknowledged, so not expected
                 await table.add(pa.table({"id": [number]}, _TRIAL))
                 done += 1
 
@@ -258,18 +274,19 @@ class MetadataTables:
             self._log.warning(ev.STORE_UNSAFE, lost=done - found, commits=done)
             return
         raise UnsafeStoreError(
-            f"The store loses commits: of {done} that it acknowledged, made at the same time, "
-            f"{done - found} are gone. It ignores conditional writes (If-None-Match), without "
-            "which two processes overwrite each other, in your tables too.",
-            "Use a store, or a version of it, that has them. If only one process ever writes, "
-            "pass on_unsafe_store=OnUnsafeStore.WARN (--on-unsafe-store warn).",
+            f"The store loses commits: of {done} concurrent commits that it acknowledged, "
+            f"{done - found} are missing. It ignores conditional writes (If-None-Match), without "
+            "which two processes overwrite each other's commits, in your tables too.",
+            "Use a store, or a version of it, that supports conditional writes. If only one "
+            "process ever writes, pass on_unsafe_store=OnUnsafeStore.WARN "
+            "(--on-unsafe-store warn).",
         )
 
     async def _adopt_structure(self) -> Known | None:
-        """Adds our columns to a head that another system made, and makes its key primary.
+        """Adds aiomigrate's columns and primary key to a head that another system created.
 
         Returns:
-            The table with its content, `None` where there is no head.
+            The table with its content, `None` if there is no head.
         """
         content: pa.Table | None = None
         checked: pa.Table | None = None
@@ -281,17 +298,17 @@ class MetadataTables:
                 if table is None:
                     return None
                 state = await table.state()
-                if seen is not None:  # by the caller, a moment ago
+                if seen is not None:  # the caller has just read it
                     content, version = seen[1], await seen[0].version()
                     seen = None
                 if content is None or await table.version() != version:
                     content, version = await table.read(), await table.version()
-                if content is not checked:  # refuse what is none before it is changed
+                if content is not checked:  # refuse an invalid head before changing it
                     parse_head(content, self.head_name)
                     checked = content
-                missing = [f for f in OUR_FIELDS if not state.has(f.name)]
+                missing = [f for f in ADDED_FIELDS if not state.has(f.name)]
                 keyed = state.schema.field("tableName").metadata or {}
-                if state.indexes:  # with an index the primary key would not protect
+                if state.indexes:  # an index would disable the primary key's exclusive insert
                     await table.drop_index(state.indexes[0].name)
                 elif not any(k.startswith(PRIMARY_KEY) for k in keyed):
                     await table.set_primary_key("tableName")
@@ -300,12 +317,12 @@ class MetadataTables:
                     self._log.info(ev.LEDGER_ADOPTED, ledger_table=self.head_name)
                 else:
                     is_new = len(content) > 0 and not set(content.schema.names).issuperset(
-                        f.name for f in OUR_FIELDS
+                        f.name for f in ADDED_FIELDS
                     )
                     return Known(table, content, is_new)
-                version += 1  # what is there otherwise was not made by us alone
+                version += 1  # another version means that another process committed as well
                 self.commits += 1
-            except StoreError as exc:  # another process is adopting too: look again
+            except StoreError as exc:  # another process may be adopting the head too: retry
                 if attempt == ATTEMPTS - 1:
                     raise self._unreadable(self.head_name, exc) from exc
                 await anyio.sleep(0.01)

@@ -1,8 +1,8 @@
-"""From the journal's events to what is true of each line. Pure.
+"""Computes the state of each line from the events of the journal. Pure.
 
-The journal is append-only and several processes may have written to it, one of them after it was
-fenced. `fold` decides which events count and what they add up to. It is not for judging a fold
-against the head or the scripts (see `reconcile`).
+The journal is append-only, and several processes may have written to it, some of them after they
+were fenced. `fold` decides which events are valid and applies them in order. Comparing the result
+with the head and the scripts is for `planning.reconcile`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aiomigrate.ledger.records import Event, Kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """A version a line has, and the checksum it was applied (or adopted) with."""
+    """An applied version of a line, with the checksum recorded when it was applied or adopted."""
 
     version: int
     checksum: str | None
@@ -29,11 +29,11 @@ class Unfinished:
     """A migration that was started and neither applied nor undone.
 
     Attributes:
-        started: Its `started` event, with the savepoints.
-        advanced: How many of its operations are known to be complete, from the first on.
-        also: The positions of others that are.
-        intents: Its `intended` events in order: commits announced before being made.
-        failed: Its `failed` event, if it ended by failing without being undone.
+        started: Its `started` event, which has the savepoints.
+        advanced: Number of leading operations known to be complete.
+        also: Positions of further operations known to be complete.
+        intents: Its `intended` events in order: commits announced before they were made.
+        failed: Its `failed` event, if it failed without being undone.
     """
 
     started: Event
@@ -43,25 +43,25 @@ class Unfinished:
     failed: Event | None = None
 
     def done_of(self, count: int) -> frozenset[int]:
-        """Returns which of so many operations are known to be complete, by position."""
+        """Returns the positions below `count` of the operations known to be complete."""
         return frozenset(p for p in range(count) if p < self.advanced or p in self.also)
 
     @property
     def savepoints(self) -> Mapping[str, int]:
-        """The table_version each touched table had before, by table; 0 if it did not exist."""
+        """The table_version of each touched table before the migration; 0 if it did not exist."""
         return {t: int(facts["before"]) for t, facts in self.started.tables.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineHistory:
-    """What the journal says of one line.
+    """The state of one line according to the journal.
 
     Attributes:
-        current: The version reached, 0 for none.
-        applied: Every version applied, adopted or stamped, by version.
-        unfinished: What a crash or an unresolved failure left behind.
+        current: The current version, 0 for none.
+        applied: All applied, adopted and stamped versions, by version.
+        unfinished: The migration that a crash or an unresolved failure left unfinished.
         last: The last event that set `current`.
-        failed: The last failure, if nothing of that version succeeded since.
+        failed: The last failure, unless its version or a later one was reached since.
     """
 
     current: int = 0
@@ -73,12 +73,13 @@ class LineHistory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journal:
-    """The folded journal.
+    """The state of all lines according to the journal.
 
     Attributes:
-        lines: What is true of each line.
-        shapes: The shape each table had when a migration last left it, `None` where it had none.
-        top_epoch: The highest epoch seen, valid or not.
+        lines: The state of each line.
+        shapes: The shape of each table after the last migration that touched it, `None` if the
+            table did not exist then.
+        top_epoch: The highest epoch of all events, valid or not.
         events: The valid events in order.
     """
 
@@ -93,18 +94,18 @@ class Journal:
 
 
 def valid_events(events: Iterable[Event]) -> list[Event]:
-    """Returns the events that count, ordered by epoch and sequence.
+    """Returns the valid events, ordered by epoch and sequence number.
 
-    Whoever takes a lease over first appends `opened` with the last sequence it saw of every older
-    epoch (`detail.seen`); what an older holder appends after that is void. An `opened` may itself
-    be void, so they are judged from the newest down.
+    A process that takes a lease first appends `opened` with the last sequence number it read of
+    every older epoch (`detail.seen`); events that an older holder appends after that are void. An
+    `opened` event may itself be void, so epochs are processed from the newest to the oldest.
     """
     result: list[Event] = []
     leases: dict[str, dict[int, list[Event]]] = {}
     for event in events:
         leases.setdefault(event.lease, {}).setdefault(event.epoch, []).append(event)
     for epochs in leases.values():
-        limits: Mapping[str, int] | None = None  # of the nearest newer epoch that opened validly
+        limits: Mapping[str, int] | None = None  # of the next newer epoch with a valid `opened`
         for epoch in sorted(epochs, reverse=True):
             limit = None if limits is None else limits.get(str(epoch), -1)
             written = sorted(epochs[epoch], key=lambda e: e.seq)
@@ -117,7 +118,10 @@ def valid_events(events: Iterable[Event]) -> list[Event]:
 
 
 def seen_epochs(events: Sequence[Event], lease: str) -> dict[int, int]:
-    """Returns the last valid sequence of each epoch not yet closed by a later valid `opened`."""
+    """Returns the last valid sequence number by epoch, since the last valid `opened` of a lease.
+
+    This is what the next `opened` event of the lease records as `seen`.
+    """
     seen: dict[int, int] = {}
     for event in valid_events(events):
         if event.lease != lease:
@@ -129,7 +133,7 @@ def seen_epochs(events: Sequence[Event], lease: str) -> dict[int, int]:
 
 
 def fold(events: Iterable[Event]) -> Journal:
-    """Returns what the events add up to. Events of unknown kind change nothing."""
+    """Returns the state of all lines after all events. Events of unknown kinds change nothing."""
     given = list(events)
     valid = valid_events(given)
     lines: dict[str, _Line] = {}
@@ -186,7 +190,7 @@ class _Line:
                 self._end()
                 self.last = event
             case Kind.KEPT if self._is_of_started(event):
-                # Undoing it failed and was itself undone: it is applied as it was.
+                # The rollback failed and was itself undone: the migration is applied again.
                 if self.undone is not None:
                     self.applied[self.undone.version] = self.undone
                     self.current = self.undone.version
@@ -246,12 +250,14 @@ class _Line:
         )
 
 
-def standing(intents: Iterable[Event]) -> tuple[list[Event], list[Event]]:
-    """Returns the commits to one table that were made, and those that may have been.
+def classify_intents(intents: Iterable[Event]) -> tuple[list[Event], list[Event]]:
+    """Returns the announced commits to a table that were made, and those that may have been made.
 
-    What is announced when its turn comes says by its `base` that everything before it was seen:
-    what was foreseen for that table_version or a later one was not made. The last one announced,
-    and what was foreseen with it, may have been made up to any point.
+    Some commits are announced immediately before they are made, others are predicted ahead of
+    time (`detail.foreseen`). An immediate announcement was written after all commits before its
+    `base` had been observed, so commits predicted for that table_version or a later one were not
+    made. Of the last immediate announcement and the predictions that follow it, any leading part
+    may have been made.
 
     Args:
         intents: The `intended` events of one table in one unfinished migration, in order.
@@ -267,11 +273,12 @@ def standing(intents: Iterable[Event]) -> tuple[list[Event], list[Event]]:
     return made, last
 
 
-def uncleaned(history: LineHistory, journal: Journal) -> Event | None:
-    """Returns the last `applied` or `rolled_back` of a line if it may not have been cleaned after.
+def pending_cleanup(history: LineHistory, journal: Journal) -> Event | None:
+    """Returns the last event of a line if the cleanup it calls for is not recorded as done.
 
-    Its process may have died before or while it removed what only the way needed, or before it
-    recorded that.
+    Such an event is an `applied` or a `rolled_back` whose process may have crashed before or while
+    it removed temporary columns and branches, or before it recorded that. Returns `None` if there
+    is nothing to clean up.
     """
     last = history.last
     if last is None or not (last.detail.get("cleanup") or last.detail.get("branches")):

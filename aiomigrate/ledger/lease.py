@@ -1,13 +1,14 @@
-"""The lease: the right to run migrations, with a fencing epoch.
+"""The lease: the exclusive right to run migrations, with a fencing epoch.
 
-Taken by one compare-and-set on the lease's row (lancedb `update … WHERE`, judged by
-`rows_updated`: facts, single-winner primitives), stolen only after this process has itself seen
-the row unchanged for the whole TTL on its own monotonic clock. Renewal is for `writer`, which owns
-every write of a holder.
+A process takes a lease by one compare-and-set on the lease row (lancedb `update … WHERE`; exactly
+one of several concurrent updates reports `rows_updated` 1, measured). It takes another holder's
+lease only after it has itself observed the row unchanged for the whole TTL on its own monotonic
+clock. Renewing a lease is for `ledger.writer`, which does all writes of a holder.
 
-There are two: the run lease, and the background lease, which is only ever taken by who holds the
-run lease. So whoever holds that knows that nobody begins to work in the background, and epochs,
-each above all others in the head, order what the two leases write of one line.
+There are two leases: the run lease, and the background lease, which a process takes only while it
+holds the run lease. So while a process holds the run lease, no other process starts background
+work. Each new epoch is above all others in the head, which orders the writes that the two leases
+make for one line.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class LeaseOptions:
     """How a lease is taken and kept.
 
     Attributes:
-        ttl_s: Seconds after which a silent holder may be succeeded.
+        ttl_s: Seconds without a renewal after which another process may take the lease.
         beat_s: Seconds between renewals.
-        wait_s: Seconds to wait for another holder.
+        wait_s: Seconds to wait for another holder to release it.
     """
 
     ttl_s: float = 30.0
@@ -53,16 +54,17 @@ class LeaseOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """A lease that was taken.
+    """A lease that this process took.
 
     Attributes:
         key: Its key.
-        epoch: Grows with every change of holder.
+        epoch: Its epoch, which grows with every change of holder.
         owner: This holder's nonce.
-        taken_at: Monotonic time before the update that took it: its TTL counts from here.
-        waited: Whether another process held it first.
-        returned: Epoch of the last holder if it gave it back, so that it writes nothing any more.
-        head: The head as read right after it was taken.
+        taken_at: Monotonic time before the update that took it, from which its TTL counts.
+        waited: Whether this process waited for another holder.
+        returned: Epoch of the previous holder if it released the lease, which proves that it
+            writes nothing more; else `None`.
+        head: The head as read right after the lease was taken.
     """
 
     key: str
@@ -86,82 +88,95 @@ class Lease:
         )
 
 
-_TOLD = 32
-"""Of how many migrations a holder tells how far they are."""
+_MAX_STEPS = 32
+"""Maximum number of migrations whose progress is stored in the lease row."""
 
 
 def phase_text(
     run_id: str, since: str, ttl_s: float, phase: str, going: Iterable[StepProgress] = ()
 ) -> str:
-    """Returns what a holder says of itself in the lease row."""
-    said: dict[str, Any] = {"host": HOST, "pid": os.getpid(), "run": run_id, "since": since,
-                            "ttl": ttl_s, "phase": phase}  # fmt: skip
-    if told := [dataclasses.asdict(one) for one in itertools.islice(going, _TOLD)]:
-        said["going"] = told
-    return json.dumps(said, ensure_ascii=False)
+    """Returns the JSON text by which a holder describes itself in the lease row.
+
+    Args:
+        run_id: Id of the run.
+        since: Time at which the lease was taken, ISO 8601.
+        ttl_s: The holder's TTL, which other processes respect.
+        phase: Description of what the holder is doing.
+        going: Progress of the running migrations; at most 32 are stored.
+    """
+    fields: dict[str, Any] = {"host": HOST, "pid": os.getpid(), "run": run_id, "since": since,
+                              "ttl": ttl_s, "phase": phase}  # fmt: skip
+    if steps := [dataclasses.asdict(step) for step in itertools.islice(going, _MAX_STEPS)]:
+        fields["going"] = steps
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def holder_of(head: Head, key: str = RUN_LEASE) -> Holder | None:
-    """Returns who holds a lease according to the head, `None` if it is free."""
+    """Returns the holder of a lease according to the head, `None` if the lease is free."""
     row = head.leases.get(key)
     if row is None or not row.owner:
         return None
-    said = _said(row)
+    fields = _phase_fields(row)
     return Holder(
-        host=str(said.get("host", "?")),
-        pid=_number(said.get("pid"), int, 0),
-        run_id=str(said.get("run", row.owner)),
-        phase=str(said.get("phase", "")),
-        since=str(said.get("since", "")),
+        host=str(fields.get("host", "?")),
+        pid=_number(fields.get("pid"), int, 0),
+        run_id=str(fields.get("run", row.owner)),
+        phase=str(fields.get("phase", "")),
+        since=str(fields.get("since", "")),
         epoch=row.epoch or 0,
-        going=tuple(_going(one) for one in said.get("going") or () if isinstance(one, dict)),
+        going=tuple(_progress(one) for one in fields.get("going") or () if isinstance(one, dict)),
     )
 
 
-def _going(said: Mapping[str, Any]) -> StepProgress:
+def _progress(fields: Mapping[str, Any]) -> StepProgress:
     return StepProgress(
-        line=str(said.get("line", "")),
-        version=_number(said.get("version"), int, 0),
-        doing=str(said.get("doing", "")),
-        done=_number(said.get("done"), int, 0),
-        total=_number(said.get("total"), int, None),
+        line=str(fields.get("line", "")),
+        version=_number(fields.get("version"), int, 0),
+        doing=str(fields.get("doing", "")),
+        done=_number(fields.get("done"), int, 0),
+        total=_number(fields.get("total"), int, None),
     )
 
 
 def top_epoch(head: Head) -> int:
-    """Returns the highest epoch in the head: that of a new holder of any lease is above it."""
+    """Returns the highest epoch in the head; a new holder of any lease uses a higher one."""
     rows = (*head.rows, *head.leases.values())
     return max((row.epoch or 0 for row in rows), default=0)
 
 
 class Watch:
-    """What this process has itself seen of a lease row, on its own monotonic clock."""
+    """Observes a lease row over time, on this process's own monotonic clock."""
 
     def __init__(self, ttl_s: float, clock: Clock) -> None:
-        """Has seen nothing yet."""
+        """Starts without an observation.
+
+        Args:
+            ttl_s: This process's TTL in seconds.
+            clock: Clocks.
+        """
         self._ttl_s = ttl_s
         self._clock = clock
         self._seen: tuple[int | None, str | None, int | None] | None = None
         self._since = 0.0
 
     def ttl_s(self, row: HeadRow) -> float:
-        """Returns the seconds for which a holder may be silent: its own word, or ours if more."""
-        return float(max(self._ttl_s, _number(_said(row).get("ttl"), float, 0.0)))
+        """Returns the TTL in seconds: the holder's, or this process's if that is longer."""
+        return float(max(self._ttl_s, _number(_phase_fields(row).get("ttl"), float, 0.0)))
 
     def may_take(self, row: HeadRow) -> bool:
-        """Takes one look; returns whether the lease is free, or its holder was silent too long."""
+        """Records an observation; returns whether the lease is free or its TTL has passed."""
         state = (row.epoch, row.owner, row.beat)
         if state != self._seen:
             self._seen, self._since = state, self._clock.monotonic()
         return not row.owner or self._clock.monotonic() - self._since >= self.ttl_s(row)
 
 
-def _said(row: HeadRow) -> dict[str, Any]:
+def _phase_fields(row: HeadRow) -> dict[str, Any]:
     try:
-        said = json.loads(row.phase or "{}")
+        fields = json.loads(row.phase or "{}")
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _number(value: object, kind: type[Any], default: Any) -> Any:
@@ -169,7 +184,7 @@ def _number(value: object, kind: type[Any], default: Any) -> Any:
 
 
 _REFUSED_S = 5.0
-"""How long a store that refuses to write is asked again."""
+"""Seconds for which a refused write of the lease row is retried."""
 
 
 async def acquire(
@@ -181,36 +196,41 @@ async def acquire(
     clock: Clock,
     log: Any,
     is_done: Callable[[Head], Awaitable[bool]],
-    enrol: Callable[[Lease], Iterable[HeadRow]] = lambda _: (),
+    line_rows: Callable[[Lease], Iterable[HeadRow]] = lambda _: (),
 ) -> Lease | None:
-    """Makes the ledger if need be, and takes the run lease, waiting for another holder.
+    """Creates the ledger if it does not exist, and takes the run lease, waiting for its holder.
+
+    A cancellation gives a lease back that was taken with the creation of the head. A crash leaves
+    the lease to expire after its TTL.
 
     Args:
         ledger: The ledger.
         owner: This holder's nonce.
-        phase: What to write about ourselves.
-        options: TTL and patience.
+        phase: Text of the lease row that describes this holder, see `phase_text`.
+        options: TTL and waiting time.
         clock: Clocks.
         log: Bound logger.
-        is_done: Asked whenever the row changed while waiting: whether another process has done
-            the work, so that there is nothing left to take the lease for.
-        enrol: Returns the lines' rows to make together with the lease's, where that is made here.
+        is_done: Called with the head after each wait: whether another process has done the work,
+            so that this one does not need the lease.
+        line_rows: Returns the lines' rows to insert together with the lease row if this process
+            creates the head.
 
     Returns:
         The lease, or `None` if another process did the work meanwhile.
 
     Raises:
-        LeaseTimeoutError: Another holder kept it all the time.
-        LedgerError: The ledger cannot be read or made.
+        LeaseTimeoutError: Other processes held the lease for `wait_s`.
+        LedgerError: The ledger cannot be read or created.
+        StoreError: The store refused to write the lease row.
     """
     begun = clock.monotonic()
 
     def first(epoch: int) -> list[HeadRow]:
         lease = Lease(key=RUN_LEASE, epoch=epoch, owner=owner, taken_at=begun, waited=False)
         mine = lease_row(RUN_LEASE, at=clock.wall(), epoch=epoch, owner=owner, phase=phase)
-        return [mine, *enrol(lease)]
+        return [mine, *line_rows(lease)]
 
-    head = await _founded(ledger, owner, first)
+    head = await _ensure(ledger, owner, first)
     if (mine := _held_by(owner, head, begun)) is not None:
         return mine
     watch = Watch(options.ttl_s, clock)
@@ -222,10 +242,10 @@ async def acquire(
             await ledger.ensure()
         elif watch.may_take(row):
             if row.owner:
-                told = str(holder_of(head))
-                log.warning(ev.LEASE_STOLEN, holder=told, silent_s=watch.ttl_s(row))
-            # Shielded whole: a lease taken under cancellation must come into hands that
-            # give it back.
+                holder_text = str(holder_of(head))
+                log.warning(ev.LEASE_STOLEN, holder=holder_text, silent_s=watch.ttl_s(row))
+            # Shielded as a whole: a lease taken under cancellation must reach the caller,
+            # which gives it back.
             with anyio.CancelScope(shield=True):
                 lease = await take(ledger, head, RUN_LEASE, owner, phase, clock, waited=waited)
             if isinstance(lease, Lease):
@@ -237,11 +257,11 @@ async def acquire(
         if refused is not None and clock.monotonic() - begun > min(options.wait_s, _REFUSED_S):
             raise refused
         if clock.monotonic() - begun > options.wait_s:
-            holder = holder_of(await ledger.read_head()) or "others, one after another"
+            holder = holder_of(await ledger.read_head()) or "several processes in turn"
             raise LeaseTimeoutError(
                 f"Waited {options.wait_s:g} s for the lease, which is held by {holder}.",
-                "Wait for it to finish, raise the wait, or if that process is dead run "
-                "`aiomigrate unlock`.",
+                "Wait for that process to finish, increase the waiting time, or run "
+                "`aiomigrate unlock` if it has crashed.",
             )
         await anyio.sleep(min(0.25, options.ttl_s / 10))
         head = await ledger.read_head()
@@ -249,8 +269,8 @@ async def acquire(
             return None
 
 
-async def _founded(ledger: Ledger, owner: str, first: FirstRows) -> Head:
-    """Returns the head, with the lease taken if its row is made here; not so on failure."""
+async def _ensure(ledger: Ledger, owner: str, first: FirstRows) -> Head:
+    """Creates the ledger; on failure gives the lease back if its row was inserted as taken."""
     try:
         return await ledger.ensure(first)
     except BaseException:
@@ -261,7 +281,7 @@ async def _founded(ledger: Ledger, owner: str, first: FirstRows) -> Head:
 
 
 def _held_by(owner: str, head: Head, taken_at: float = 0.0) -> Lease | None:
-    """Returns the run lease if the head says that this one has it."""
+    """Returns the run lease if `owner` holds it according to the head, else `None`."""
     row = head.leases.get(RUN_LEASE)
     if row is None or row.owner != owner:
         return None
@@ -280,19 +300,20 @@ async def take(
     *,
     waited: bool = False,
 ) -> Lease | StoreError | None:
-    """Tries once to take a lease that is as the head says, and fences who held it before.
+    """Tries once to take a lease, and fences its previous holder.
 
     Args:
-        ledger: Its tables exist.
-        head: As just read; the lease's row is there, and may be taken.
-        key: Which lease.
+        ledger: The ledger, whose tables exist.
+        head: The head as just read. It contains the lease's row, which may be taken.
+        key: The lease's key.
         owner: This holder's nonce.
-        phase: What to write about ourselves.
+        phase: Text of the lease row that describes this holder, see `phase_text`.
         clock: Clocks.
-        waited: Whether another process held it first.
+        waited: Whether this process waited for another holder.
 
     Returns:
-        The lease; else why the store refused it while nobody else has it, or `None`.
+        The lease; the store's error if the store refused the update and the row is unchanged;
+        `None` if the row is no longer as in `head`.
     """
     row = head.leases[key]
     epoch = top_epoch(head) + 1
@@ -303,11 +324,12 @@ async def take(
             {"epoch": epoch, "owner": owner, "beat": 0, "phase": phase}, _as_seen(row), key
         )
     except StoreError as exc:
-        won, refused = None, exc  # unknown: look
+        won, refused = None, exc  # the update may have been made: read the head
     if won == 0:
         return None
     if won and is_unfenced(head, key, epoch):
-        # Before it is read, so that what is read is final. What fails here, `runner` does again.
+        # Before the head is read, so that the older holder can no longer change what is read.
+        # `runs.session` repeats it if it fails here.
         with contextlib.suppress(StoreError):
             await ledger.take_rows(key, epoch, owner)
     taken = await ledger.read_head()
@@ -315,7 +337,7 @@ async def take(
     if now is None or (now.epoch, now.owner) != (epoch, owner):
         unchanged = now is not None and (now.epoch, now.beat) == (row.epoch, row.beat)
         return refused if unchanged else None
-    # One that was never held, or that `unlock` took from its holder, has no beat.
+    # A lease that was never held, or that `unlock` freed, has no beat.
     returned = row.epoch if not row.owner and row.beat else None
     return Lease(
         key=key, epoch=epoch, owner=owner, taken_at=taken_at, waited=waited, returned=returned,
@@ -324,7 +346,7 @@ async def take(
 
 
 def is_unfenced(head: Head, key: str, epoch: int) -> bool:
-    """Returns whether a row of a lease still has an older epoch, whose holder could write it."""
+    """Returns whether a row of the lease has an older epoch, whose holder could still write it."""
     return any(row.lease == key and (row.epoch or 0) < epoch for row in head.rows)
 
 
@@ -336,7 +358,7 @@ def _as_seen(row: HeadRow) -> str:
 
 
 async def give_back(ledger: Ledger, lease: Lease) -> None:
-    """Frees a lease under which nothing was done yet; harmless when it was lost."""
+    """Frees a lease under which nothing was written yet; has no effect if it was lost."""
     await ledger.update_lease(
         {"owner": "", "beat": 1, "phase": ""},
         f"epoch = {lease.epoch} AND owner = {sql_literal(lease.owner)}",
@@ -345,27 +367,30 @@ async def give_back(ledger: Ledger, lease: Lease) -> None:
 
 
 UNLOCKED = "unlocked"
-"""Phase of a lease that was taken from its holder rather than given back."""
+"""Phase of a lease that `unlock` freed."""
 
 
 async def unlock(
     ledger: Ledger, *, options: LeaseOptions, clock: Clock, key: str = RUN_LEASE
 ) -> Holder | None:
-    """Frees a lease whose holder is dead.
+    """Frees a lease whose holder has crashed.
 
-    Watches the lease row for its TTL first: a holder that renews is alive.
+    First observes the lease row for the whole TTL: a holder that renews it is alive. Takes no
+    lease itself. A cancellation or a crash leaves the lease either as it was or free.
 
     Args:
-        ledger: Its tables exist, or nothing holds a lease.
+        ledger: The ledger.
         options: TTL.
         clock: Clocks.
-        key: Which lease.
+        key: The lease's key.
 
     Returns:
-        The holder that was removed, `None` if the lease was free.
+        The removed holder, `None` if the lease was free or became free meanwhile.
 
     Raises:
-        LeaseHeldError: The holder renewed the lease while being watched.
+        LeaseHeldError: The holder renewed the lease meanwhile, or another process took it.
+        LedgerError: The head cannot be read.
+        StoreError: The store refused to write the lease row.
     """
     head = await ledger.read_head()
     row = head.leases.get(key)

@@ -1,7 +1,7 @@
-"""The two metadata tables of one database: reading and writing them.
+"""Reads and writes the two metadata tables of one database.
 
-How they come into being beside other processes is for `founding`; what their events mean is for
-`history`; when they are written is for `writer`.
+Creating them concurrently with other processes is for `ledger.founding`; the meaning of their
+events is for `ledger.history`; when they are written is for `ledger.writer`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from aiomigrate.ledger.records import RUN_LEASE, Event, HeadRow
 from aiomigrate.schema.sql import sql_literal
 from aiomigrate.store.table import Table
 
-_MANY = 32  # events that take longer to put together than the event loop is to be kept
+_THREAD_EVENTS = 32  # more events are converted in a thread, not to block the event loop
 
 FirstRows = Callable[[int], Sequence[HeadRow]]
-"""Returns the rows that a head begins with, given the first epoch that nobody used."""
+"""Returns the first rows of a new head, given the first unused epoch."""
 
 
 class Ledger(MetadataTables):
@@ -58,21 +58,21 @@ class Ledger(MetadataTables):
         """Reads the whole head in one scan.
 
         Returns:
-            An empty `Head` when the table does not exist.
+            The head, an empty one if the table does not exist.
 
         Raises:
-            LedgerUnreadableError: It exists but cannot be read.
-            LedgerCorruptError: It holds what cannot be.
-            LedgerFormatError: A newer aiomigrate wrote it.
+            LedgerUnreadableError: The table exists but cannot be read.
+            LedgerCorruptError: The table contains invalid values.
+            LedgerFormatError: A newer release of aiomigrate wrote the table.
         """
         content = await self.read_head_content()
         return Head() if content is None else parse_head(content, self.head_name)
 
     async def read_head_content(self) -> pa.Table | None:
-        """Reads the whole head in one scan, unchecked; `None` when it does not exist.
+        """Reads the whole head in one scan, without checks; `None` if it does not exist.
 
         Raises:
-            LedgerUnreadableError: It exists but cannot be read.
+            LedgerUnreadableError: The table exists but cannot be read.
         """
         try:
             table = await self._find(self.head_name)
@@ -85,15 +85,15 @@ class Ledger(MetadataTables):
         return content
 
     async def read_journal(self) -> list[Event]:
-        """Reads all events, valid or not, in no order; none when there is no journal.
+        """Reads all events, valid or not, unordered; an empty list if there is no journal.
 
-        What was read before is given again where nothing was committed since: on an object store
-        each fragment is a request.
+        Returns the events of the previous read if nothing was committed since: on an object store
+        each fragment costs a request.
 
         Raises:
-            LedgerUnreadableError: It exists but cannot be read.
-            LedgerCorruptError: It holds what cannot be.
-            LedgerFormatError: A newer aiomigrate wrote it.
+            LedgerUnreadableError: The table exists but cannot be read.
+            LedgerCorruptError: The table contains invalid values.
+            LedgerFormatError: A newer release of aiomigrate wrote the table.
         """
         version = 0
         try:
@@ -103,54 +103,59 @@ class Ledger(MetadataTables):
                 return self._read[1]
             content = None if table is None else await table.read()
             if table is not None and content is not None and not len(content):
-                # Wiped by a late creator and not healed yet, or never written to.
-                beneath = await self._previous_content(table, has_founding)
-                content = content if beneath is None else beneath
+                # Overwritten by a late creator and not restored yet, or never written to.
+                previous = await self._previous_content(table, has_founding)
+                content = content if previous is None else previous
             elif table is not None and content is not None and has_founding(content):
-                self._journal = table  # what `ensure` would look for again
+                self._journal = table  # saves `ensure` from opening it again
         except StoreError as exc:
             raise self._unreadable(self.journal_name, exc) from exc
         if content is None:
             return []
         events = await anyio.to_thread.run_sync(parse_journal, content, self.journal_name)
-        if self._journal is table:  # founded, and not wiped
+        if self._journal is table:  # founded, and not overwritten
             self._read = version, events
         return events
 
     # ---- founding and adopting ------------------------------------------------------------------
 
     async def ensure(self, first: FirstRows | None = None) -> Head:
-        """Makes both tables, or makes an existing head fit, safely beside others doing the same.
+        """Creates both tables, or adopts an existing head; several processes may do so at once.
 
-        A crash leaves a state from which the next caller goes on.
+        It needs no lease. After a crash or a cancellation the next call continues.
 
         Args:
-            first: Returns the rows to begin with, its run lease among them, if it is this call that
-                makes them, given the first epoch that nobody used; by default that lease, free.
+            first: Returns the first rows, including the row of the run lease, given the first
+                unused epoch. It is called only if this process creates the rows. By default they
+                are the row of the free run lease.
 
         Returns:
-            The head, which has the run lease.
+            The head, which contains the row of the run lease.
 
         Raises:
-            LedgerError: A table cannot be read or made.
-            UnsafeStoreError: The store, asked when the journal is founded, loses commits.
+            LedgerError: A table cannot be read or created.
+            UnsafeStoreError: The store, tested when the journal is created, loses commits.
         """
         known: dict[str, Known] = {}
         content: list[pa.Table] = []
 
-        async def look_at_journal() -> None:
+        async def open_journal() -> None:
             if self._journal is None:
-                known[self.journal_name] = await self._made(self.journal_name, JOURNAL_SCHEMA)
+                known[self.journal_name] = await self._open_or_create(
+                    self.journal_name, JOURNAL_SCHEMA
+                )
 
-        async def look_at_head() -> None:
+        async def open_head() -> None:
             adopted = await self._adopt_structure()
-            known[self.head_name] = adopted or await self._made(self.head_name, HEAD_SCHEMA)
+            known[self.head_name] = adopted or await self._open_or_create(
+                self.head_name, HEAD_SCHEMA
+            )
 
-        is_unwritten = False  # the journal, as far as this first look tells
+        is_unwritten = False  # whether the journal had no events when it was opened
 
         async def first_rows() -> pa.Table:
             nonlocal is_unwritten
-            # Above every epoch ever used: no event of an earlier head is taken for a new one.
+            # Above all epochs ever used, so that no event of an earlier head passes for a new one.
             events = [] if is_unwritten else await self.read_journal()
             is_unwritten = False
             top = max((event.epoch for event in events), default=0)
@@ -163,7 +168,7 @@ class Ledger(MetadataTables):
                 await self._found_journal(known[self.journal_name])
 
         async def found_head() -> None:
-            _, found = await self._founded(
+            _, found = await self._open_founded(
                 self.head_name,
                 HEAD_SCHEMA,
                 "tableName",
@@ -173,13 +178,13 @@ class Ledger(MetadataTables):
             )
             content.append(found)
 
-        await run_each((look_at_journal, look_at_head), lambda look: look())
+        await run_each((open_journal, open_head), lambda step: step())
         is_unwritten = self._journal is None and known[self.journal_name].is_new
-        await run_each((found_journal, found_head), lambda make: make())
+        await run_each((found_journal, found_head), lambda step: step())
         return parse_head(content[0], self.head_name)
 
     async def _found_journal(self, known: Known | None = None) -> Table:
-        table, content = await self._founded(
+        table, content = await self._open_founded(
             self.journal_name, JOURNAL_SCHEMA, "id", self._first_event, has_founding, known
         )
         self._journal = table
@@ -190,7 +195,7 @@ class Ledger(MetadataTables):
     # ---- writing --------------------------------------------------------------------------------
 
     async def ensure_lease(self, key: str) -> None:
-        """Makes the row of a lease, free, unless it is there. The head exists."""
+        """Inserts the row of a free lease unless it exists. The head must exist."""
         table = await self.store.open(self.head_name)
         self.commits += 1
         await table.insert_missing(
@@ -198,7 +203,7 @@ class Ledger(MetadataTables):
         )
 
     async def update_lease(self, values: Mapping[str, Any], condition: str, key: str) -> int:
-        """Changes a lease row if it is as the condition says; returns 1 if it was, else 0."""
+        """Updates a lease row if it meets an SQL condition; returns 1 if it did, else 0."""
         table = await self.store.open(self.head_name)
         self.commits += 1
         rows, _ = await table.update(
@@ -207,7 +212,7 @@ class Ledger(MetadataTables):
         return rows
 
     async def take_rows(self, key: str, epoch: int, owner: str) -> None:
-        """Raises every row of a lease to the holder's epoch: older holders' writes then miss."""
+        """Raises all rows of a lease to the holder's epoch, so that older holders' writes fail."""
         table = await self.store.open(self.head_name)
         self.commits += 1
         await table.update(
@@ -216,9 +221,9 @@ class Ledger(MetadataTables):
         )
 
     async def own_rows(self, rows: Sequence[HeadRow]) -> None:
-        """Makes rows for these lines, or takes over those that other systems wrote.
+        """Inserts rows for lines, or takes over the existing rows that other systems wrote.
 
-        Identical duplicates that another system left are merged. Called under the lease.
+        Merges identical duplicates that another system left. The caller must hold the lease.
         """
         if not rows:
             return
@@ -228,7 +233,7 @@ class Ledger(MetadataTables):
         if inserted == len(rows):
             return
         names = ", ".join(sql_literal(row.name) for row in rows)
-        # Never a newer holder's row: this very call may be made late, by a paused process.
+        # Never a newer holder's row: the process may have been paused before this call.
         mine = f"owner = {sql_literal(rows[0].owner or '')}"
         not_newer = (
             f"(epoch IS NULL OR epoch < {rows[0].epoch} OR (epoch = {rows[0].epoch} AND {mine}))"
@@ -243,7 +248,7 @@ class Ledger(MetadataTables):
         have = await table.read(f"tableName IN ({names})", ["tableName"])
         for name, count in Counter(have["tableName"].to_pylist()).items():
             if count > 1:
-                # The journal already holds the version: a crash in between is healed from it.
+                # The journal already has the version: after a crash here it restores the row.
                 await table.delete(f"tableName = {sql_literal(name)} AND {not_newer}")
                 await table.refresh()
                 keep = [row for row in rows if row.name == name]
@@ -255,7 +260,7 @@ class Ledger(MetadataTables):
         """Replaces rows, each only if it still carries the holder's epoch and owner.
 
         Returns:
-            Whether every row was replaced. If not, someone else has written: look.
+            Whether all rows were replaced. If not, another process or system wrote some of them.
         """
         table = await self.store.open(self.head_name)
         self.commits += 1
@@ -264,17 +269,20 @@ class Ledger(MetadataTables):
         return changed == len(rows)
 
     async def append(self, events: Sequence[Event], owner: str, stamp: Stamp | None = None) -> None:
-        """Appends events as one commit; durable on return.
+        """Appends events in one commit; they are durable on return.
+
+        If LanceDB fails, the commit may still have been made: the journal is checked, restored if
+        it was overwritten, and the append is retried if the events are missing.
 
         Args:
-            events: The events.
-            owner: The nonce of who writes them.
-            stamp: What all of them get; `None` where they have it already.
+            events: The events, at least one.
+            owner: The writer's nonce.
+            stamp: The fields that all events share, `None` if the events have them already.
 
         Raises:
-            StoreError: LanceDB failed and the events are known not to be there.
+            StoreError: LanceDB failed, and the journal does not contain the events.
         """
-        if len(events) > _MANY:
+        if len(events) > _THREAD_EVENTS:
             data = await anyio.to_thread.run_sync(events_to_arrow, events, owner, stamp)
         else:
             data = events_to_arrow(events, owner, stamp)
@@ -286,7 +294,7 @@ class Ledger(MetadataTables):
                 self.commits += 1
                 await self._journal.append(data)
             except StoreError:
-                # Unknown: it may have been committed. Look; and heal if it was overwritten.
+                # The commit may have been made: check, and restore an overwritten journal.
                 journal = await self._found_journal()
                 if await journal.count_rows(f"id = {sql_literal(wanted)}"):
                     return
@@ -297,7 +305,7 @@ class Ledger(MetadataTables):
                 return
 
     async def compact(self, *, head_over: int, journal_over: int) -> None:
-        """Compacts each table that consists of more fragments than given. Under the lease only."""
+        """Compacts each table that has more fragments than given. The caller holds the lease."""
         for name, limit in ((self.head_name, head_over), (self.journal_name, journal_over)):
             table = await self.store.find(name)
             if table is not None and await table.fragments() > limit:

@@ -1,4 +1,4 @@
-"""The records of the ledger: journal events, and rows of the head. Frozen values.
+"""The records of the ledger as frozen values: journal events and rows of the head.
 
 How they are stored is for `ledger.codec`; what a sequence of events means is for
 `ledger.history`.
@@ -15,14 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProgress:
-    """How far one migration is that a process is at work on.
+    """The progress of a migration that a process is running.
 
     Attributes:
-        line: Its line.
-        version: Its version.
-        doing: What it is doing.
-        done: How much is done, in what `total` counts.
-        total: How much there is, `None` if unknown.
+        line: The migration's line.
+        version: The migration's version.
+        doing: Description of the current operation.
+        done: Amount of completed work, in the unit of `total`.
+        total: Amount of work, `None` if unknown.
     """
 
     line: str
@@ -33,22 +33,22 @@ class StepProgress:
 
     @property
     def percent(self) -> float | None:
-        """How much is done, 0 to 100, `None` if unknown."""
+        """The completed share, 0 to 100, `None` if unknown."""
         return min(100.0, 100 * self.done / self.total) if self.total else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who holds the lease.
+    """The process that holds a lease, as it describes itself in the lease row.
 
     Attributes:
         host: Host name.
         pid: Process id.
-        run_id: Its run.
-        phase: What it is doing.
-        since: When it took the lease.
+        run_id: Id of its run.
+        phase: Description of what it is doing.
+        since: Time at which it took the lease, ISO 8601.
         epoch: The lease's epoch.
-        going: How far the migrations are that it is at work on, as of its last renewal.
+        going: Progress of the migrations it is running, as of its last renewal.
     """
 
     host: str = ""
@@ -68,7 +68,7 @@ RUN_LEASE = "run"
 """Key of the lease under which migrations run."""
 
 BACKGROUND_LEASE = "background"
-"""Key of the lease under which migrations run that hold up no start."""
+"""Key of the lease under which background migrations run, which no start waits for."""
 
 
 class Kind(enum.StrEnum):
@@ -93,7 +93,7 @@ class Kind(enum.StrEnum):
 
 
 NOT_YET = dt.datetime.min.replace(tzinfo=dt.UTC)
-"""The time of an event that is as old as its entry in the journal."""
+"""Placeholder time: the event gets the time at which it is appended to the journal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,28 +104,28 @@ class Event:
         lease: Key of the lease it was written under.
         epoch: That lease's epoch.
         seq: Position within the epoch.
-        at: When, UTC.
+        at: Time, UTC.
         kind: What happened, a `Kind` value; unknown kinds of newer releases are kept as text.
         run_id: The run.
         line: The line concerned.
         version: The version concerned.
         description: The migration's description.
         checksum: The migration's checksum.
-        algorithm: How the checksum was made.
+        algorithm: Name of the checksum's algorithm.
         source: The migration's file.
         tables: Per touched table `before` and `after` (table_version) and `shape`.
         waited_s: Seconds it waited for dependencies and a slot.
         ran_s: Seconds its operations took.
-        ledger_s: Seconds spent waiting for the journal.
+        ledger_s: Seconds it waited for commits to the journal.
         rows: Rows changed.
         commits: Commits made on touched tables.
-        size: Bytes of data that its tables held afterwards, where that was measured.
-        retries: Commits tried again after a conflict.
+        size: Bytes of data in its tables afterwards, if measured.
+        retries: Commits retried after a conflict.
         host: Host name.
         pid: Process id.
         tool: Version of aiomigrate.
         error: Error with traceback.
-        detail: Anything else, per kind.
+        detail: Other entries, depending on the kind.
     """
 
     lease: str
@@ -155,7 +155,7 @@ class Event:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the event as a JSON-ready dictionary, without what is unknown."""
+        """Returns the event as a JSON-ready dictionary, without unknown and empty fields."""
         out: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)
@@ -171,16 +171,16 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRow:
-    """One row of the head: a line's recorded version, or (for a lease row) who holds a lease.
+    """One row of the head: the recorded version of a line, or the holder of a lease.
 
     Attributes:
-        name: The line, or the lease's name.
-        version: Its recorded version.
-        migrated_at: When that was written, UTC.
-        epoch: Epoch of the holder that wrote it; `None` if another system did.
+        name: The line, or the name of the lease row.
+        version: The recorded version, 0 on a lease row.
+        migrated_at: Time of the last write, UTC.
+        epoch: Epoch of the holder that wrote the row; `None` if another system did.
         owner: The holder's nonce; empty on a free lease.
-        beat: Counts the holder's renewals.
-        phase: On a lease row, JSON about the holder and what it is doing.
+        beat: Number of the holder's renewals.
+        phase: On a lease row, a JSON object that describes the holder and its work.
         digest: Chain digest of the applied migrations.
         lease: Key of the lease the row belongs to.
     """
@@ -197,15 +197,15 @@ class HeadRow:
 
     @property
     def is_ours(self) -> bool:
-        """Whether aiomigrate wrote it last; another system's write leaves our columns NULL."""
+        """Whether aiomigrate wrote the row last; other systems leave the added columns NULL."""
         return self.epoch is not None
 
 
 def new_event(kind: Kind, **facts: Any) -> Event:
-    """Returns an event to be written: the writer fills in lease, epoch and sequence number.
+    """Returns an event to be written; the writer sets its lease, epoch and sequence number.
 
     Args:
         kind: What happened.
-        facts: Its other fields. Without `at` it is as old as its entry in the journal.
+        facts: Other fields of the event. Without `at` it gets the time of its journal commit.
     """
     return Event(lease="", epoch=0, seq=0, kind=kind, **{"at": NOT_YET, **facts})

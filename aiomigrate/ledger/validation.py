@@ -1,8 +1,9 @@
-"""Whether an event of the journal has the form that its readers rely on. Pure.
+"""Checks that a journal event has the form that its readers rely on. Pure.
 
-The journal is a table that anyone may edit: what is not as we write it is told where it is read,
-and never guessed. Kinds that only newer releases know pass, as they change nothing. Whether
-events fit together is for `fold` and `reconcile`.
+Anyone can edit the journal table, so `ledger.codec` checks each event when it reads it and raises
+an error for a malformed one instead of guessing. Event kinds of newer releases pass unchecked, as
+they change nothing. Whether events are consistent with each other, with the head and with the
+scripts is for `ledger.history` and `planning.reconcile`.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ _EFFECTS: Mapping[str, Mapping[str, Check]] = {
     "delete": {"where": _is_text},
     "merge": {"key": _is_text, "data": _is_text},
 }  # fmt: skip
-"""What an announced commit tells besides what it does (`savepoint.is_ours` reads it).
+"""The fields of an announced commit, by its `do`; `commits.commit_identity` reads them.
 
-One that does something else counts as someone else's, whatever it tells.
+A commit with another `do` is treated as another writer's, whatever its fields are.
 """
 
 
@@ -97,7 +98,7 @@ _DETAIL: Mapping[str, Check] = {
     "table": _is_text,
     "to": _is_number,
 }
-"""What `detail` may hold that anything is decided by."""
+"""The checks of the entries of `detail` that decisions depend on."""
 
 _FACTS: Mapping[str, Check] = {
     "before": _is_number,
@@ -106,7 +107,7 @@ _FACTS: Mapping[str, Check] = {
     "shape": _is_shape,
     "was": _is_text_or_none,
 }
-"""What is told of each table."""
+"""The checks of the facts that an event records about each table."""
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     Kind.INTENDED: ("table", "base", "effect"),
@@ -118,33 +119,35 @@ _NEEDED_FACTS: Mapping[str, tuple[str, ...]] = {
     Kind.APPLIED: ("before",),
     Kind.CLEANED: ("before", "after"),
 }
-_OF_NO_LINE = (Kind.FOUNDED, Kind.OPENED, Kind.CLOSED, Kind.PRUNED)
+_WITHOUT_LINE = (Kind.FOUNDED, Kind.OPENED, Kind.CLOSED, Kind.PRUNED)
 
 
 def fault_of(event: Event) -> str:
-    """Returns what is wrong with the form of an event, in words, or nothing."""
+    """Returns a description of what is malformed in an event, empty if nothing is."""
     if event.kind not in set(Kind):
         return ""
-    if event.kind not in _OF_NO_LINE:
+    if event.kind not in _WITHOUT_LINE:
         if not event.line:
             return "no line"
         if event.version is None or event.version < 0:
             return f"version {event.version}"
-    if wrong := _wrong(event.detail, _DETAIL, _NEEDED.get(event.kind, ())):
+    if wrong := _fault_in(event.detail, _DETAIL, _NEEDED.get(event.kind, ())):
         return f"{wrong} in 'detail'"
     for table, facts in event.tables.items():
         if not isinstance(facts, dict):
-            return f"nothing that can be of table {table!r}"
-        if wrong := _wrong(facts, _FACTS, _NEEDED_FACTS.get(event.kind, ())):
+            return f"invalid facts of table {table!r}"
+        if wrong := _fault_in(facts, _FACTS, _NEEDED_FACTS.get(event.kind, ())):
             return f"{wrong} of table {table!r}"
     return ""
 
 
-def _wrong(told: Mapping[str, Any], checks: Mapping[str, Check], needed: tuple[str, ...]) -> str:
+def _fault_in(
+    values: Mapping[str, Any], checks: Mapping[str, Check], needed: tuple[str, ...]
+) -> str:
     for name in needed:
-        if name not in told:
+        if name not in values:
             return f"no {name!r}"
     for name, check in checks.items():
-        if name in told and not check(told[name]):
-            return f"a {name!r} that cannot be"
+        if name in values and not check(values[name]):
+            return f"an invalid {name!r}"
     return ""

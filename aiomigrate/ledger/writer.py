@@ -1,9 +1,9 @@
-"""The one task that writes a holder's ledger: group commit, renewals, the head that follows.
+"""The one task that does all ledger writes of a lease holder.
 
-Lines run concurrently; if each wrote its own rows, commits would queue behind each other for
-seconds (facts: one-row commits by many writers). So all of them hand events to this task, which
-appends what is waiting as one journal commit, and lets the head follow in coalesced, fenced
-updates that also renew the lease. It decides nothing about migrations.
+Lines run concurrently; if each wrote its own rows, their commits would queue for seconds
+(measured: one-row commits by many writers). So lines pass their events to this task, which
+appends all waiting events in one journal commit (group commit), and afterwards updates the head
+in combined, fenced updates that also renew the lease. It decides nothing about migrations.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from aiomigrate.ledger.lease import Lease, LeaseOptions
 from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.ledger.records import Event, HeadRow
 
-_RIPE_S = 0.02
+_JOIN_S = 0.02  # how long `wait_durable` waits for a commit that others ask for
 _MAX_GATHER_S = 0.05
 
 
 @dataclass(eq=False)
 class _Request:
     events: Sequence[Event]
-    lifts: HeadRow | None = None
+    head_row: HeadRow | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     error: AiomigrateError | None = None
 
 
 class Writer:
-    """Owns every ledger write between taking the lease and giving it back."""
+    """Does all ledger writes between taking the lease and giving it back."""
 
     def __init__(
         self,
@@ -49,16 +49,16 @@ class Writer:
         stamp: Mapping[str, Any],
         phase: Callable[[], str],
     ) -> None:
-        """Prepares; nothing is written before `run`.
+        """Stores the arguments; nothing is written before `run`.
 
         Args:
-            ledger: Where to write.
-            lease: The lease held.
+            ledger: The ledger to write.
+            lease: The lease that this process holds.
             options: TTL and beat.
             clock: Clocks.
             log: Bound logger.
-            stamp: Fields every event gets: run, host, process, tool.
-            phase: Returns the lease row's text about this holder, asked at every renewal.
+            stamp: Fields to set on every event: run, host, process, tool.
+            phase: Returns the lease row's text about this holder; called at every renewal.
         """
         self.lease = lease
         self.error: AiomigrateError | None = None
@@ -70,7 +70,7 @@ class Writer:
         self._stamp = {"lease": lease.key, "epoch": lease.epoch, **stamp}
         self._phase = phase
         self._requests: list[_Request] = []
-        self._asked = 0  # how many of them somebody waits for
+        self._asked = 0  # number of requests with a waiting caller
         self._gathering = False
         self._dirty: dict[str, HeadRow] = {}
         self._wake = anyio.Event()
@@ -84,31 +84,34 @@ class Writer:
         self._working = 0
         self._append_s = 0.0
 
-    # ---- asked by others ------------------------------------------------------------------------
+    # ---- called by the lines --------------------------------------------------------------------
 
-    def record_later(self, *events: Event, lifts: HeadRow | None = None) -> anyio.Event:
-        """Hands in events that nobody waits for: they ride with the next commit to the journal.
+    def record_later(self, *events: Event, head_row: HeadRow | None = None) -> anyio.Event:
+        """Queues events for the next commit to the journal, without waiting for it.
 
-        So they are durable before anything is that is recorded later, and not later than the next
-        renewal of the lease. A crash before loses them.
+        They become durable no later than any event recorded afterwards, and no later than the
+        next renewal of the lease. A crash before that loses them.
 
         Args:
             events: The events.
-            lifts: Head row that follows once they are durable.
+            head_row: Head row to write once they are durable.
 
         Returns:
-            What is set once they are durable, or the lease is lost.
+            An event that is set once they are durable, or once the writer has ended or failed.
 
         Raises:
-            LeaseLostError: Another process has the lease.
+            LeaseLostError: Another process has the lease, or the run has ended.
+            AiomigrateError: The writer has failed before.
         """
         self._refuse_if_over()
-        request = _Request(events, lifts)
+        request = _Request(events, head_row)
         self._requests.append(request)
         return request.done
 
     async def record(self, *events: Event) -> None:
-        """Appends events to the journal; they, and what was handed in before, are durable then.
+        """Appends events to the journal; they and all queued events are durable on return.
+
+        If the caller is cancelled, the events are appended all the same.
 
         Raises:
             LeaseLostError: Another process has the lease; nothing was appended.
@@ -124,13 +127,18 @@ class Writer:
             raise request.error
 
     async def wait_durable(self, durable: anyio.Event) -> None:
-        """Waits for what `follow` returned: a moment for others to commit it, else it is committed.
+        """Waits until events passed to `record_later` are durable.
+
+        Waits a moment for a commit that another caller asks for, then asks for one itself.
+
+        Args:
+            durable: The event that `record_later` returned.
 
         Raises:
             LeaseLostError: Another process has the lease.
             StoreError: The journal could not be written.
         """
-        with anyio.move_on_after(_RIPE_S):
+        with anyio.move_on_after(_JOIN_S):
             await durable.wait()
         if self.error is not None:
             raise self.error
@@ -145,32 +153,32 @@ class Writer:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Tells that a migration is operating, so that events of it may soon follow."""
+        """Marks that a migration is executing operations, so that its events may soon follow."""
         self._working += 1
         try:
             yield
         finally:
             self._working -= 1
-            self._wake_if_complete()  # who gathers may be waiting for nobody but this migration
+            self._wake_if_complete()  # `_gather` may be waiting for this migration only
 
     def _wake_if_complete(self) -> None:
         if not self._gathering or self._working <= self._asked:
             self._wake.set()
 
-    def lift(self, row: HeadRow) -> None:
-        """Lets a line's head row follow with the next head update."""
+    def write_row_later(self, row: HeadRow) -> None:
+        """Queues a line's head row for the next update of the head."""
         for request in self._requests:
-            if request.lifts is not None and request.lifts.name == row.name:
-                request.lifts = None
+            if request.head_row is not None and request.head_row.name == row.name:
+                request.head_row = None
         self._dirty[row.name] = row
 
     async def check(self) -> None:
-        """Returns if the lease is safely ours, renewing it first if it is about to run out.
+        """Checks that this process holds the lease, renewing it if it is about to expire.
 
-        Asked immediately before every mutation of a user's table.
+        Called immediately before every mutation of a user's table.
 
         Raises:
-            LeaseLostError: It is not.
+            LeaseLostError: This process does not hold the lease any more.
         """
         self._refuse_if_over()
         margin = min(2.0, self._options.ttl_s / 4)
@@ -179,10 +187,11 @@ class Writer:
         await self.sync()
 
     async def sync(self) -> None:
-        """Writes the head now: what was lifted is durable on return, and the lease renewed.
+        """Updates the head; on return the queued rows are durable and the lease is renewed.
 
         Raises:
             LeaseLostError: Another process has the lease.
+            AiomigrateError: The writer failed.
         """
         self._refuse_if_over()
         renewed = anyio.Event()
@@ -193,10 +202,11 @@ class Writer:
             raise self.error
 
     def close(self, *, release: bool) -> None:
-        """Writes what is waiting, updates the head a last time, and gives the lease back.
+        """Asks the task to write what is queued, update the head, give the lease back and end.
 
         Args:
-            release: Otherwise the lease is left to expire: a mutation may still be under way.
+            release: Whether to give the lease back; otherwise it is left to expire, as a mutation
+                may still be in progress.
         """
         self._closing = True
         self._release = release
@@ -205,10 +215,10 @@ class Writer:
     # ---- the task -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Writes until closed. Shielded: it outlives the cancellation of the lines it serves.
+        """Writes until closed. Shielded: the cancellation of the lines does not end it.
 
-        Never raises: a lost lease or a broken ledger is kept in `error`, told to everyone who
-        waits or asks, and cancels the run through `on_lost`.
+        Never raises an error: a lost lease or a failure of the ledger is kept in `error`, raised
+        to all present and later callers, and cancels the run through `on_lost`.
         """
         with anyio.CancelScope(shield=True):
             try:
@@ -220,7 +230,7 @@ class Writer:
                 if isinstance(exc, LeaseLostError):
                     self._log.error(ev.LEASE_LOST, epoch=self.lease.epoch)
                 self.on_lost()
-            except Exception as exc:  # noqa: BLE001 - whoever waits must be told, or waits for ever
+            except Exception as exc:  # noqa: BLE001 - callers that wait must get it, or never end
                 self.error = LedgerError(
                     f"The ledger could not be written: {type(exc).__name__}: {exc}.",
                     "This is a defect of aiomigrate: please report it.",
@@ -228,9 +238,9 @@ class Writer:
                 self.error.__cause__ = exc
                 self.on_lost()
             finally:
-                self._tell_all()
+                self._finish_requests()
 
-    def _tell_all(self) -> None:
+    def _finish_requests(self) -> None:
         self._over = True
         for request in self._requests:
             request.error = self.error
@@ -248,11 +258,11 @@ class Writer:
             self._wake = anyio.Event()
         if self._asked:
             await self._gather()
-        if batch := self._requests:  # riders too: the head below must not be ahead of them
+        if batch := self._requests:  # all: the head written below must not be ahead of them
             self._requests, self._asked = [], 0
             await self._append(batch)
         if self._renewals or self._clock.monotonic() >= due_at:
-            # Those that ask while it is written may have lifted what it does not hold.
+            # Requests made during the write may concern rows that it does not contain.
             asked = list(self._renewals)
             await self._write_head(closing=False)
             self._renewals = [renewal for renewal in self._renewals if renewal not in asked]
@@ -260,9 +270,10 @@ class Writer:
                 renewal.set()
 
     async def _gather(self) -> None:
-        """Lets others that are about to hand in events join the commit, for as long as one takes.
+        """Waits for more events to join the commit, at most as long as the last commit took.
 
-        Who waits alone waits for nothing: then no migration operates that is not waiting too.
+        Ends as soon as all migrations that execute operations are waiting for the commit, so a
+        single migration does not wait at all.
         """
         await anyio.lowlevel.checkpoint()
         self._gathering = True
@@ -282,18 +293,18 @@ class Writer:
                 await self._ledger.append(events, self.lease.owner, stamp)
             self._append_s = self._clock.monotonic() - begun
         except BaseException:
-            self._requests = batch + self._requests  # told with everyone else
+            self._requests = batch + self._requests  # `_finish_requests` sets their error
             raise
         for request in batch:
-            if request.lifts is not None:
-                self._dirty[request.lifts.name] = request.lifts
+            if request.head_row is not None:
+                self._dirty[request.head_row.name] = request.head_row
             request.done.set()
 
     async def _write_head(self, *, closing: bool) -> None:
-        """Writes the lease row and what was lifted, until it is there.
+        """Writes the lease row and the queued rows, retrying until all of them are written.
 
-        An attempt may renew the lease and yet miss rows that others wrote: then there is a whole
-        TTL again for those, and the next attempt has a beat of its own, which others see.
+        An attempt may renew the lease and yet miss rows that others wrote: then a whole TTL is
+        left for those, and the next attempt has a new beat, which other processes see.
         """
         released = closing and self._release
         self._beat += 1
@@ -319,11 +330,11 @@ class Writer:
             if self._clock.monotonic() > self._renewed_at + self._options.ttl_s:
                 raise self._lost("could not renew it in time")
             await anyio.sleep(min(0.05, self._options.ttl_s / 20))
-            if not released:  # given back, it is not written again
+            if not released:  # a lease given back is not renewed again
                 self._beat += 1
         self._renewed_at = started
         for name, row in dirty.items():
-            if self._dirty.get(name) is row:  # else it was lifted again meanwhile
+            if self._dirty.get(name) is row:  # else a newer row was queued meanwhile
                 del self._dirty[name]
         if released:
             self._log.debug(ev.LEASE_RELEASED, epoch=self.lease.epoch)
@@ -331,12 +342,13 @@ class Writer:
             self._log.warning(ev.LEASE_LEFT, epoch=self.lease.epoch)
 
     async def _is_written(self, own: HeadRow, dirty: Mapping[str, HeadRow], started: float) -> bool:
-        """Looks why not every row was replaced; returns whether they are there all the same.
+        """Returns whether the head has all rows although the update did not replace all of them.
 
-        If at least the lease row is, the lease is renewed as of `started`.
+        If it has the lease row, the lease counts as renewed at `started`. Takes over rows that
+        another system wrote, for the next attempt.
 
         Raises:
-            LeaseLostError: The lease row carries a newer epoch, or another owner.
+            LeaseLostError: The lease row has a newer epoch or another owner.
         """
         try:
             head = await self._ledger.read_head()
@@ -344,7 +356,7 @@ class Writer:
             return False
         row = head.leases.get(self.lease.key)
         if row is None or (row.epoch or 0) < self.lease.epoch:
-            # An epoch never goes back: the table was overwritten, and is about to be healed.
+            # An epoch never decreases: the table was overwritten, and `ensure` restores it.
             await self._ledger.ensure()
             return False
         mine = {self.lease.owner, own.owner}
@@ -356,12 +368,12 @@ class Writer:
             self._renewed_at = started
             if all(have.get(n) == v for n, v in want.items()):
                 return True
-        # Another system rewrote a row of ours meanwhile: take it over again.
+        # Another system rewrote some of these rows meanwhile: take them over again.
         await self._ledger.own_rows([r for n, r in dirty.items() if have.get(n) != want[n]])
         return False
 
     def _lost(self, why: str) -> LeaseLostError:
         return LeaseLostError(
             f"The lease (epoch {self.lease.epoch}) was lost: {why}. Nothing more was written.",
-            "Another process goes on with the migrations; run again to see where they are.",
+            "Another process continues the migrations; run again to see their state.",
         )

@@ -19,7 +19,7 @@ from aiomigrate.errors import (
     MissingScriptError,
     OutOfOrderError,
 )
-from aiomigrate.ledger.history import Journal, LineHistory, Unfinished, uncleaned
+from aiomigrate.ledger.history import Journal, LineHistory, Unfinished, pending_cleanup
 from aiomigrate.ledger.records import HeadRow, Kind
 from aiomigrate.migration.checksum import ALGORITHM, chain_digest
 from aiomigrate.migration.model import Script, Scripts, Target
@@ -194,7 +194,7 @@ def reconcile(
         except LedgerConflictError as exc:
             problems.append(exc)
             continue
-        left = uncleaned(state.history, journal)
+        left = pending_cleanup(state.history, journal)
         if left is not None and left.kind == Kind.ROLLED_BACK and left.detail.get("cleanup"):
             state = replace(state, is_unclean=True)
         lines[line] = state

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiomigrate.errors import DependencyError, RollbackRefusedError, TargetError
-from aiomigrate.ledger.history import Journal, uncleaned
+from aiomigrate.ledger.history import Journal, pending_cleanup
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Key, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation
@@ -270,7 +270,7 @@ def unsettled(journal: Journal) -> frozenset[str]:
     for history in journal.lines.values():
         if history.unfinished is not None:
             tables.update(history.unfinished.savepoints)
-        if (left := uncleaned(history, journal)) is not None:
+        if (left := pending_cleanup(history, journal)) is not None:
             tables.update(left.detail.get("cleanup", ()))
     return frozenset(tables)
 

@@ -116,7 +116,7 @@ class Session:
                 clock=run.clock,
                 log=run.log,
                 is_done=job.is_done,
-                enrol=job.first_rows,
+                line_rows=job.first_rows,
             )
         self.lease_s = run.clock.monotonic() - begun
         if lease is None:

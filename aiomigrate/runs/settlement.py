@@ -16,7 +16,7 @@ from aiomigrate.clock import Clock
 from aiomigrate.errors import MigrationFailedError
 from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.execution.workspace import Workspace
-from aiomigrate.ledger.history import uncleaned
+from aiomigrate.ledger.history import pending_cleanup
 from aiomigrate.ledger.lease import Lease
 from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.ledger.records import Event, HeadRow, Kind, new_event
@@ -90,7 +90,7 @@ async def settle(
             run.log.info(ev.LEDGER_ADOPTED, table=line, version=state.current)
     durable = workspace.writer.record_later(*adopted)
     for state in mine.values():
-        if (left := uncleaned(state.history, snapshot.journal)) is not None:
+        if (left := pending_cleanup(state.history, snapshot.journal)) is not None:
             await workspace.cleanup.clean_after(left)
     for state in lifted:
         workspace.cleanup.lift(state.line, state.current)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aiomigrate import Migration, MigrationFailedError, op
 from aiomigrate.errors import AiomigrateError
 from aiomigrate.execution.lookahead import MOST, _PredictedTable, predict_commits
-from aiomigrate.ledger.history import standing
+from aiomigrate.ledger.history import classify_intents
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.operations.base import Operation
 from aiomigrate.operations.target import Target
@@ -192,7 +192,7 @@ def test_an_announcement_voids_what_was_foreseen_instead(
     told: list[tuple[int, bool]], made: list[int], last: list[int]
 ) -> None:
     """Its base is what was seen: what was told for that table_version or later was not made."""
-    found_made, found_last = standing(intents(*told))
+    found_made, found_last = classify_intents(intents(*told))
 
     assert [e.detail["base"] for e in found_made] == made
     assert [e.detail["base"] for e in found_last] == last

@@ -28,7 +28,7 @@ import aiomigrate
 from aiomigrate import Context, Migration, op
 from aiomigrate.errors import AiomigrateError, ConfigurationError
 from aiomigrate.ledger.codec import parse_journal
-from aiomigrate.ledger.history import fold, seen_epochs, uncleaned
+from aiomigrate.ledger.history import fold, pending_cleanup, seen_epochs
 from aiomigrate.ledger.records import Event
 from aiomigrate.migration.loader import load
 from aiomigrate.planning.destructive import kept_savepoints
@@ -181,7 +181,7 @@ def test_a_journal_edited_by_hand_is_read_or_refused(
     kept_savepoints(folded)
     unsettled(folded)
     for history in folded.lines.values():
-        uncleaned(history, folded)
+        pending_cleanup(history, folded)
         if history.unfinished is not None:
             assert all(version >= 0 for version in history.unfinished.savepoints.values())
 

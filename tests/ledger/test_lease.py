@@ -625,7 +625,7 @@ async def test_a_row_that_another_system_keeps_taking_does_not_cost_the_lease(
     store.updated = taken_again
     async with anyio.create_task_group() as group:
         group.start_soon(writer.run)
-        writer.lift(row)
+        writer.write_row_later(row)
         await writer.sync()
         writer.close(release=True)
 
