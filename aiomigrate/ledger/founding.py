@@ -134,8 +134,8 @@ class MetadataTables:
         return LedgerUnreadableError(
             f"The metadata table {name!r} exists but cannot be read: {exc.what}",
             "No migration was run. Correct the cause that LanceDB reports (disk space, "
-            "permissions, network). If the table itself is damaged, restore an earlier "
-            "table_version of it, or a backup.",
+            "permissions, network). Only if the table itself is damaged, restore the table (an "
+            "earlier table_version, or a backup).",
         )
 
     async def _open_or_create(self, name: str, schema: pa.Schema) -> Known:

@@ -320,7 +320,7 @@ async def checked(
     existing = set() if store is None else set(await store.table_names())
     seen: dict[str, Opened | None] = dict.fromkeys(states.keys() - existing)
     if store is not None:
-        found = await store.look_at([name for name in states if name in existing])
+        found = await store.find_all([name for name in states if name in existing])
         states |= {name: opened.state for name, opened in found.items()}
         seen |= found
     fitting, trials = await anyio.to_thread.run_sync(check_operations, plan, states, on_destructive)

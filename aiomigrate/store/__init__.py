@@ -1,1 +1,1 @@
-"""The adapter to LanceDB, and the only package that imports it at run time."""
+"""The adapter to LanceDB; the only package that imports it at run time."""

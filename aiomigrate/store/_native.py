@@ -1,8 +1,9 @@
-"""Every use of what lancedb does not export: the one place a new release of it can break silently.
+"""All uses of private parts of lancedb, which a new release of it can break silently.
 
-lancedb's Python half checks and converts what it is given before it calls its native half. In some
-calls that is wrong for a migration (each function says why), so the native half is called here.
-`tests/store/test_native.py` pins every name used here and names the one that a release took away.
+lancedb's Python layer checks and converts data before it calls its native layer. For some calls
+this is wrong in a migration (each function says why), so they call the native layer directly.
+`tests/store/test_native.py` pins every private name used here and names the ones that a release
+of lancedb has removed.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ MERGE_PARAMETERS = (
     "when_not_matched_by_source_condition", "when_not_matched_by_source_condition_expr",
     "timeout", "use_index", "use_lsm", "validate_single_shard",
 )  # fmt: skip
-"""What lancedb's merge builder hands on to the native half, from attributes of these names."""
+"""Attributes of lancedb's merge builder that it passes on to the native layer."""
 
 
 async def create_table(
     connection: lancedb.AsyncConnection, name: str, mode: str, reader: pa.RecordBatchReader
 ) -> lancedb.AsyncTable:
-    """Creates a table of rows exactly as they are given.
+    """Creates a table with exactly the given rows, and returns its handle.
 
-    lancedb's Python half takes NULL and NaN for bad vectors, and computes the vectors of a batch
-    that has none where the table has embedding functions (both measured).
+    lancedb's Python layer treats NULL and NaN as bad vectors, and computes missing vectors of a
+    batch if the table has embedding functions (both measured).
 
     Args:
         connection: The database.
-        name: The table.
+        name: Name of the table.
         mode: `create` or `overwrite`.
         reader: The rows.
     """
@@ -43,9 +44,9 @@ async def create_table(
 
 
 async def append(handle: lancedb.AsyncTable, data: pa.Table) -> Any:
-    """Appends rows that have the table's own columns; returns LanceDB's result.
+    """Appends rows that have exactly the table's columns; returns LanceDB's result.
 
-    lancedb's Python half asks for the schema each time, and looks for what has to be converted.
+    lancedb's Python layer reads the schema for every append, to convert rows that differ from it.
     """
     inner: Any = handle._inner  # noqa: SLF001 - see above
     return await inner.add(to_scannable(data), "append")
@@ -54,12 +55,12 @@ async def append(handle: lancedb.AsyncTable, data: pa.Table) -> Any:
 async def merge(handle: lancedb.AsyncTable, builder: Any, data: pa.Table, **changed: Any) -> Any:
     """Executes a merge; returns LanceDB's result.
 
-    lancedb's Python half takes NULL for a bad vector, and for a table with embedding functions
-    computes their column from data that is not there (both measured).
+    lancedb's Python layer treats NULL as a bad vector, and for a table with embedding functions
+    computes their column from source columns that the data does not have (both measured).
 
     Args:
         handle: The table.
-        builder: What `handle.merge_insert(...)` and the calls on it returned.
+        builder: The merge builder that `handle.merge_insert(...)` returned.
         data: The rows.
         changed: Parameters of the merge that lancedb's builder cannot set.
     """
@@ -69,10 +70,10 @@ async def merge(handle: lancedb.AsyncTable, builder: Any, data: pa.Table, **chan
 
 
 def index_details(config: Any) -> Mapping[str, Any]:
-    """Returns the parameters that `list_indices()` reports of an index; empty if it has none."""
+    """Returns the parameters that `list_indices()` reports for an index, empty if none."""
     return getattr(config, "index_details", None) or {}
 
 
 def config_class(name: str) -> Any:
-    """Returns lancedb's configuration class of a kind of index."""
+    """Returns the configuration class in `lancedb.index` of that name."""
     return getattr(lancedb.index, name)

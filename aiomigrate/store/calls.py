@@ -1,4 +1,4 @@
-"""One call to LanceDB: its errors mapped, a mutation awaited to its end under cancellation.
+"""Calls LanceDB: maps its errors, and awaits mutations to their end under cancellation.
 
 LanceDB's untyped errors are mapped to `aiomigrate.errors` here and nowhere else. What to commit,
 retry or restore is decided by the layers above.
@@ -29,7 +29,7 @@ from aiomigrate.errors import (
 from aiomigrate.store.uri import is_local
 
 Connection = lancedb.AsyncConnection
-"""LanceDB's open connection, as an application may pass it."""
+"""An open LanceDB connection, which an application may pass."""
 
 T = TypeVar("T")
 
@@ -52,13 +52,13 @@ _CONFLICTS: tuple[tuple[str, type[StoreError], str], ...] = (
 
 
 class Calls:
-    """One connection, through which every call to LanceDB goes.
+    """A LanceDB connection, and the one path of all calls to it.
 
     Attributes:
         connection: LanceDB's connection.
-        uri: Where, without secrets.
-        storage_options: As the connection was given them.
-        abandoned: Tables with a mutation that was abandoned under cancellation: it may still
+        uri: The database's URI without secrets.
+        storage_options: The options that the connection was opened with.
+        abandoned: Tables with a mutation that was abandoned after a cancellation and may still
             commit.
     """
 
@@ -74,12 +74,12 @@ class Calls:
         """Wraps an open connection.
 
         Args:
-            connection: With the default read consistency: a handle's `version()` right after a
-                commit must be that commit (facts: restore).
-            uri: Shown in logs, already redacted.
+            connection: A connection with the default read consistency: a handle's `version()`
+                right after a commit must be that commit.
+            uri: The redacted URI, for logs.
             secrets: Texts to remove from every error.
-            grace_s: Seconds a cancelled mutation is given to finish.
-            storage_options: As the connection was given them.
+            grace_s: Seconds that a cancelled mutation has to finish.
+            storage_options: The options that the connection was opened with.
         """
         self.storage_options = dict(storage_options) if storage_options else None
         self.connection = connection
@@ -96,35 +96,41 @@ class Calls:
         return text
 
     def location_of(self, table: str) -> str:
-        """Returns where a table is."""
+        """Returns the URI of a table."""
         return f"{self._location.rstrip('/')}/{table}.lance"
 
     def free_bytes(self) -> int | None:
-        """Returns how much a local database's disk still takes, `None` for others."""
+        """Returns the free bytes on the disk of a local database, `None` for other databases."""
         return shutil.disk_usage(self._location).free if is_local(self._location) else None
 
     async def call(
         self, verb: str, table: str, run: Callable[[], Awaitable[T]], *, mutates: bool = False
     ) -> T:
-        """Awaits one LanceDB call; every call goes through here. A mutation is settled.
+        """Awaits one LanceDB call; all calls go through here.
+
+        Args:
+            verb: What the call does, for errors.
+            table: Name of the table, for errors.
+            run: Makes the call.
+            mutates: Whether to await it to its end under cancellation, see `settle`.
 
         Raises:
-            StoreError: Or a subclass that names the failure.
+            StoreError: LanceDB failed; a subclass names the failure if it is a known one.
         """
         try:
             return await (self.settle(table, run) if mutates else run())
         except (ValueError, RuntimeError, OSError, NotImplementedError, KeyError) as exc:
             error = mapped(exc, f"{verb} on table {table!r}", self._secrets)
-            told = any(secret in str(exc) for secret in self._secrets)
-            raise error from (None if told else exc)
+            has_secret = any(secret in str(exc) for secret in self._secrets)
+            raise error from (None if has_secret else exc)
 
     async def settle(self, table: str, run: Callable[[], Awaitable[T]]) -> T:
-        """Awaits a mutation, and what must be noted of it, to its end.
+        """Awaits a mutation, and the bookkeeping that belongs to it, to its end.
 
-        Cancellation is raised only once it has ended, at most after the grace time. Then it is
-        abandoned, which `abandoned` tells, and it may still commit.
+        A cancellation is raised once the mutation has ended. If it does not end within the grace
+        time it is abandoned: its table is added to `abandoned`, and it may still commit.
         """
-        if _is_settling.get():  # part of what somebody awaits so already
+        if _is_settling.get():  # part of a mutation that is already awaited in this way
             return await run()
         result: list[T] = []
         failure: list[BaseException] = []
@@ -132,11 +138,11 @@ class Calls:
         scope = anyio.CancelScope(shield=True)
 
         async def work() -> None:
-            _is_settling.set(True)  # here, in a task of its own
+            _is_settling.set(True)  # in this task only
             with scope:
                 try:
                     result.append(await run())
-                except Exception as exc:  # noqa: BLE001 - carried to the caller as it is
+                except Exception as exc:  # noqa: BLE001 - raised to the caller below
                     failure.append(exc)
             ended.set()
 
@@ -156,24 +162,30 @@ class Calls:
         return result[0]
 
     async def open_handle(self, name: str) -> lancedb.AsyncTable:
-        """Opens LanceDB's handle of a table at its latest version.
+        """Opens a LanceDB handle of a table at its latest version.
 
         Raises:
-            TableNotFoundError: There is no such table.
-            StoreError: It could not be opened.
+            TableNotFoundError: The table does not exist.
+            StoreError: The table could not be opened.
         """
         return await self.call("open", name, lambda: self.connection.open_table(name))
 
 
 def plain_message(text: str) -> str:
-    """Returns LanceDB's message without what says nothing to the reader: Rust's positions."""
+    """Returns LanceDB's message without positions in Rust source files and Python tracebacks."""
     text = re.sub(r",? /\S+\.rs:\d+:\d+", "", text).removeprefix("lance error: ")
     text = re.sub(r"\s*Detail: Python exception: Traceback.*", "", text, flags=re.DOTALL)
     return text.rstrip(" .\n")
 
 
 def mapped(exc: Exception, doing: str, secrets: Sequence[str]) -> StoreError:
-    """Returns the error of ours that LanceDB's exception stands for, without secrets."""
+    """Returns the aiomigrate error for an exception of LanceDB, without secrets.
+
+    Args:
+        exc: LanceDB's exception.
+        doing: What failed, for the message: "Could not {doing}: ...".
+        secrets: Texts to replace by asterisks.
+    """
     text = plain_message(str(exc))
     for secret in secrets:
         text = text.replace(secret, "***")

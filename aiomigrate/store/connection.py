@@ -1,6 +1,7 @@
-"""The connection to one database: opening, creating, listing and dropping tables; trying SQL.
+"""The connection to one database: opens, creates, lists and drops tables, and checks SQL.
 
-Tests inject faults by subclassing `Store` and overriding `call`.
+Reads and commits of one table are for `store.table`. Tests inject faults by subclassing `Store`
+and overriding `call`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ class Store(Calls):
         *,
         grace_s: float = 10.0,
     ) -> Store:
-        """Connects to a located URI. On a missing local path LanceDB makes the folder.
+        """Connects to a database. LanceDB creates the folder of a local path that is missing.
+
+        Args:
+            uri: The URI as `store.uri.locate` returns it.
+            storage_options: LanceDB's storage options.
+            grace_s: Seconds that a cancelled mutation has to finish.
 
         Raises:
             StoreError: LanceDB could not connect.
@@ -63,10 +69,12 @@ class Store(Calls):
         self.connection.close()  # type: ignore[no-untyped-call]
 
     async def table_names(self) -> list[str]:
-        """Returns the names of all tables; a killed create may have left one that cannot be opened.
+        """Returns the names of all tables.
+
+        A process killed while it created a table may leave a name that cannot be opened.
 
         Raises:
-            StoreError: LanceDB could not list them.
+            StoreError: LanceDB could not list the tables.
         """
         names: list[str] = []
         token: str | None = None
@@ -85,16 +93,16 @@ class Store(Calls):
         """Opens a table at its latest version.
 
         Raises:
-            TableNotFoundError: There is none.
-            StoreError: It could not be opened.
+            TableNotFoundError: The table does not exist.
+            StoreError: The table could not be opened.
         """
         return Table(self, name, await self.open_handle(name))
 
     async def find(self, name: str) -> Table | None:
-        """Opens a table, `None` if there is none.
+        """Opens a table at its latest version; returns `None` if it does not exist.
 
         Raises:
-            StoreError: It exists but could not be opened.
+            StoreError: The table exists but could not be opened.
         """
         try:
             return await self.open(name)
@@ -102,21 +110,23 @@ class Store(Calls):
             return None
 
     async def state_of(self, name: str) -> tuple[int, TableState | None]:
-        """Returns a table's table_version and state, `(0, None)` if there is none.
+        """Returns a table's table_version and state, `(0, None)` if it does not exist.
 
-        What is left of one whose creation was undone counts as none.
+        The leftover of a table whose creation was undone counts as not existing.
 
         Raises:
-            StoreError: It exists but could not be read.
+            StoreError: The table exists but could not be read.
         """
-        opened = await self.look(name)
+        opened = await self.find_with_state(name)
         return (0, None) if opened is None else (opened.version, opened.state)
 
-    async def look(self, name: str) -> Opened | None:
-        """Opens a table and reads its state; `None` as for `state_of`.
+    async def find_with_state(self, name: str) -> Opened | None:
+        """Opens a table and reads its state; returns `None` if it does not exist.
+
+        The leftover of a table whose creation was undone counts as not existing.
 
         Raises:
-            StoreError: It exists but could not be read.
+            StoreError: The table exists but could not be read.
         """
         table = await self.find(name)
         state = None if table is None else await table.state()
@@ -124,25 +134,29 @@ class Store(Calls):
             return None
         return Opened(table, await table.version(), state)
 
-    async def look_at(self, names: Sequence[str]) -> dict[str, Opened]:
-        """Opens tables, a few at once, and reads their states; leaves out what does not exist.
+    async def find_all(self, names: Sequence[str]) -> dict[str, Opened]:
+        """Opens tables, several at a time, and reads their states.
+
+        Returns:
+            The tables by name, without those that do not exist.
 
         Raises:
-            StoreError: One exists but could not be read.
+            StoreError: A table exists but could not be read.
         """
         found: dict[str, Opened] = {}
 
         async def one(name: str) -> None:
-            if (opened := await self.look(name)) is not None:
+            if (opened := await self.find_with_state(name)) is not None:
                 found[name] = opened
 
         await run_each(names, one)
         return found
 
     async def has_remains(self, name: str) -> bool:
-        """Returns whether a table that cannot be found left data files behind.
+        """Returns whether the folder of a table that cannot be found contains data files.
 
-        A killed create of an empty table leaves none. Told of local databases only.
+        A killed creation of an empty table leaves none. Always `False` for a database that is not
+        local.
         """
         if not is_local(self._location):
             return False
@@ -159,11 +173,18 @@ class Store(Calls):
     ) -> Table:
         """Creates a table, empty unless rows are given.
 
-        This is not exclusive: a table that another process creates at the same moment is
-        overwritten. A `version()` above 1 on the result tells; its content is one version below.
+        This is not exclusive: it overwrites a table that another process creates at the same
+        time. Then the `version()` of the result is above 1, and the previous version has the
+        other process's content.
+
+        Args:
+            name: Name of the table.
+            schema: Its schema.
+            rows: Its rows.
+            overwrite: Whether to replace an existing table.
 
         Raises:
-            TableExistsError: There is one already.
+            TableExistsError: The table exists, and `overwrite` is not set.
             StoreError: LanceDB failed.
         """
         none = pa.RecordBatchReader.from_batches(schema, [])
@@ -171,11 +192,7 @@ class Store(Calls):
         return await self._create(name, reader, overwrite=overwrite)
 
     async def _create(self, name: str, reader: pa.RecordBatchReader, *, overwrite: bool) -> Table:
-        """Creates a table past lancedb's Python half.
-
-        That one takes NULL and NaN for bad vectors, and computes the vectors of a batch that has
-        none where the table has embedding functions (both measured).
-        """
+        """Creates a table through lancedb's native layer, see `_native.create_table`."""
         mode = "overwrite" if overwrite else "create"
         made = await self.call(
             mode,
@@ -193,18 +210,25 @@ class Store(Calls):
         *,
         overwrite: bool = False,
     ) -> Table:
-        """Creates a table from a stream, in one commit; memory is bounded by the batches.
+        """Creates a table from a stream in one commit; memory is bounded by the batch size.
 
-        An overwrite never fails because of other commits: those made since the stream was begun
-        are discarded from the head. Compare its version with the one before plus one.
+        An overwrite never fails because of other commits: it discards those made since the stream
+        began from the table's head. To detect this, compare the new version with the previous one
+        plus one.
+
+        Args:
+            name: Name of the table.
+            schema: Its schema.
+            batches: Its rows.
+            overwrite: Whether to replace an existing table.
 
         Raises:
             StoreError: LanceDB failed; nothing was committed.
-            Exception: What the stream raised; nothing was committed.
+            Exception: The stream raised it; nothing was committed.
         """
         failures: list[BaseException] = []
 
-        async def following() -> pa.RecordBatch | None:
+        async def next_batch() -> pa.RecordBatch | None:
             try:
                 return await anext(batches, None)
             except BaseException as exc:
@@ -214,21 +238,21 @@ class Store(Calls):
         refused: StoreError | None = None
         async with anyio.from_thread.BlockingPortal() as portal:
 
-            def pull() -> Iterator[pa.RecordBatch]:  # in a thread of LanceDB's
-                while (batch := portal.call(following)) is not None:
+            def pull() -> Iterator[pa.RecordBatch]:  # runs in a thread of LanceDB
+                while (batch := portal.call(next_batch)) is not None:
                     yield batch
 
             reader = pa.RecordBatchReader.from_batches(schema, pull())
             try:
                 table = await self._create(name, reader, overwrite=overwrite)
             except StoreError as exc:
-                refused = exc  # raised outside: a portal wraps what leaves it
+                refused = exc  # raised below, as a portal wraps exceptions that leave it
         if refused is not None:
             raise (failures[0] if failures else refused) from (refused if failures else None)
         return table
 
     async def drop(self, name: str) -> None:
-        """Drops a table, or the remains of one; nothing happens when there is none."""
+        """Drops a table, or the leftover of one; does nothing if it does not exist."""
         await self.call(
             "drop",
             name,
@@ -243,32 +267,36 @@ _PREFIXES = (
 
 
 class SqlCheck:
-    """An empty table in memory for each statement, to find out whether LanceDB takes it."""
+    """Checks SQL statements by running each on an empty table in memory."""
 
     def __init__(self) -> None:
-        """Prepares; the first question connects."""
+        """Connects to nothing yet; the first check opens the database in memory."""
         self._tables = itertools.count()
         self._connection: Any = None
-        self._taken: set[tuple[object, ...]] = set()
+        self._valid: set[tuple[object, ...]] = set()
 
     async def refusal(self, statement: Statement, schema: pa.Schema) -> str | None:
-        """Returns why a statement cannot be run on a table of such a schema, `None` if it can.
+        """Returns LanceDB's reason to refuse a statement, `None` if it accepts it.
 
-        One that concerns equal columns of several tables is asked about once.
+        A statement that concerns equal columns of several tables is run once.
+
+        Args:
+            statement: The statement.
+            schema: Schema of the table it is meant for.
         """
         sets = as_sql(statement.values, statement.sets)
         narrow = _concerned(statement.where or "", sets, schema)
         key = (statement.where, tuple(sets.items()), narrow)
-        if key in self._taken:
+        if key in self._valid:
             return None
-        why = await self._asked(statement.where, sets, narrow)
+        why = await self._execute(statement.where, sets, narrow)
         if why is None:
-            self._taken.add(key)
-        elif narrow != schema:  # as LanceDB says it of the table itself
-            why = await self._asked(statement.where, sets, schema)
+            self._valid.add(key)
+        elif narrow != schema:  # the message of the whole table names all its columns
+            why = await self._execute(statement.where, sets, schema)
         return why
 
-    async def _asked(
+    async def _execute(
         self, where: str | None, sets: dict[str, str], schema: pa.Schema
     ) -> str | None:
         if self._connection is None:
@@ -285,10 +313,7 @@ class SqlCheck:
 
 
 def _concerned(where: str, sets: Mapping[str, str], schema: pa.Schema) -> pa.Schema:
-    """Returns the columns that SQL may name; all of them where it names none.
-
-    What it names is in its text, in whichever case.
-    """
+    """Returns the columns whose names occur in the SQL, in any case; all if none does."""
     text = " ".join((where, *sets, *sets.values())).casefold()
     named = [field for field in schema if field.name.casefold() in text]
     return pa.schema(named or list(schema))

@@ -1,6 +1,6 @@
-"""One open table: reads, and single commits that return the table_version they made.
+"""One open table: reads, and methods that make single commits.
 
-It decides nothing: what to commit, to retry or to restore is decided by the layers above.
+It decides nothing: what to commit, retry or restore is decided by the layers above.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from aiomigrate.store.calls import Calls
 
 T = TypeVar("T")
 
-
 _FILES = (
     "total_data_files", "total_files_size", "total_data_file_rows", "total_deletion_file_rows",
 )  # fmt: skip
@@ -35,7 +34,7 @@ _FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A table that was opened, and what was read of it.
+    """An opened table with its state.
 
     Attributes:
         table: Its handle.
@@ -50,12 +49,12 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What one table_version is, as far as its manifest tells.
+    """A table_version as its manifest describes it.
 
     Attributes:
         version: The table_version.
-        rows: How many rows there are.
-        files: Numbers of its data files that are equal where these are the same files.
+        rows: Number of rows.
+        files: Statistics of its data files; two versions with the same files have equal ones.
         state: Schema and indexes.
     """
 
@@ -66,9 +65,12 @@ class Commit:
 
 
 class Table:
-    """One open handle, pinned to the version it was opened at or last committed.
+    """An open handle, pinned to the version that it was opened at or that it last committed.
 
-    Each mutating method is one commit and returns the table_version it became.
+    Unless stated otherwise, a mutating method makes one commit and returns its table_version. All
+    methods raise a `StoreError`, or a subclass that names the failure, if LanceDB fails. A
+    cancelled mutation is awaited to its end, see `store.calls.Calls.settle`. No method checks the
+    lease.
     """
 
     def __init__(self, store: Calls, name: str, handle: lancedb.AsyncTable) -> None:
@@ -76,7 +78,7 @@ class Table:
         self.name = name
         self.handle = handle
         self.on_commit: Callable[[int], None] = lambda version: None
-        """Told of each commit's table_version, even when its caller is being cancelled."""
+        """Called with the table_version of each commit, even if the caller is being cancelled."""
 
     async def _read(self, verb: str, run: Callable[[], Awaitable[T]]) -> T:
         return await self.store.call(verb, self.name, run)
@@ -85,7 +87,7 @@ class Table:
         return await self.store.call(verb, self.name, run, mutates=True)
 
     async def _commit(self, verb: str, run: Callable[[], Awaitable[Any]]) -> Any:
-        """Makes one commit; returns LanceDB's result, which has its `version`."""
+        """Makes one commit; returns LanceDB's result, which has a `version`."""
 
         async def act() -> Any:
             result = await run()
@@ -95,7 +97,7 @@ class Table:
         return await self._write(verb, act)
 
     async def _commit_unnumbered(self, verb: str, run: Callable[[], Awaitable[Any]]) -> int:
-        """Makes one commit of a kind whose result has no version, and returns it."""
+        """Makes a commit whose result has no version; returns the handle's version after it."""
 
         async def act() -> int:
             await run()
@@ -114,10 +116,10 @@ class Table:
         return await self._read("version", self.handle.version)
 
     async def at(self, table_version: int) -> Table:
-        """Opens a second handle, read-only, at an older table_version.
+        """Opens a second, read-only handle at an older table_version.
 
         Raises:
-            TableVersionGoneError: It was cleaned up.
+            TableVersionGoneError: The version was cleaned up.
         """
         handle = await self.store.open_handle(self.name)
         await self._read("checkout", lambda: handle.checkout(table_version))
@@ -127,7 +129,7 @@ class Table:
         """Returns schema and indexes.
 
         Args:
-            indexed: Whether there may be indexes: else nothing is asked for them.
+            indexed: Whether the table may have indexes; otherwise they are not requested.
         """
         schema = await self._read("schema", self.handle.schema)
         if not indexed:
@@ -145,7 +147,7 @@ class Table:
         return TableState(schema, indexes)
 
     async def uncovered(self, index: Index) -> int:
-        """Returns how many rows an index does not cover."""
+        """Returns the number of rows that an index does not cover."""
         configs = await self._read("list_indices", self.handle.list_indices)
         return sum(
             int(c.num_unindexed_rows or 0)
@@ -154,16 +156,17 @@ class Table:
         )
 
     async def recent_commits(self, within_s: float) -> list[int]:
-        """Returns the table_versions made in the last seconds, by the wall clock of their makers.
+        """Returns the table_versions committed within the last `within_s` seconds.
 
-        One request for each version on an object store: not for anything done often.
+        Commit times come from the wall clocks of the committing processes. On an object store it
+        costs a request per version: not for frequent calls.
         """
         versions = await self._read("list_versions", self.handle.list_versions)
         newest = dt.datetime.now(tz=None) - dt.timedelta(seconds=within_s)  # noqa: DTZ005 - as given
         return [int(v["version"]) for v in versions if v["timestamp"] >= newest]
 
     async def row_ids(self, where: str | None) -> list[int]:
-        """Returns the row ids of the matching rows, sorted; compaction and updates change them."""
+        """Returns the sorted row ids of the matching rows; compaction and updates change them."""
         query = self._query(where, []).with_row_id()
         found = await self._read("row_ids", query.to_arrow)
         return sorted(found["_rowid"].to_pylist())
@@ -171,7 +174,7 @@ class Table:
     async def read(
         self, where: str | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Returns the matching rows, all columns unless some are named."""
+        """Returns the matching rows, with all columns unless `columns` are given."""
         return await self._read("read", lambda: self._query(where, columns).to_arrow())
 
     async def batches(
@@ -188,9 +191,9 @@ class Table:
     async def scan(
         self, where: str, columns: Sequence[str], max_rows: int
     ) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows in the table's own order, with `_rowid`.
+        """Yields the matching rows in the order of the table, with the column `_rowid` (uint64).
 
-        Its upper 32 bits are the row's fragment.
+        The upper 32 bits of `_rowid` are the number of the row's fragment.
         """
         query = self._query(where, columns).with_row_id()
         reader = await self._read("read", lambda: query.to_batches(max_batch_length=max_rows))
@@ -198,7 +201,7 @@ class Table:
             yield batch
 
     async def window(self, columns: Sequence[str], offset: int, rows: int) -> pa.Table:
-        """Returns at most `rows` rows from a position in the table's own order."""
+        """Returns at most `rows` rows from a position in the order of the table."""
         query = self.handle.query().select(list(columns)).offset(offset).limit(rows)
         return await self._read("read", query.to_arrow)
 
@@ -209,16 +212,16 @@ class Table:
         return query if columns is None else query.select(list(columns))
 
     async def count_rows(self, where: str | None = None) -> int:
-        """Returns how many rows match."""
+        """Returns the number of matching rows."""
         return await self._read("count_rows", lambda: self.handle.count_rows(where))
 
     async def fragments(self) -> int:
-        """Returns of how many fragments the table consists."""
+        """Returns the number of fragments."""
         stats: Any = await self._read("stats", self.handle.stats)
         return int(stats["fragment_stats"]["num_fragments"])
 
     async def size(self) -> int:
-        """Returns of how many bytes the data files of this version consist."""
+        """Returns the size of this version's data files in bytes."""
         stats: Any = await self._read("stats", self.handle.stats)
         return int(stats["total_bytes"])
 
@@ -228,17 +231,15 @@ class Table:
         return int(result.version)
 
     async def append(self, data: pa.Table) -> int:
-        """Appends rows that have the table's own columns, past lancedb's Python half.
-
-        That one asks for the schema each time, and looks for what has to be converted.
-        """
+        """Appends rows that have exactly the table's columns, see `_native.append`."""
         result = await self._commit("add", lambda: _native.append(self.handle, data))
         return int(result.version)
 
     async def insert_missing(self, key: str, data: pa.Table) -> int:
-        """Inserts the rows whose key is not there; returns how many.
+        """Inserts the rows whose key does not exist; returns the number of inserted rows.
 
-        Exclusive among processes where `key` is the table's primary key and has no index.
+        If `key` is the table's primary key and has no index, only one of several concurrent
+        processes inserts a key.
         """
         merge = self.handle.merge_insert(key).when_not_matched_insert_all()
         result = await self._write(
@@ -247,13 +248,13 @@ class Table:
         return int(result.num_inserted_rows)
 
     async def insert_new(self, key: str, data: pa.Table) -> tuple[int, int]:
-        """Inserts the rows whose key is not there; returns (rows, table_version)."""
+        """Inserts the rows whose key does not exist; returns (rows, table_version)."""
         merge = self.handle.merge_insert(key).when_not_matched_insert_all()
         result = await self._commit("insert_new", lambda: _native.merge(self.handle, merge, data))
         return int(result.num_inserted_rows), int(result.version)
 
     async def replace_matching(self, key: str, data: pa.Table, condition: str) -> int:
-        """Replaces the rows of equal key that satisfy the condition; returns how many."""
+        """Replaces rows of equal key that meet an SQL condition; returns the number replaced."""
         merge = self.handle.merge_insert(key).when_matched_update_all(where=condition)
         result = await self._write(
             "replace_matching", lambda: _native.merge(self.handle, merge, data)
@@ -270,12 +271,13 @@ class Table:
     async def merge_columns(self, key: str, data: pa.Table, *, by_index: bool) -> tuple[int, int]:
         """Sets some columns of the rows of equal key; returns (rows, table_version).
 
-        By an index on the key, large merges rewrite the columns of whole fragments: little is
-        written, but each update or delete of others in them makes LanceDB begin again, for ever
-        where they come faster than it merges. Without, rows are moved, and such commits do not
-        disturb it; each merge reads all keys (measured: 30 s without success against 0.6 s).
+        With an index on the key, a large merge rewrites the columns of whole fragments. It writes
+        little, but LanceDB restarts it after each update or delete by another writer in these
+        fragments, forever if they come faster than it merges. Without the index, a merge moves the
+        rows and reads all keys, and such commits do not disturb it (measured: 0.6 s against 30 s
+        without success).
 
-        Without a condition on them: with one, and an index on the key, LanceDB 0.40 panics
+        The merge has no condition: with a condition and an index on the key, LanceDB 0.40 panics
         ("Incorrect number of arrays for StructArray fields", measured).
         """
         merge = self.handle.merge_insert(key).when_matched_update_all()
@@ -287,24 +289,27 @@ class Table:
     async def nearest(
         self, column: str, vector: Sequence[float], rows: int, key: str, where: str
     ) -> list[Any]:
-        """Returns the keys of the rows nearest to a vector, nearest first."""
+        """Returns the keys of the matching rows nearest to a vector, nearest first."""
         query = self.handle.query().nearest_to(list(vector)).column(column).where(where)
         found = await self._read("search", query.select([key, "_distance"]).limit(rows).to_arrow)
         return list(found[key].to_pylist())
 
     async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> int:
-        """Sets entries of the schema's metadata, `None` removes one; lancedb alone cannot.
+        """Sets entries of the schema's metadata, `None` removes one.
+
+        This needs pylance, as lancedb alone cannot do it.
 
         Raises:
-            StoreError: pylance failed, or is not installed.
+            StoreError: pylance failed.
+            ImportError: pylance is not installed.
         """
 
         def act() -> None:
             import lance
 
-            place = self.store.location_of(self.name)
+            location = self.store.location_of(self.name)
             options = self.store.storage_options
-            lance.dataset(place, storage_options=options).update_schema_metadata(dict(metadata))
+            lance.dataset(location, storage_options=options).update_schema_metadata(dict(metadata))
 
         async def run() -> None:
             await anyio.to_thread.run_sync(act)
@@ -315,10 +320,10 @@ class Table:
     async def compute(
         self, work: Callable[[str, Mapping[str, str] | None], Awaitable[None]]
     ) -> int:
-        """Adds columns by work that commits to the table itself, on a cluster say.
+        """Adds columns by a function that commits to the table itself, for example on a cluster.
 
         Args:
-            work: Is given the table's location and its storage options, and makes one commit.
+            work: Called with the table's location and storage options; makes one commit.
         """
 
         async def run() -> None:
@@ -334,7 +339,7 @@ class Table:
         sql: Mapping[str, str] | None = None,
         where: str | None = None,
     ) -> tuple[int, int]:
-        """Sets columns of the matching rows; returns (rows, table_version)."""
+        """Sets columns of the matching rows to values or SQL; returns (rows, table_version)."""
         both = dict(sql or {})
         literal = dict(values or {})
         if both and literal:
@@ -351,28 +356,28 @@ class Table:
         return int(result.version)
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> int:
-        """Adds nullable columns, NULL everywhere; metadata only."""
+        """Adds nullable columns that are NULL in all rows; writes metadata only."""
         result = await self._commit("add_columns", lambda: self.handle.add_columns(list(fields)))
         return int(result.version)
 
     async def drop_columns(self, names: Sequence[str]) -> int:
-        """Drops columns; metadata only."""
+        """Drops columns; writes metadata only."""
         result = await self._commit("drop_columns", lambda: self.handle.drop_columns(list(names)))
         return int(result.version)
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> int:
-        """Renames, retypes or changes nullability, all in one commit."""
+        """Renames columns, changes their types or their nullability, all in one commit."""
         changes = [dict(alteration) for alteration in alterations]
-        # LanceDB's annotation says a list where each argument is one alteration.
+        # LanceDB's annotation is a list, but each argument is one alteration.
         alter: Any = self.handle.alter_columns
         result = await self._commit("alter_columns", lambda: alter(*changes))
         return int(result.version)
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> int:
-        """Builds an index; see `operations.indexes.with_index` for what it replaces.
+        """Builds an index; see `schema.index.with_index` for the indexes that it replaces.
 
         Raises:
-            ConfigurationError: lancedb's configuration class does not take such options.
+            ConfigurationError: lancedb's configuration class does not accept the options.
         """
         config = index_config(index.kind, options)
         return await self._commit_unnumbered(
@@ -384,7 +389,7 @@ class Table:
         return await self._commit_unnumbered("drop_index", lambda: self.handle.drop_index(name))
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> int:
-        """Sets entries of a column's metadata, `None` removes one."""
+        """Sets entries of a column's metadata; `None` removes one."""
         change = {"path": column, "metadata": dict(metadata)}
         result = await self._commit(
             "set_metadata", lambda: self.handle.update_field_metadata(change)
@@ -392,10 +397,16 @@ class Table:
         return int(result.version)
 
     async def optimize(self, cleanup_older_than_s: float | None) -> tuple[int, bool]:
-        """Compacts, brings indexes up to date, and removes old versions if told to.
+        """Compacts the table, updates its indexes, and optionally removes old versions.
 
-        Several commits, or none; returns the table_version afterwards, and whether files were
-        rewritten.
+        This makes several commits, or none if there is nothing to do.
+
+        Args:
+            cleanup_older_than_s: Minimum age in seconds of the versions to remove, `None` to keep
+                all.
+
+        Returns:
+            The table_version afterwards, and whether data files were rewritten.
         """
         age = None if cleanup_older_than_s is None else dt.timedelta(seconds=cleanup_older_than_s)
         compacted = False
@@ -409,17 +420,17 @@ class Table:
         return version, compacted
 
     async def commits(self, first: int, last: int) -> list[Commit]:
-        """Returns what can be told cheaply of a range of table_versions that are still there.
+        """Returns the table_versions from `first` to `last` that still exist, in order.
 
-        One request for each version of the table on an object store: not for anything done often.
+        On an object store it costs a request per version: not for frequent calls.
         """
         listed = await self._read("list_versions", self.handle.list_versions)
         found = []
-        for version, told in sorted((int(v["version"]), v["metadata"]) for v in listed):
+        for version, metadata in sorted((int(v["version"]), v["metadata"]) for v in listed):
             if first <= version <= last:
                 state = await (await self.at(version)).state()
-                files = tuple(str(told[name]) for name in _FILES)
-                found.append(Commit(version, int(told["total_rows"]), files, state))
+                files = tuple(str(metadata[name]) for name in _FILES)
+                found.append(Commit(version, int(metadata["total_rows"]), files, state))
         return found
 
     async def set_primary_key(self, column: str) -> None:
@@ -427,15 +438,15 @@ class Table:
         await self._write("set_primary_key", lambda: self.handle.set_unenforced_primary_key(column))
 
     async def restore(self, table_version: int) -> int:
-        """Makes a new version equal to an older one, and returns it.
+        """Commits a new version equal to an older one.
 
-        Never fails because of other commits: those made since are discarded from the head.
-        Compare the result with the head before plus one (see `savepoint`).
+        It never fails because of other commits: it discards those made meanwhile from the head.
+        To detect this, compare the result with the head before plus one (see `commits.savepoints`).
         """
         return await self._commit_unnumbered("restore", lambda: self.handle.restore(table_version))
 
     async def create_branch(self, name: str, table_version: int) -> Table:
-        """Makes a branch of a table_version: it keeps it from cleanup. Returns its handle."""
+        """Creates a branch at a table_version, which protects it from cleanup; returns a handle."""
         handle = await self._write(
             "create_branch", lambda: self.handle.branches.create(name, from_version=table_version)
         )
@@ -450,8 +461,11 @@ class Table:
         await self._write("delete_branch", lambda: self.handle.branches.delete(name))
 
     async def compact(self) -> None:
-        """Merges small fragments and removes versions older than two hours (facts: cleanup)."""
-        with contextlib.suppress(CommitConflictError):  # someone wrote: the next run compacts
+        """Merges small fragments and removes versions older than two hours.
+
+        Does nothing if another process commits at the same time: the next run compacts.
+        """
+        with contextlib.suppress(CommitConflictError):
             await self._write(
                 "optimize",
                 lambda: self.handle.optimize(cleanup_older_than=dt.timedelta(hours=2)),
@@ -459,21 +473,25 @@ class Table:
 
 
 def _unquoted(path: str) -> str:
-    """Returns a column's name from the path LanceDB reports, which quotes unusual names."""
+    """Returns the name of a column from LanceDB's path of it, which quotes unusual names."""
     return path[1:-1].replace("``", "`") if re.fullmatch(r"`(?:[^`]|``)*`", path) else path
 
 
 def index_config(kind: str, options: Mapping[str, Any]) -> Any:
     """Returns lancedb's configuration of an index.
 
+    Args:
+        kind: The kind of index, such as `BTree`.
+        options: Arguments of lancedb's configuration class.
+
     Raises:
-        ConfigurationError: lancedb's configuration class does not take such options.
+        ConfigurationError: lancedb's configuration class does not accept the options.
     """
     name = config_name(kind)
     try:
         return _native.config_class(name)(**options)
     except TypeError as exc:
         raise ConfigurationError(
-            f"{name} does not take these options: {exc}.",
+            f"{name} does not accept these options: {exc}.",
             f"See lancedb.index.{name} for its options.",
         ) from exc

@@ -1,4 +1,4 @@
-"""Which database a URI names: local paths, schemes, and the secrets to hide. Pure but for paths."""
+"""Resolves the URI of a database, and finds the secrets in it. Pure except for path look-ups."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SCHEMES = ("s3", "s3+ddb", "gs", "az", "abfs", "abfss", "hf", "oss", "cos", "mem
 
 
 def locate(uri: str | Path) -> str:
-    """Returns a database's URI as LanceDB is to be given it: local paths absolute.
+    """Returns the URI to pass to LanceDB, with local paths made absolute.
 
     Raises:
-        UnsupportedDatabaseError: It names a LanceDB Cloud database.
-        ConfigurationError: It is empty, of an unknown scheme, a table's folder, or a bare word
-            that LanceDB could take for the name of a cloud database.
+        UnsupportedDatabaseError: The URI names a LanceDB Cloud database.
+        ConfigurationError: The URI is empty, malformed or of an unknown scheme, is the folder of a
+            table, or is a bare word that LanceDB could take for the name of a cloud database.
     """
     if isinstance(uri, Path):
         return _folder(uri)
@@ -36,18 +36,19 @@ def locate(uri: str | Path) -> str:
             urlsplit(uri)
         except ValueError as exc:
             raise ConfigurationError(
-                f"{redact(uri)} is no URI: {exc}.", "Correct it, such as s3://bucket/database."
+                f"{redact(uri)} is not a valid URI: {exc}.",
+                "Correct it; an example is s3://bucket/database.",
             ) from None
         if scheme not in SCHEMES:
             raise ConfigurationError(
-                f"{redact(uri)}: LanceDB knows no scheme {scheme!r}.",
+                f"{redact(uri)}: LanceDB does not support the scheme {scheme!r}.",
                 f"Use a local path or one of {', '.join(SCHEMES)}.",
             )
         return _folder(Path(uri.removeprefix("file://"))) if scheme == "file" else uri
     if not re.search(r"[/\\]", uri) and uri not in (".", ".."):
         raise ConfigurationError(
             f"{uri!r} has no slash: LanceDB may take it for the name of a cloud database.",
-            f"Write ./{uri} for a folder here.",
+            f"Write ./{uri} for a folder in the current directory.",
         )
     return _folder(Path(uri))
 
@@ -62,12 +63,12 @@ def _folder(path: Path) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Returns whether a located URI is a path."""
+    """Returns whether a URI, as `locate` returns it, is a local path."""
     return "://" not in uri
 
 
 def redact(uri: str) -> str:
-    """Returns a URI, however malformed, without user information, query and fragment."""
+    """Returns a URI without user information, query and fragment, even if it is malformed."""
     scheme, colon, rest = uri.partition(":")
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
         return uri
@@ -77,7 +78,11 @@ def redact(uri: str) -> str:
 
 
 def secrets_of(uri: str, storage_options: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Returns the texts that must never be shown, longest first."""
+    """Returns the texts to hide in all output, longest first.
+
+    They are the values of the storage options, except for endpoints, booleans and short values,
+    and the user, password and query of the URI and of the endpoints.
+    """
     found = {str(v) for v in (storage_options or {}).values() if len(str(v)) > 3}
     found -= {"true", "false", "auto"}
     endpoints = {text for text in found if text.startswith(("http://", "https://"))}

@@ -591,9 +591,9 @@ class CountingSketch(SqlCheck):
 
     asked = 0
 
-    async def _asked(self, *statement: Any) -> str | None:
+    async def _execute(self, *statement: Any) -> str | None:
         self.asked += 1
-        return await super()._asked(*statement)
+        return await super()._execute(*statement)
 
 
 async def test_sql_is_tried_once_for_tables_that_have_the_columns_it_names() -> None:
