@@ -1,6 +1,6 @@
-"""Calling a user's function: async or in a thread, at a pace, and once for equal values.
+"""Calls a user's function: async or in a thread, at a limited rate, and once for equal values.
 
-What it is called for, and what becomes of the results, is for `filling`.
+Which rows it is called for, and what is done with the results, is for `backfill.engine`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _CACHE_BYTES = 128_000_000
 
 
 class Caller:
-    """A function of the user's that returns values of one type."""
+    """A user's function that returns values of one type."""
 
     def __init__(self, function: Any, kind: pa.DataType, pace: Pace, words: str) -> None:
-        """Calls nothing yet.
+        """Stores the arguments without calling the function.
 
         Args:
-            function: Async or plain; a plain one runs in a thread.
-            kind: The type of its values.
-            pace: How many calls may be in flight, and begin per second.
-            words: What it is called for, for errors.
+            function: An async function, or a plain one, which runs in a thread.
+            kind: Arrow type of the values.
+            pace: Limits of concurrent calls, and of calls per second.
+            words: What the function is called for, for errors.
         """
-        called = getattr(function, "__call__", None)  # noqa: B004 - of an object, say
+        called = getattr(function, "__call__", None)  # noqa: B004 - it may be a callable object
         self.kind: Any = kind
         self._function = function
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, called))
@@ -51,12 +51,17 @@ class Caller:
             self._limiter = AsyncLimiter(burst, burst / pace.calls_per_s)
 
     async def __call__(self, given: Any) -> Any:
-        """Returns an Arrow array with a value for each row, or value, that is given.
+        """Calls the function; returns an Arrow array of `kind` with one value per given item.
+
+        A cancellation abandons the thread of a plain function, which runs to its end.
+
+        Args:
+            given: The rows or values, passed to the function as they are.
 
         Raises:
-            OperationError: What came back is none.
+            OperationError: The function returned values of another type or number.
             ValueError: A vector has NaN.
-            Exception: What the function raised.
+            Exception: The function raised it.
         """
         async with self._slots:
             if self._limiter is not None:
@@ -69,54 +74,58 @@ class Caller:
                 )
                 if inspect.isawaitable(result):
                     result = await result
-        await anyio.lowlevel.cancel_shielded_checkpoint()  # first the next call goes out
+        await anyio.lowlevel.cancel_shielded_checkpoint()  # lets the next call start first
         try:
             values = as_array(result, self.kind)
         except (pa.ArrowException, TypeError, ValueError) as exc:
             raise OperationError(
-                f"{self._words}: what the function returned is no {self.kind}: {exc}.",
+                f"{self._words}: the function did not return {self.kind} values: {exc}.",
                 "Return one value of the column's type for each row.",
             ) from exc
         if _has_nan(values):
-            raise ValueError("a vector with NaN")  # of one row, perhaps: the others are good
+            raise ValueError("a vector with NaN")  # retried with fewer rows, as others may be good
         if len(values) != len(given):
             raise OperationError(
                 f"{self._words}: the function returned {len(values)} values for {len(given)} rows.",
-                "Return one value for each row, in their order; None where there is none.",
+                "Return one value for each row, in their order, or None for a row without a value.",
             )
         return values
 
 
 class ValueCache:
-    """Calls once for equal values, here and in all calls in flight; never for NULL."""
+    """Calls a function once for equal values, those in calls in flight included; never for NULL."""
 
     def __init__(self, call: Caller) -> None:
-        """Knows nothing yet.
+        """Starts with an empty cache.
 
         Args:
-            call: Given a list of different values.
+            call: The function, which is called with a list of distinct values.
         """
         self._call = call
-        self._known: dict[int, Any] = {}
-        self._flying: dict[int, anyio.Event] = {}
+        self._cached: dict[int, Any] = {}
+        self._in_flight: dict[int, anyio.Event] = {}
         self._repeated: frozenset[int] | None = None
         self._bytes = 0
 
-    def learn(self, repeated: frozenset[int]) -> None:
-        """Forgets what only one row needs, now that this is known."""
-        self._repeated = repeated
-        self._known = {mark: value for mark, value in self._known.items() if mark in repeated}
-        self._bytes = sum(value.nbytes for value in self._known.values())
-
-    async def __call__(self, column: Any, marks: Sequence[int]) -> Any:
-        """Returns a value for each of some values, NULL for NULL.
+    def keep_only(self, repeated: frozenset[int]) -> None:
+        """Limits the cache to values that several rows have.
 
         Args:
-            column: The values.
+            repeated: The digests of these values.
+        """
+        self._repeated = repeated
+        self._cached = {mark: value for mark, value in self._cached.items() if mark in repeated}
+        self._bytes = sum(value.nbytes for value in self._cached.values())
+
+    async def __call__(self, column: Any, marks: Sequence[int]) -> Any:
+        """Returns an Arrow array with the function's value for each given value, NULL for NULL.
+
+        Args:
+            column: The values, as an Arrow array.
             marks: Their digests.
 
         Raises:
-            Exception: What the call raised.
+            Exception: The call raised it.
         """
         values = column.to_pylist()
         wanted = {m: v for m, v in zip(marks, values, strict=True) if v is not None}
@@ -124,50 +133,50 @@ class ValueCache:
         pieces: list[Any] = []
         at: dict[int, int] = {}
         while wanted:
-            for mark in [mark for mark in wanted if mark in self._known]:
+            for mark in [mark for mark in wanted if mark in self._cached]:
                 at[mark] = sum(map(len, pieces))
-                pieces.append(self._known[mark])
+                pieces.append(self._cached[mark])
                 del wanted[mark]
-            mine = {mark: v for mark, v in wanted.items() if mark not in self._flying}
+            mine = {mark: v for mark, v in wanted.items() if mark not in self._in_flight}
             if mine:
                 begin = sum(map(len, pieces))
-                pieces.append(await self._fly(mine))
+                pieces.append(await self._call_for(mine))
                 if is_plain and len(mine) == len(values):
                     return pieces[0]
                 at |= {mark: begin + position for position, mark in enumerate(mine)}
                 wanted = {mark: v for mark, v in wanted.items() if mark not in mine}
-            elif wanted:  # in another call, which may fail: then it is ours
-                await self._flying[next(iter(wanted))].wait()
+            elif wanted:  # in another call; if that fails, this one calls for them
+                await self._in_flight[next(iter(wanted))].wait()
         rows = [None if v is None else at[m] for m, v in zip(marks, values, strict=True)]
         have = pa.concat_arrays(pieces) if pieces else pa.nulls(0, self._call.kind)
         return have.take(pa.array(rows, pa.int64()))
 
-    async def _fly(self, mine: Mapping[int, Any]) -> Any:
+    async def _call_for(self, mine: Mapping[int, Any]) -> Any:
         for mark in mine:
-            self._flying[mark] = anyio.Event()
+            self._in_flight[mark] = anyio.Event()
         try:
             made = await self._call(list(mine.values()))
             for position, mark in enumerate(mine):
                 if self._repeated is None or mark in self._repeated:
-                    self._keep(mark, made, position)
+                    self._cache(mark, made, position)
         finally:
             for mark in mine:
-                self._flying.pop(mark).set()
+                self._in_flight.pop(mark).set()
         return made
 
-    def _keep(self, mark: int, made: Any, position: int) -> None:
+    def _cache(self, mark: int, made: Any, position: int) -> None:
         if self._bytes < _CACHE_BYTES:
-            one = made.take(pa.array([position]))  # a slice would keep all of it
-            self._known[mark] = one
+            one = made.take(pa.array([position]))  # a slice would keep the whole array in memory
+            self._cached[mark] = one
             self._bytes += one.nbytes
 
 
 async def survey(batches: AsyncIterator[pa.RecordBatch], free_bytes: int | None) -> Survey:
-    """Returns what a column holds that a function is to be called for.
+    """Returns statistics of the values that a function will be called for.
 
     Args:
-        batches: The rows in which it is not NULL; the column is the first.
-        free_bytes: What the disk still takes, `None` where that is not known.
+        batches: The rows in which the column is not NULL, with the column as the first.
+        free_bytes: Free bytes on the disk, `None` if unknown.
     """
     found: list[pa.Table] = []
     async for batch in batches:
@@ -191,14 +200,16 @@ async def survey(batches: AsyncIterator[pa.RecordBatch], free_bytes: int | None)
     )
 
 
-async def ask(function: Any, values: Sequence[Any], kind: pa.DataType, pace: Pace) -> list[Any]:
-    """Calls a function with values, again while it fails; returns Python values.
+async def call_with_retries(
+    function: Any, values: Sequence[Any], kind: pa.DataType, pace: Pace
+) -> list[Any]:
+    """Calls a function with values, at most `pace.attempts` times; returns Python values.
 
     Raises:
-        OperationError: What came back is no result.
-        KeepsProgressError: It failed every time.
+        OperationError: The function returned values of another type or number.
+        KeepsProgressError: All attempts failed.
     """
-    call = Caller(function, kind, pace, "The model, asked for known texts")
+    call = Caller(function, kind, pace, "The model, called with known texts")
     for attempt in range(pace.attempts):
         try:
             return list((await call(list(values))).to_pylist())
@@ -215,14 +226,15 @@ async def ask(function: Any, values: Sequence[Any], kind: pa.DataType, pace: Pac
 
 
 def as_array(result: Any, kind: pa.DataType) -> Any:
-    """Returns what a function gave as an Arrow array.
+    """Converts the result of a function to an Arrow array.
 
     Args:
-        result: An Arrow array, a numpy array (two-dimensional for fixed-size lists), or values.
-        kind: The type it is to have.
+        result: An Arrow array, a numpy array (two-dimensional for fixed-size lists), or an
+            iterable of Python values.
+        kind: Type of the returned array.
 
     Raises:
-        pyarrow.ArrowException, TypeError, ValueError: It cannot be that.
+        pyarrow.ArrowException, TypeError, ValueError: The result cannot be converted.
     """
     if isinstance(result, pa.ChunkedArray):
         result = result.combine_chunks()

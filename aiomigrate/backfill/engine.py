@@ -1,8 +1,8 @@
-"""Filling a column by a user's function: scan what is to do, call, commit in chunks, look again.
+"""Fills a column by a user's function: scans pending rows, calls, commits in chunks, repeats.
 
-Several calls are in flight, their results wait until a chunk of the table's own order is whole,
-and one commit at a time writes it. Not for deciding what a row needs (`operations.fill` says it),
-nor for what a commit is (`touched`).
+Several calls are in flight at a time. Their results are kept until a chunk, in the order of the
+table, is complete, and one commit at a time writes it. Which rows are pending is for
+`operations.fill`; recording the commits is for `commits.table_target`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from aiomigrate.backfill.caller import FIRST_PAUSE_S, Caller, ValueCache, survey
 from aiomigrate.backfill.rows import (
+    BackfillTable,
     Chunks,
-    Fillable,
     Part,
     check_keys,
-    gather,
     row_width,
     run_length,
+    take_part,
 )
 from aiomigrate.concurrency import sole_error
 from aiomigrate.errors import (
@@ -44,63 +44,71 @@ from aiomigrate.schema.sql import quote
 from aiomigrate.text import duration
 
 _CHUNK_BYTES = 110_000_000
-_PASSES = 100
-_BEHIND = 3
+_MAX_PASSES = 100
+_MAX_PASSES_BEHIND = 3
 _ERROR_LENGTH = 500
-_LONGEST_PAUSE_S = 30.0
-_LONGEST_REST_S = 5.0
+_MAX_PAUSE_S = 30.0
+_MAX_YIELD_S = 5.0
 _CROWDED_ROWS = 10_000
 _BLOCK_ROWS = 4096
-_COVER_AFTER = 5
+_COVER_AFTER_MERGES = 5
 
 
-async def fill(table: Fillable, job: Filling) -> int:
-    """Fills a column, pass after pass, until a pass finds nothing that others left to do.
+async def fill(table: BackfillTable, job: Filling) -> int:
+    """Fills a column, pass after pass, until no pending rows are left.
 
-    Cancellation: calls in flight get `drain_s` to end, what they gave is committed, and
-    cancellation goes on. The same holds for a failure.
+    The caller holds the lease. After a cancellation or a failure, calls in flight have `drain_s`
+    seconds to end and their results are committed before the exception is raised. A crash loses
+    the results since the last commit; the next run fills the rows that are still pending.
 
     Returns:
-        How many rows were filled.
+        The number of filled rows, 0 if none was pending.
 
     Raises:
-        OperationError: Keys are NULL or not unique, or the function returned what is no result.
-        KeepsProgressError: The function fails for everything, or for too many rows.
-        BackfillBehindError: Others change rows faster than they are filled.
+        OperationError: The key has NULL or duplicates, or the function returned values of another
+            type or number.
+        KeepsProgressError: The function failed for all rows, or for more than `max_poison`.
+        BackfillBehindError: Other writers change rows faster than they are filled.
         StoreError: LanceDB failed.
     """
     await check_keys(table, job)
     filled = before = behind = 0
     call = Caller(job.function, table.schema.field(job.column).type, job.pace, job.words)
-    once = ValueCache(call)
+    cache = ValueCache(call)
     few = job.pace.batch_rows * job.pace.concurrency
-    for number in range(_PASSES):
+    for number in range(_MAX_PASSES):
         known = len(table.foreign)
-        one = _Pass(table, job, call, once, is_first=number == 0)
+        one = _Pass(table, job, call, cache, is_first=number == 0)
         await one.run()
         filled += one.committed
         await table.reopen()
         if one.is_whole and (not one.found or len(table.foreign) == known):
             return filled
         if number and one.is_whole and one.found <= few:
-            return filled  # what is left came while the last rows were done
+            return filled  # rows that are pending now were written during the last calls
         behind = behind + 1 if number > 1 and one.found >= before else 0
-        if behind >= _BEHIND:
+        if behind >= _MAX_PASSES_BEHIND:
             break
         before = one.found
     raise BackfillBehindError(
-        f"{job.words} on table {table.name!r}: during each of the last passes others added or "
-        f"changed as many rows ({before}) as were filled.",
-        "Raise concurrency or batch_rows, or let fewer writers write; then run again: it goes on "
-        "where it was.",
+        f"{job.words} on table {table.name!r}: during each of the last passes, other writers added "
+        f"or changed as many rows ({before}) as the pass filled.",
+        "Increase concurrency or batch_rows, or reduce the number of writers; then run again: the "
+        "backfill continues where it stopped.",
     )
 
 
 class _Pass:
-    """One pass over the rows that are to do."""
+    """One pass over the pending rows.
+
+    Attributes:
+        found: Number of pending rows that the pass found.
+        committed: Number of rows that it committed.
+        is_whole: Whether it read the table to its end.
+    """
 
     def __init__(
-        self, table: Fillable, job: Filling, call: Caller, once: ValueCache, *, is_first: bool
+        self, table: BackfillTable, job: Filling, call: Caller, cache: ValueCache, *, is_first: bool
     ) -> None:
         self.found = 0
         self.committed = 0
@@ -110,32 +118,32 @@ class _Pass:
         self._is_first = is_first
         self._type: Any = call.kind
         self._limit = job.pace.chunk_rows or max(1, _CHUNK_BYTES // (row_width(self._type) + 16))
-        self._sent: dict[int, int] = {}
-        self._arrived: dict[int, list[pa.RecordBatch]] = {}  # what to merge, by chunk
-        self._count: dict[int, int] = {}
-        self._doubtful: list[tuple[int, pa.RecordBatch]] = []
-        self._outstanding = 0
+        self._sent: dict[int, int] = {}  # rows passed to calls, by chunk
+        self._results: dict[int, list[pa.RecordBatch]] = {}  # rows to merge, by chunk
+        self._count: dict[int, int] = {}  # rows with a result, by chunk
+        self._all_failed: list[tuple[int, pa.RecordBatch]] = []  # batches without a good row
+        self._outstanding = 0  # rows passed to calls and not committed yet
         self._is_scanned = False
-        self._open_chunk = 0
+        self._open_chunk = 0  # the chunk that the scan is filling
         self._succeeded = False
         self._poison = 0
-        self._draining: float | None = None
+        self._drain_deadline: float | None = None  # set when the pass ends or is cancelled
         self._calls: set[anyio.CancelScope] = set()
         self._wake = anyio.Event()
         self._room = anyio.Event()
         self._total = 0
         self._begun = 0.0
-        self._known = 0
-        self._crowded = False
-        self._uncovered = 0
-        self._suspects = anyio.CapacityLimiter(job.pace.concurrency)
+        self._foreign_seen = 0
+        self._crowded = False  # whether other writers are committing
+        self._merges_uncovered = 0  # merges since the index on the key was rebuilt
+        self._bisecting = anyio.CapacityLimiter(job.pace.concurrency)
         self._call = call
-        self._once = once
+        self._cache = cache
 
     async def run(self) -> None:
-        """Does what is to do, as seen in one version of the table."""
+        """Fills the rows that are pending in the latest version of the table."""
         self._total = await self._table.count_rows(self._job.todo)
-        self._known = len(self._table.foreign)
+        self._foreign_seen = len(self._table.foreign)
         self._crowded = not self._is_first or await self._table.is_live()
         self._begun = anyio.current_time()
         failure: BaseException | None = None
@@ -143,75 +151,76 @@ class _Pass:
             async with anyio.create_task_group() as group:
                 send, receive = anyio.create_memory_object_stream[Part](self._job.pace.concurrency)
                 ended = anyio.Event()
-                group.start_soon(self._watch, ended)
+                group.start_soon(self._drain_on_cancel, ended)
                 if self._job.by_value and self._is_first:
-                    group.start_soon(self._learn)
+                    group.start_soon(self._limit_cache)
                 group.start_soon(self._scan, send)
-                for _ in range(2 * self._job.pace.concurrency):  # half of them make ready
-                    group.start_soon(self._work, receive.clone())
+                for _ in range(2 * self._job.pace.concurrency):  # half of them prepare batches
+                    group.start_soon(self._process_parts, receive.clone())
                 receive.close()
                 group.start_soon(self._commit_all, ended)
         except BaseExceptionGroup as failures:
             failure = sole_error(failures)
         except anyio.get_cancelled_exc_class():
-            await self._keep()
+            await self._commit_results()
             raise
         if failure is not None:
-            await self._keep()
+            await self._commit_results()
             raise failure
 
-    async def _keep(self) -> None:
-        """Commits what was paid for, if the lease still allows it."""
+    async def _commit_results(self) -> None:
+        """Commits the results there are, if the lease still allows it."""
         with anyio.CancelScope(shield=True), contextlib.suppress(AiomigrateError):
-            await self._commit(list(self._arrived))
+            await self._commit(list(self._results))
 
-    async def _watch(self, ended: anyio.Event) -> None:
-        """Gives calls in flight a last moment when the pass is cancelled."""
+    async def _drain_on_cancel(self, ended: anyio.Event) -> None:
+        """Sets a deadline of `drain_s` for calls in flight when the pass is cancelled."""
         try:
             await ended.wait()
         finally:
-            self._draining = anyio.current_time() + self._job.pace.drain_s
+            self._drain_deadline = anyio.current_time() + self._job.pace.drain_s
             for call in self._calls:
-                call.deadline = self._draining
+                call.deadline = self._drain_deadline
 
-    async def _learn(self) -> None:
+    async def _limit_cache(self) -> None:
+        """Finds the values that several rows have, and limits the cache to these."""
         source = self._job.sources[0]
         rows = self._table.scan(f"{quote(source)} IS NOT NULL", [source])
-        self._once.learn((await survey(rows, None)).repeated)
+        self._cache.keep_only((await survey(rows, None)).repeated)
 
-    # ---- what is to do --------------------------------------------------------------------------
+    # ---- pending rows ---------------------------------------------------------------------------
 
     async def _scan(self, send: ObjectSendStream[Part]) -> None:
         job = self._job
         columns = list(dict.fromkeys([job.key, *job.sources, job.witness, job.errors]))
         chunks = Chunks(self._limit)
-        waiting: list[tuple[pa.RecordBatch, list[int]]] = []
+        queue: list[tuple[pa.RecordBatch, list[int]]] = []
 
         async def emit(*, everything: bool) -> None:
-            rows = sum(len(batch) for batch, _ in waiting)
+            rows = sum(len(batch) for batch, _ in queue)
             while rows >= job.pace.batch_rows or (everything and rows):
-                part = gather(waiting, job.pace.batch_rows, self._open_chunk)
+                part = take_part(queue, job.pace.batch_rows, self._open_chunk)
                 rows -= len(part.rows)
                 await self._send(send, part)
 
         async with send:
             try:
                 async for batch in self._table.scan(job.todo, columns):
-                    due, told = await anyio.to_thread.run_sync(self._due, batch)
-                    while len(due):
-                        fragment = due.column("_rowid")[0].as_py() >> 32
-                        run = run_length(due, fragment)
+                    pending, marks = await anyio.to_thread.run_sync(self._pending, batch)
+                    while len(pending):
+                        fragment = pending.column("_rowid")[0].as_py() >> 32
+                        run = run_length(pending, fragment)
                         taken = chunks.take(fragment, run)
                         if chunks.number != self._open_chunk:
                             await emit(everything=True)
                             self._open_chunk = chunks.number
                             self._wake.set()
                         if taken:
-                            waiting.append((due.slice(0, taken), told[:taken]))
-                            due, told = due.slice(taken), told[taken:]
+                            queue.append((pending.slice(0, taken), marks[:taken]))
+                            pending, marks = pending.slice(taken), marks[taken:]
                         await emit(everything=False)
             except StoreError:
-                # The version that was read is gone, say: what is left is for the next pass.
+                # For example, the version was cleaned up: the next pass fills the other rows.
                 self.is_whole = False
                 if not self.found:
                     raise
@@ -219,20 +228,21 @@ class _Pass:
         self._is_scanned = True
         self._wake.set()
 
-    def _due(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[int]]:
+    def _pending(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, list[int]]:
+        """Returns the rows to fill, and the digests of their sources."""
         job = self._job
-        told = digests(batch.select(list(job.sources)))
+        marks = digests(batch.select(list(job.sources)))
         known = batch.column(job.witness).to_pylist()
         failed = batch.column(job.errors).is_valid().to_pylist()
         again = job.retries_poison and self._is_first
         picked = [
             row
-            for row, (was, now, bad) in enumerate(zip(known, told, failed, strict=True))
+            for row, (was, now, bad) in enumerate(zip(known, marks, failed, strict=True))
             if was != now or (bad and again)
         ]
         if len(picked) == len(batch):
-            return batch, told
-        return batch.take(pa.array(picked, pa.int64())), [told[row] for row in picked]
+            return batch, marks
+        return batch.take(pa.array(picked, pa.int64())), [marks[row] for row in picked]
 
     async def _send(self, send: ObjectSendStream[Part], part: Part) -> None:
         rows = len(part.rows)
@@ -246,120 +256,122 @@ class _Pass:
 
     # ---- calls ----------------------------------------------------------------------------------
 
-    async def _work(self, parts: ObjectReceiveStream[Part]) -> None:
+    async def _process_parts(self, parts: ObjectReceiveStream[Part]) -> None:
         async with parts:
             async for part in parts:
                 with anyio.CancelScope(shield=True) as call:
-                    if self._draining is not None:
-                        call.deadline = self._draining
+                    if self._drain_deadline is not None:
+                        call.deadline = self._drain_deadline
                     self._calls.add(call)
                     try:
-                        values, errors = await self._resolve(part.rows, first=True)
+                        values, errors = await self._compute(part.rows, first=True)
                     finally:
                         self._calls.discard(call)
-                    self._arrive(part.chunk, self._made(part, values, errors))
+                    self._add_result(part.chunk, self._result_of(part, values, errors))
                 await anyio.lowlevel.checkpoint_if_cancelled()
 
-    async def _resolve(self, rows: pa.RecordBatch, *, first: bool) -> tuple[Any, list[str | None]]:
-        """Returns the values of rows and their errors; halves them to find those that fail."""
+    async def _compute(self, rows: pa.RecordBatch, *, first: bool) -> tuple[Any, list[str | None]]:
+        """Returns the values of rows and their errors; bisects failing rows to isolate them."""
         try:
-            values = await (self._patiently(rows) if first else self._ask(rows))
+            values = await (self._call_with_retries(rows) if first else self._call_once(rows))
         except AiomigrateError:
             raise
         except Exception as exc:
-            if self._draining is not None:
+            if self._drain_deadline is not None:
                 raise
             if not first:
-                return await self._halved(rows, exc)
-            # No more at once than calls: else a model that is down is asked for twice as many.
-            async with self._suspects:
-                return await self._halved(rows, exc)
+                return await self._bisect(rows, exc)
+            # At most `concurrency` at a time: else a model that is down gets twice as many calls.
+            async with self._bisecting:
+                return await self._bisect(rows, exc)
         return values, [None] * len(rows)
 
-    async def _halved(self, rows: pa.RecordBatch, exc: Exception) -> tuple[Any, list[str | None]]:
+    async def _bisect(self, rows: pa.RecordBatch, exc: Exception) -> tuple[Any, list[str | None]]:
         if len(rows) == 1:
             return pa.nulls(1, self._type), [f"{type(exc).__name__}: {exc}"[:_ERROR_LENGTH]]
-        if self._draining is not None:
+        if self._drain_deadline is not None:
             raise exc
         middle = len(rows) // 2
-        one = await self._resolve(rows.slice(0, middle), first=False)
-        other = await self._resolve(rows.slice(middle), first=False)
+        one = await self._compute(rows.slice(0, middle), first=False)
+        other = await self._compute(rows.slice(middle), first=False)
         return pa.concat_arrays([one[0], other[0]]), one[1] + other[1]
 
-    async def _patiently(self, rows: pa.RecordBatch) -> Any:
-        """Asks, and again with growing and random pauses while it fails."""
+    async def _call_with_retries(self, rows: pa.RecordBatch) -> Any:
+        """Calls the function, and retries a failure after growing, random pauses."""
         try:
-            return await self._ask(rows)
+            return await self._call_once(rows)
         except AiomigrateError:
             raise
         except Exception:
-            if self._job.pace.attempts == 1 or self._draining is not None:
+            if self._job.pace.attempts == 1 or self._drain_deadline is not None:
                 raise
         from tenacity import AsyncRetrying, retry_if_not_exception_type, wait_random_exponential
 
-        pauses = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
+        pauses = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_MAX_PAUSE_S)
         await anyio.sleep(random.uniform(0, FIRST_PAUSE_S))  # noqa: S311 - no secret
         retrying = AsyncRetrying(
-            stop=self._is_enough,
+            stop=self._must_stop,
             wait=pauses,
             retry=retry_if_not_exception_type((AiomigrateError, anyio.get_cancelled_exc_class())),
             sleep=anyio.sleep,
             reraise=True,
         )
-        return await retrying(self._ask, rows)
+        return await retrying(self._call_once, rows)
 
-    def _is_enough(self, state: Any) -> bool:
+    def _must_stop(self, state: Any) -> bool:
         tried = int(state.attempt_number) + 1
-        return tried >= self._job.pace.attempts or self._draining is not None
+        return tried >= self._job.pace.attempts or self._drain_deadline is not None
 
-    async def _ask(self, rows: pa.RecordBatch) -> Any:
+    async def _call_once(self, rows: pa.RecordBatch) -> Any:
         given = rows.select(list(self._job.sources))
         if self._job.by_value:
-            return await self._once(given.column(0), digests(given))
+            return await self._cache(given.column(0), digests(given))
         return await self._call(given)
 
-    def _made(self, part: Part, values: Any, errors: Sequence[str | None]) -> pa.RecordBatch:
+    def _result_of(self, part: Part, values: Any, errors: Sequence[str | None]) -> pa.RecordBatch:
+        """Returns the rows to merge: key, value, digest of the sources, error."""
         job = self._job
         columns = [part.rows.column(job.key), values, part.digests, pa.array(errors, pa.string())]
         names = [job.key, job.column, job.witness, job.errors]
         return pa.RecordBatch.from_arrays(columns, names=names)
 
-    def _errors(self, made: pa.RecordBatch) -> list[str]:
-        found: Any = made.column(self._job.errors).drop_null()
+    def _errors(self, result: pa.RecordBatch) -> list[str]:
+        found: Any = result.column(self._job.errors).drop_null()
         return list(found.to_pylist())
 
-    def _arrive(self, chunk: int, made: pa.RecordBatch) -> None:
-        errors = self._errors(made)
-        if len(errors) == len(made) and len(errors) > 1:
-            self._doubtful.append((chunk, made))  # are the rows bad, or is it the function?
-            if not self._succeeded or len(self._doubtful) >= self._job.pace.concurrency:
+    def _add_result(self, chunk: int, result: pa.RecordBatch) -> None:
+        errors = self._errors(result)
+        if len(errors) == len(result) and len(errors) > 1:
+            # Either these rows are bad or the function fails for all: later results decide.
+            self._all_failed.append((chunk, result))
+            if not self._succeeded or len(self._all_failed) >= self._job.pace.concurrency:
                 raise KeepsProgressError(
                     f"{self._job.words} on table {self._table.name!r}: the function fails for "
-                    f"every row, now with {errors[0]}.",
-                    "Correct the cause and run again: what is filled stays filled.",
+                    f"every row, most recently with {errors[0]}.",
+                    "Correct the cause and run again: rows that are filled stay filled.",
                 )
             return
-        if len(errors) < len(made):
+        if len(errors) < len(result):
             self._succeeded = True
-            self._settle_doubt()
-        self._count_in(chunk, made, errors)
+            self._accept_all_failed()
+        self._accept(chunk, result, errors)
 
-    def _count_in(self, chunk: int, made: pa.RecordBatch, errors: Sequence[str]) -> None:
+    def _accept(self, chunk: int, result: pa.RecordBatch, errors: Sequence[str]) -> None:
         self._poison += len(errors)
-        arrived = self._arrived.setdefault(chunk, [])
-        arrived.append(made)
-        # Many small batches cost LanceDB three times as long as a few (measured).
-        while len(arrived) > 1 and len(arrived[-2]) <= len(arrived[-1]) < _BLOCK_ROWS:
-            joined = pa.Table.from_batches(arrived[-2:]).combine_chunks()
-            arrived[-2:] = joined.to_batches()
-        self._count[chunk] = self._count.get(chunk, 0) + len(made)
+        results = self._results.setdefault(chunk, [])
+        results.append(result)
+        # Many small batches take LanceDB three times as long as a few large ones (measured).
+        while len(results) > 1 and len(results[-2]) <= len(results[-1]) < _BLOCK_ROWS:
+            joined = pa.Table.from_batches(results[-2:]).combine_chunks()
+            results[-2:] = joined.to_batches()
+        self._count[chunk] = self._count.get(chunk, 0) + len(result)
         self._wake.set()
         if self._poison > self._job.max_poison:
             raise KeepsProgressError(
                 f"{self._job.words} on table {self._table.name!r}: the function failed for more "
-                f"than {self._job.max_poison} rows, at last with {errors[-1]}.",
-                "Correct the function and run again: what is filled stays filled. Or raise "
-                "max_poison.",
+                f"than {self._job.max_poison} rows, most recently with {errors[-1]}.",
+                "Correct the function, or increase max_poison, and run again: rows that are "
+                "filled stay filled.",
             )
 
     # ---- commits --------------------------------------------------------------------------------
@@ -368,13 +380,13 @@ class _Pass:
         every = self._job.pace.checkpoint_s
         deadline = anyio.current_time() + every
         while not (self._is_scanned and not self._outstanding):
-            chunks = self._whole_chunk()
+            chunks = self._complete_chunk()
             if not chunks and anyio.current_time() >= deadline:
-                chunks = list(self._arrived)
+                chunks = list(self._results)
                 deadline = anyio.current_time() + every
             if not chunks:
-                if self._is_scanned and self._doubtful and self._in_doubt():
-                    self._settle_doubt()
+                if self._is_scanned and self._all_failed and self._have_all_results():
+                    self._accept_all_failed()
                     continue
                 self._wake = anyio.Event()
                 with anyio.move_on_at(deadline):
@@ -384,19 +396,19 @@ class _Pass:
             deadline = anyio.current_time() + every
         ended.set()
 
-    def _in_doubt(self) -> bool:
-        """Whether nothing but rows in doubt is left."""
-        doubtful = sum(len(made) for _, made in self._doubtful)
-        arrived = sum(len(made) for some in self._arrived.values() for made in some)
-        return doubtful + arrived == self._outstanding
+    def _have_all_results(self) -> bool:
+        """Returns whether no call is left whose result could be a success."""
+        failed = sum(len(result) for _, result in self._all_failed)
+        accepted = sum(len(result) for some in self._results.values() for result in some)
+        return failed + accepted == self._outstanding
 
-    def _settle_doubt(self) -> None:
-        for chunk, made in self._doubtful:
-            self._count_in(chunk, made, self._errors(made))
-        self._doubtful.clear()
+    def _accept_all_failed(self) -> None:
+        for chunk, result in self._all_failed:
+            self._accept(chunk, result, self._errors(result))
+        self._all_failed.clear()
 
-    def _whole_chunk(self) -> list[int]:
-        for chunk in self._arrived:
+    def _complete_chunk(self) -> list[int]:
+        for chunk in self._results:
             closed = chunk < self._open_chunk or self._is_scanned
             if closed and self._count[chunk] == self._sent[chunk]:
                 return [chunk]
@@ -406,8 +418,8 @@ class _Pass:
         if not chunks:
             return
         job = self._job
-        taken = {chunk: self._arrived.pop(chunk) for chunk in chunks}
-        data = pa.Table.from_batches([made for some in taken.values() for made in some])
+        taken = {chunk: self._results.pop(chunk) for chunk in chunks}
+        data = pa.Table.from_batches([result for some in taken.values() for result in some])
         begun = anyio.current_time()
         rows = changed = 0
         try:
@@ -415,36 +427,36 @@ class _Pass:
                 some = data.slice(start, _CROWDED_ROWS) if self._crowded else data
                 changed += await self._table.merge_columns(job.key, some, crowded=self._crowded)
                 rows += len(some)
-                self._uncovered += not self._crowded
-        except BaseException:  # whether it was committed or not: once more does no harm
-            for chunk, arrived in taken.items():
-                self._arrived.setdefault(chunk, []).extend(arrived)
+                self._merges_uncovered += not self._crowded
+        except BaseException:  # it may have been committed; committing it again is harmless
+            for chunk, results in taken.items():
+                self._results.setdefault(chunk, []).extend(results)
             raise
         if changed > rows:
             raise OperationError(
-                f"{job.words} on table {self._table.name!r}: {changed} rows have the "
-                f"{job.key!r} of {rows}.",
+                f"{job.words} on table {self._table.name!r}: {changed} rows have one of the "
+                f"{rows} committed values of {job.key!r}.",
                 "Name a key that is unique.",
             )
         self._outstanding -= rows
         self.committed += changed
         self._room.set()
-        self._tell()
-        await anyio.to_thread.run_sync(_give_back_memory)
-        if self._uncovered >= _COVER_AFTER and self._draining is None:
-            # Each merge scans the keys that the index has lost: at 3M rows the last of 30 merges
-            # took four times as long as the first (measured).
-            self._uncovered = 0
-            with contextlib.suppress(StoreError):  # others came first: it goes on without
+        self._report_progress()
+        await anyio.to_thread.run_sync(_trim_memory)
+        if self._merges_uncovered >= _COVER_AFTER_MERGES and self._drain_deadline is None:
+            # Each merge scans the keys that the index does not cover: at 3M rows the last of 30
+            # merges took four times as long as the first (measured).
+            self._merges_uncovered = 0
+            with contextlib.suppress(StoreError):  # optional: another writer may have come first
                 await self._table.cover_key(job.key)
-        self._crowded = len(self._table.foreign) > self._known
-        self._known = len(self._table.foreign)
-        if self._crowded and self._draining is None:
-            # Others write: they get as long for it as we took (measured: else their own retries
-            # run out).
-            await anyio.sleep(min(anyio.current_time() - begun, _LONGEST_REST_S))
+        self._crowded = len(self._table.foreign) > self._foreign_seen
+        self._foreign_seen = len(self._table.foreign)
+        if self._crowded and self._drain_deadline is None:
+            # Pauses for as long as the commit took, for the commits of other writers, whose
+            # retries run out otherwise (measured).
+            await anyio.sleep(min(anyio.current_time() - begun, _MAX_YIELD_S))
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         took = anyio.current_time() - self._begun
         rate = self.committed / took if took > 0 else 0.0
         notes = [f"{rate:,.0f} rows/s"]
@@ -456,10 +468,10 @@ class _Pass:
         self._table.progress(self.committed, max(self._total, self.committed), ", ".join(notes))
 
 
-def _give_back_memory() -> None:
-    """Lets glibc return what LanceDB's threads have freed, which it keeps otherwise.
+def _trim_memory() -> None:
+    """Makes glibc return memory that LanceDB's threads have freed to the operating system.
 
-    Measured at 3M rows of 1 kB: a peak that stays at 1.34 GB instead of growing to 1.56 GB.
+    Measured at 3M rows of 1 kB: the peak stays at 1.34 GB instead of growing to 1.56 GB.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,8 +1,8 @@
-"""Computing new columns on a Ray cluster, for tables too large for one machine.
+"""Computes new columns on a Ray cluster, for tables too large for one machine.
 
-By lance-ray: workers read fragments and write the columns' data files, and one commit adds them
-all. There is no checkpoint within, and a commit of someone else's fails it (facts: 37): trying
-again, and what changed meanwhile, is for the caller.
+With lance-ray, workers read fragments and write the columns' data files, and one commit adds all
+of them. There are no checkpoints in between, and a commit by another writer makes it fail
+(measured). Retrying, and rows that changed meanwhile, are for the caller.
 """
 
 from __future__ import annotations
@@ -20,32 +20,37 @@ from aiomigrate.schema.digests import digests
 
 
 class Transform:
-    """What workers make of a batch: vectors, digests of their sources, and no errors.
+    """The function that workers apply to a batch; returns vectors, source digests and no errors.
 
-    It is sent to the workers, which need aiomigrate and what the function imports.
+    It is sent to the workers, which need aiomigrate and the modules that the function imports.
     """
 
     def __init__(self, function: Any, source: str, fields: Sequence[pa.Field[Any]]) -> None:
-        """Calls nothing yet.
+        """Stores the arguments without calling the function.
 
         Args:
-            function: From a list of values to a vector for each, async or plain.
+            function: Async or plain; takes a list of values, returns a vector for each.
             source: The column of the values.
-            fields: The columns to make: vector, digest (int64), error (text).
+            fields: The columns to add: vector (fixed-size list), digest (int64), error (string).
         """
         self._function = function
         self._source = source
         self._schema = pa.schema(list(fields))
 
     def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Returns the new columns of a batch. Equal values are paid once, NULL not at all."""
+        """Returns the new columns of a batch. Calls once for equal values, never for NULL.
+
+        Raises:
+            ValueError: The function returned another number of vectors than values.
+            Exception: The function raised it, or its result cannot be converted.
+        """
         given = batch.select([self._source])
         values, marks = given.column(0).to_pylist(), digests(given)
         wanted = {m: v for m, v in zip(marks, values, strict=True) if v is not None}
         kind = self._schema.field(0).type
         made: Any = pa.nulls(0, kind)
         if wanted:
-            made = as_array(_called(self._function, list(wanted.values())), kind)
+            made = as_array(_call(self._function, list(wanted.values())), kind)
             if len(made) != len(wanted):
                 raise ValueError(f"{len(made)} vectors for {len(wanted)} values")
         at = {mark: position for position, mark in enumerate(wanted)}
@@ -55,7 +60,7 @@ class Transform:
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
 
-def _called(function: Any, values: list[Any]) -> Any:
+def _call(function: Any, values: list[Any]) -> Any:
     result = function(values)
     if not inspect.isawaitable(result):
         return result
@@ -75,21 +80,22 @@ async def add_by_ray(
     batch_rows: int,
     workers: int,
 ) -> None:
-    """Adds columns to a table in one commit. The event loop goes on; the cluster is the caller's.
+    """Adds columns to a table in one commit, in a thread; the caller must have started Ray.
 
-    Cancelled, it is left to end by itself, and may still commit.
+    A cancellation does not stop the work on the cluster, which may still commit. A crash of this
+    process before the commit leaves the table unchanged.
 
     Args:
-        location: The table.
-        storage_options: How its store is reached.
-        transform: What makes the columns.
+        location: URI of the table.
+        storage_options: LanceDB's storage options.
+        transform: Computes the columns.
         source: The column that workers read.
-        batch_rows: Rows of one call.
-        workers: Processes on the cluster.
+        batch_rows: Rows per call of the function.
+        workers: Number of processes on the cluster.
 
     Raises:
-        ValueError, RuntimeError, OSError: lance-ray failed; nothing was committed, or, where the
-            store failed late, all of it.
+        ValueError, RuntimeError, OSError: lance-ray failed. Nothing was committed, or all columns
+            if the store failed after the commit.
     """
 
     def run() -> None:

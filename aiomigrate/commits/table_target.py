@@ -204,7 +204,7 @@ class TableTarget(TrackedTable):
         Raises:
             KeepsProgressError: It failed every time.
         """
-        return await caller.ask(function, values, kind, pace)
+        return await caller.call_with_retries(function, values, kind, pace)
 
     async def compute(
         self,

@@ -176,7 +176,7 @@ class MetadataTables:
             known: The table if it was just read: the first attempt uses it instead of reading.
 
         Returns:
-            The table and its rows. Rows that others inserted at the same time may be missing.
+            The table and its rows. Rows that other processes inserted meanwhile may be missing.
         """
         seen = [] if known is None else [known]  # for the first attempt only
 
@@ -192,7 +192,7 @@ class MetadataTables:
             self.commits += 1
             if await here.table.insert_missing(key, rows) < len(rows) or not is_first:
                 return None
-            # A process that takes the lease reads what others have written since.
+            # A process that takes the lease reads the rows that others have written since.
             return here.table, pa.concat_tables([here.content, rows], promote_options="default")
 
         return await self._retry_race(name, found)

@@ -303,8 +303,8 @@ class Writer:
     async def _write_head(self, *, closing: bool) -> None:
         """Writes the lease row and the queued rows, retrying until all of them are written.
 
-        An attempt may renew the lease and yet miss rows that others wrote: then a whole TTL is
-        left for those, and the next attempt has a new beat, which other processes see.
+        An attempt may renew the lease and yet miss rows that other systems wrote: then a whole TTL
+        is left for those, and the next attempt has a new beat, which other processes see.
         """
         released = closing and self._release
         self._beat += 1

@@ -184,7 +184,7 @@ async def test_goes_on_after_a_failure(database: Path) -> None:
     migrations = filling(embed)
     with pytest.raises(MigrationFailedError, match=r"fails for every row.*cannot embed") as failed:
         await upgrade(database, migrations)
-    assert "what is filled stays filled" in str(failed.value)
+    assert "rows that are filled stay filled" in str(failed.value)
     assert model.calls < 150  # it did not try every row by itself
     paid = model.paid
     model.down = False
@@ -324,8 +324,8 @@ async def test_a_vector_with_nan_is_poison(database: Path) -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "too few": (lambda batch: [[0.0] * 4], "1 values for 10 rows"),
     "another dimension": (lambda batch: np.zeros((len(batch), 3)), "3 dimensions, not 4"),
-    "another type": (lambda batch: ["x"] * len(batch), "no fixed_size_list"),
-    "nothing": (lambda batch: None, "no fixed_size_list"),
+    "another type": (lambda batch: ["x"] * len(batch), "did not return fixed_size_list"),
+    "nothing": (lambda batch: None, "did not return fixed_size_list"),
 }
 
 
@@ -429,7 +429,7 @@ async def test_rows_that_come_faster_than_they_are_filled_are_told(database: Pat
         await table.add(rows)
         return await model.embed(batch)
 
-    with pytest.raises(MigrationFailedError, match="others added or changed as many rows"):
+    with pytest.raises(MigrationFailedError, match="other writers added or changed as many rows"):
         await upgrade(database, filling(embed))
     rows = await rows_of(database)
     assert sum(row["vector"] is not None for row in rows) >= 40
