@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -16,11 +16,12 @@ import anyio.to_thread
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aiomigrate.errors import KeepsProgressError, OperationError
+from aiomigrate.errors import AiomigrateError, KeepsProgressError, OperationError
 from aiomigrate.operations.fill import Pace, Survey
 from aiomigrate.schema.digests import digests
 
 FIRST_PAUSE_S = 0.2
+_MAX_PAUSE_S = 30.0
 _CACHE_BYTES = 128_000_000
 
 
@@ -210,19 +211,48 @@ async def call_with_retries(
         KeepsProgressError: All attempts failed.
     """
     call = Caller(function, kind, pace, "The model, called with known texts")
-    for attempt in range(pace.attempts):
-        try:
-            return list((await call(list(values))).to_pylist())
-        except OperationError:
+    try:
+        made = await retried(
+            lambda: call(list(values)), gives_up=lambda calls: calls >= pace.attempts
+        )
+    except AiomigrateError:
+        raise
+    except Exception as exc:
+        raise KeepsProgressError(
+            f"The model fails for known texts: {type(exc).__name__}: {exc}.",
+            "Correct the cause and run again.",
+        ) from exc
+    return list(made.to_pylist())
+
+
+async def retried(call: Callable[[], Awaitable[Any]], *, gives_up: Callable[[int], bool]) -> Any:
+    """Awaits a call, and retries a failure after growing, random pauses.
+
+    Args:
+        call: What to await. An `AiomigrateError` of it is not retried.
+        gives_up: Whether to raise the failure after so many calls.
+
+    Raises:
+        Exception: What the last call raised.
+    """
+    try:
+        return await call()
+    except AiomigrateError:
+        raise
+    except Exception:
+        if gives_up(1):
             raise
-        except Exception as exc:
-            if attempt == pace.attempts - 1:
-                raise KeepsProgressError(
-                    f"The model fails for known texts: {type(exc).__name__}: {exc}.",
-                    "Correct the cause and run again.",
-                ) from exc
-            await anyio.sleep(random.uniform(0, FIRST_PAUSE_S * 2**attempt))  # noqa: S311
-    raise AssertionError(pace)
+    from tenacity import AsyncRetrying, retry_if_not_exception_type, wait_random_exponential
+
+    await anyio.sleep(random.uniform(0, FIRST_PAUSE_S))  # noqa: S311 - no secret
+    retrying = AsyncRetrying(
+        stop=lambda state: gives_up(int(state.attempt_number) + 1),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_MAX_PAUSE_S),
+        retry=retry_if_not_exception_type((AiomigrateError, anyio.get_cancelled_exc_class())),
+        sleep=anyio.sleep,
+        reraise=True,
+    )
+    return await retrying(call)
 
 
 def as_array(result: Any, kind: pa.DataType) -> Any:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -20,7 +20,7 @@ import anyio.to_thread
 import pyarrow as pa
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
-from aiomigrate.backfill.caller import FIRST_PAUSE_S, Caller, ValueCache, survey
+from aiomigrate.backfill.caller import Caller, ValueCache, retried, survey
 from aiomigrate.backfill.rows import (
     BackfillTable,
     Chunks,
@@ -47,7 +47,6 @@ _CHUNK_BYTES = 110_000_000
 _MAX_PASSES = 100
 _MAX_PASSES_BEHIND = 3
 _ERROR_LENGTH = 500
-_MAX_PAUSE_S = 30.0
 _MAX_YIELD_S = 5.0
 _CROWDED_ROWS = 10_000
 _BLOCK_ROWS = 4096
@@ -273,7 +272,8 @@ class _Pass:
     async def _compute(self, rows: pa.RecordBatch, *, first: bool) -> tuple[Any, list[str | None]]:
         """Returns the values of rows and their errors; bisects failing rows to isolate them."""
         try:
-            values = await (self._call_with_retries(rows) if first else self._call_once(rows))
+            call = partial(self._call_once, rows)
+            values = await (retried(call, gives_up=self._gives_up) if first else call())
         except AiomigrateError:
             raise
         except Exception as exc:
@@ -296,31 +296,8 @@ class _Pass:
         other = await self._compute(rows.slice(middle), first=False)
         return pa.concat_arrays([one[0], other[0]]), one[1] + other[1]
 
-    async def _call_with_retries(self, rows: pa.RecordBatch) -> Any:
-        """Calls the function, and retries a failure after growing, random pauses."""
-        try:
-            return await self._call_once(rows)
-        except AiomigrateError:
-            raise
-        except Exception:
-            if self._job.pace.attempts == 1 or self._drain_deadline is not None:
-                raise
-        from tenacity import AsyncRetrying, retry_if_not_exception_type, wait_random_exponential
-
-        pauses = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_MAX_PAUSE_S)
-        await anyio.sleep(random.uniform(0, FIRST_PAUSE_S))  # noqa: S311 - no secret
-        retrying = AsyncRetrying(
-            stop=self._must_stop,
-            wait=pauses,
-            retry=retry_if_not_exception_type((AiomigrateError, anyio.get_cancelled_exc_class())),
-            sleep=anyio.sleep,
-            reraise=True,
-        )
-        return await retrying(self._call_once, rows)
-
-    def _must_stop(self, state: Any) -> bool:
-        tried = int(state.attempt_number) + 1
-        return tried >= self._job.pace.attempts or self._drain_deadline is not None
+    def _gives_up(self, calls: int) -> bool:
+        return calls >= self._job.pace.attempts or self._drain_deadline is not None
 
     async def _call_once(self, rows: pa.RecordBatch) -> Any:
         given = rows.select(list(self._job.sources))
