@@ -19,15 +19,9 @@ KINDS = (
 _VECTOR_KINDS = frozenset(kind for kind in KINDS if kind.startswith(("Ivf", "Hnsw")))
 
 REPORTED = {"HnswPq": "IvfHnswPq", "HnswSq": "IvfHnswSq", "HnswFlat": "IvfHnswFlat"}
-"""Kinds that `list_indices()` names otherwise than their configuration class."""
+"""The kinds that `list_indices()` reports under another name than that of their class."""
 
-
-def config_name(kind: str) -> str:
-    """Returns how lancedb's configuration class of a reported kind is named."""
-    return next((name for name, reported in REPORTED.items() if reported == kind), kind)
-
-
-_FTS = {
+_FTS_OPTIONS = {
     "min_ngram_length": "ngram_min_length",
     "max_ngram_length": "ngram_max_length",
     **{name: name for name in (
@@ -35,17 +29,26 @@ _FTS = {
         "remove_stop_words", "ascii_folding", "prefix_only", "custom_stop_words",
     )},
 }  # fmt: skip
-"""Options of FTS by the name under which LanceDB reports them."""
+"""Options of an FTS index by the name under which LanceDB reports them."""
+
+
+def config_name(kind: str) -> str:
+    """Returns the name of lancedb's configuration class for a reported kind."""
+    return next((name for name, reported in REPORTED.items() if reported == kind), kind)
 
 
 def reported_options(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of an index, named as lancedb's classes name them.
+    """Returns the options of an index, named as in lancedb's configuration classes.
 
     Args:
-        details: What `list_indices()` tells of it: nothing for scalar indexes, and never the
+        details: The details that `list_indices()` reports: none for scalar indexes, and never the
             number of partitions (measured).
     """
-    found = {_FTS[k]: v for k, v in details.items() if k in _FTS and v is not None}
+    found = {
+        _FTS_OPTIONS[name]: value
+        for name, value in details.items()
+        if name in _FTS_OPTIONS and value is not None
+    }
     if "metric_type" in details:
         found["distance_type"] = str(details["metric_type"]).lower()
     packed = details.get("compression") or {}
@@ -54,18 +57,23 @@ def reported_options(details: Mapping[str, Any]) -> dict[str, Any]:
     if "num_sub_vectors" in packed:
         found["num_sub_vectors"] = packed["num_sub_vectors"]
     graph = details.get("hnsw") or {}
-    for ours, theirs in (("m", "max_connections"), ("ef_construction", "construction_ef")):
-        if theirs in graph:
-            found[ours] = graph[theirs]
+    for name, reported in (("m", "max_connections"), ("ef_construction", "construction_ef")):
+        if reported in graph:
+            found[name] = graph[reported]
     hints = details.get("runtime_hints") or {}
-    for ours, theirs in (("max_iterations", "max_iters"), ("sample_rate", "sample_rate")):
-        if f"lance.ivf.{theirs}" in hints:
-            found[ours] = int(hints[f"lance.ivf.{theirs}"])
+    for name, reported in (("max_iterations", "max_iters"), ("sample_rate", "sample_rate")):
+        if f"lance.ivf.{reported}" in hints:
+            found[name] = int(hints[f"lance.ivf.{reported}"])
     return found
 
 
 def missing_indexes(state: TableState, memory: Mapping[str, Any]) -> list[Index]:
-    """Returns the indexes that an operation remembers and the table does not have."""
+    """Returns the indexes that an operation stored and that the table does not have.
+
+    Args:
+        state: The table.
+        memory: The value that the operation stored in its witness column (`schema.state.remember`).
+    """
     wanted = [index_from_json(text) for text in memory.get("indexes", ())]
     return [index for index in wanted if index not in state.indexes]
 
@@ -77,14 +85,15 @@ def as_reported(index: Index) -> Index:
 
 
 def with_index(state: TableState, index: Index) -> TableState:
-    """Returns a table's state after LanceDB has built an index, named as LanceDB names it.
+    """Returns a table's state after LanceDB has built an index, with the name that LanceDB chooses.
 
-    The name is the column's with `_idx`, numbered on until it is free, or that of an index of its
-    own column which it replaces: one of the same kind, or for a vector index any vector index.
+    The name is that of the first column with `_idx` appended, and with a number if another index
+    has that name. The new index replaces an index with that name on the same columns if both are of
+    the same kind or both are vector indexes.
 
     Args:
-        state: Before.
-        index: Its kind as in `KINDS`.
+        state: The state before.
+        index: The index; its kind is one of `KINDS`.
     """
     made = as_reported(index)
     taken = {i.name: i for i in state.indexes}
@@ -107,7 +116,12 @@ def _is_vector(index: Index) -> bool:
 
 
 def can_index(kind: str, column: Any) -> bool:
-    """Returns whether LanceDB builds such an index on such a column (measured)."""
+    """Returns whether LanceDB builds an index of a kind on a column (measured).
+
+    Args:
+        kind: One of `KINDS`.
+        column: The Arrow type of the column.
+    """
     is_list = pa.types.is_list(column) or pa.types.is_large_list(column)
     is_plain = (
         pa.types.is_integer(column) or pa.types.is_boolean(column) or pa.types.is_string(column)

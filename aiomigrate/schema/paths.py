@@ -1,7 +1,7 @@
-"""Columns by path: `address.city` is a field of the struct `address`. Pure.
+"""Columns by path: `address.city` is the field `city` of the struct `address`. Pure.
 
-LanceDB takes no column whose own name has a dot, so a dot always separates. Not for fields of
-structs inside lists, which LanceDB cannot change either.
+LanceDB accepts no column whose own name contains a dot, so a dot always separates names. Paths do
+not reach fields of structs inside lists, which LanceDB cannot change either.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 import pyarrow as pa
 
 Change = Callable[["pa.Field[Any]"], "pa.Field[Any] | None"]
-"""Returns the field as it will be, `None` to remove it."""
+"""Returns the new field for an old one, `None` to remove it."""
 
 
 def split(path: str) -> tuple[str, str]:
-    """Returns the path of what holds a column (empty for the table), and its own name."""
+    """Returns the path of the struct that contains a column (empty for the table), and its name."""
     parent, _, name = path.rpartition(".")
     return parent, name
 
 
 def root(path: str) -> str:
-    """Returns the column of the table that a path begins with."""
+    """Returns the top-level column of a path."""
     return path.partition(".")[0]
 
 
 def find(schema: pa.Schema, path: str) -> pa.Field[Any] | None:
-    """Returns a column, `None` if there is none."""
+    """Returns the column at a path, `None` if there is none."""
     name, *inner = path.split(".")
     position = schema.get_field_index(name)
     found = None if position < 0 else schema.field(position)
@@ -46,9 +46,13 @@ def _inside(field: pa.Field[Any]) -> list[pa.Field[Any]]:
 
 
 def changed(schema: pa.Schema, changes: Mapping[str, Change]) -> pa.Schema:
-    """Returns a schema with some columns changed, all at once; paths that are not there count not.
+    """Returns a schema with all changes applied at once.
 
-    A struct none of whose fields would be left goes too.
+    A struct that loses all of its fields is removed too.
+
+    Args:
+        schema: The schema before.
+        changes: Changes by path; a path that does not exist is ignored.
     """
     return pa.schema(_changed(list(schema), "", changes))
 
@@ -64,7 +68,7 @@ def _changed(
             left = _changed(inner, f"{path}.", changes)
             if not left:
                 continue
-            field = field.with_type(pa.struct(left))  # noqa: PLW2901 - the field as it will be
+            field = field.with_type(pa.struct(left))  # noqa: PLW2901 - the new field
         change = changes.get(path)
         after = field if change is None else change(field)
         if after is not None:
@@ -73,22 +77,25 @@ def _changed(
 
 
 def added(schema: pa.Schema, columns: Mapping[str, pa.Field[Any]]) -> pa.Schema:
-    """Returns a schema with columns added at the end of what holds them."""
+    """Returns a schema with columns added, by path, each at the end of its table or struct."""
     for path, new in columns.items():
         parent, _ = split(path)
         if not parent:
             schema = schema.append(new)
             continue
 
-        def within(struct: pa.Field[Any], new: pa.Field[Any] = new) -> pa.Field[Any]:
+        def extended(struct: pa.Field[Any], new: pa.Field[Any] = new) -> pa.Field[Any]:
             return struct.with_type(pa.struct([*_inside(struct), new]))
 
-        schema = changed(schema, {parent: within})
+        schema = changed(schema, {parent: extended})
     return schema
 
 
 def merged(schema: pa.Schema, fields: Iterable[pa.Field[Any]]) -> pa.Schema:
-    """Returns a schema with fields added at the end; a struct that is there gets what it lacks."""
+    """Returns a schema with fields added at the end.
+
+    Of a struct that exists already, only the missing fields are added.
+    """
     result = list(schema)
     for new in fields:
         position = next((i for i, f in enumerate(result) if f.name == new.name), None)
@@ -101,7 +108,12 @@ def merged(schema: pa.Schema, fields: Iterable[pa.Field[Any]]) -> pa.Schema:
 
 
 def renamed(path: str, names: Mapping[str, str]) -> str:
-    """Returns a path after columns got new names, given by their old paths."""
+    """Returns a path after columns were renamed.
+
+    Args:
+        path: The path before.
+        names: New column names by old path.
+    """
     parts = path.split(".")
     result = []
     for position, part in enumerate(parts):

@@ -1,6 +1,7 @@
-"""Names, quoted columns, literals, and the statements that operations contain. Pure.
+"""SQL literals, quoted columns, statements, and checks of column and table names. Pure.
 
-It spells SQL and never runs it: whether LanceDB accepts a statement is for `store.connection`.
+This module writes SQL as text and never runs it: `store.connection` checks whether LanceDB accepts
+a statement.
 """
 
 from __future__ import annotations
@@ -14,12 +15,34 @@ from dataclasses import dataclass, field
 from aiomigrate.errors import ConfigurationError, InvalidMigrationError
 from aiomigrate.schema.state import WITNESS_PREFIX
 
+Literal = str | int | float | bool | None
+
+_RESERVED = ("_rowid", "_rowaddr", "_row_created_at_version", "_row_last_updated_at_version")
+"""Columns that LanceDB itself provides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """The SQL of an operation, which LanceDB parses.
+
+    Attributes:
+        table: The table whose columns the SQL refers to.
+        where: The condition on rows, `None` for all rows.
+        sets: SQL expressions by the column that they set.
+        values: Literals by the column that they set.
+    """
+
+    table: str
+    where: str | None = None
+    sets: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Literal] = field(default_factory=dict)
+
 
 def sql_literal(value: object) -> str:
-    """Returns a Python value as SQL.
+    """Returns a Python value as a SQL literal.
 
     Raises:
-        ConfigurationError: SQL has no literal for it.
+        ConfigurationError: SQL has no literal for a value of this type.
     """
     match value:
         case None:
@@ -40,54 +63,39 @@ def sql_literal(value: object) -> str:
             return "[" + ", ".join(sql_literal(item) for item in value) + "]"
         case _:
             raise ConfigurationError(
-                f"{type(value).__name__} is no SQL literal.",
-                "Pass text, a number, a boolean, bytes, a date, a list of such, or None.",
+                f"SQL has no literal for a value of type {type(value).__name__}.",
+                "Pass text, a number, a boolean, bytes, a date, a list of these, or None.",
             )
 
 
 def as_sql(values: Mapping[str, object], sql: Mapping[str, str]) -> dict[str, str]:
-    """Returns what an update sets as expressions alone, by column.
+    """Returns the values and expressions of an update as SQL expressions by column.
 
     Args:
         values: Literals by column.
         sql: Expressions by column.
 
     Raises:
-        ConfigurationError: SQL has no literal for a value.
+        ConfigurationError: SQL has no literal for one of the values.
     """
     return {**sql, **{column: sql_literal(value) for column, value in values.items()}}
 
 
-Literal = str | int | float | bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statement:
-    """What an operation leaves to LanceDB to understand.
-
-    Attributes:
-        table: The table whose columns it names.
-        where: A condition.
-        sets: An expression by column that it sets.
-        values: A literal by column that it sets.
-    """
-
-    table: str
-    where: str | None = None
-    sets: Mapping[str, str] = field(default_factory=dict)
-    values: Mapping[str, Literal] = field(default_factory=dict)
-
-
 def quote(column: str) -> str:
-    """Returns a column, by path, as LanceDB's SQL quotes it."""
+    """Returns the path of a column, quoted for LanceDB's SQL."""
     return ".".join("`" + name.replace("`", "``") + "`" for name in column.split("."))
 
 
 def checked_names(what: str, names: Iterable[object]) -> tuple[str, ...]:
     """Returns column or table names as a tuple.
 
+    Args:
+        what: The operation that takes them; error messages start with it.
+        names: The names.
+
     Raises:
-        InvalidMigrationError: One is not a non-empty string, is repeated, or none is given.
+        InvalidMigrationError: A name is not a non-empty string, a name is repeated, or there are
+            no names.
     """
     result = tuple(names)
     for name in result:
@@ -103,28 +111,32 @@ def checked_names(what: str, names: Iterable[object]) -> tuple[str, ...]:
 
 
 def checked_new(what: str, names: Iterable[str]) -> None:
-    """Checks names that a migration gives to columns, each its own without a path.
+    """Checks the names, not paths, that a migration gives to new columns.
+
+    Args:
+        what: The operation that takes them; error messages start with it.
+        names: The names.
 
     Raises:
-        InvalidMigrationError: LanceDB refuses one, or it is kept for our own columns.
+        InvalidMigrationError: LanceDB does not accept a name, or aiomigrate reserves it for
+            witness columns.
     """
     for name in names:
         if name.startswith(WITNESS_PREFIX):
             raise InvalidMigrationError(
-                f"{what}: {name!r} is reserved.", f"Avoid names in {WITNESS_PREFIX}*."
+                f"{what}: {name!r} is reserved.",
+                f"Use a name that does not start with {WITNESS_PREFIX}.",
             )
-        if not name or "." in name or "`" in name or name.lower() in _KEPT:
+        if not name or "." in name or "`" in name or name.lower() in _RESERVED:
             raise InvalidMigrationError(
-                f"{what}: LanceDB takes no column named {name!r}.",
-                "Use a non-empty name without a dot or backtick, and none of LanceDB's own.",
+                f"{what}: LanceDB does not accept a column named {name!r}.",
+                "Use a non-empty name without a dot or a backtick that is not one of LanceDB's own "
+                "columns.",
             )
-
-
-_KEPT = ("_rowid", "_rowaddr", "_row_created_at_version", "_row_last_updated_at_version")
 
 
 def is_table_name(name: object) -> bool:
-    """Returns whether LanceDB takes a table of that name (measured)."""
+    """Returns whether LanceDB accepts a table with this name (measured)."""
     return (
         isinstance(name, str)
         and name not in (".", "..")

@@ -18,24 +18,31 @@ import pyarrow as pa
 from aiomigrate.schema import paths
 
 WITNESS_PREFIX = "_aiomigrate_"
-"""Start of the names of columns that are ours; none outlives its migration."""
+"""Prefix of the columns that aiomigrate adds while a migration runs (witness columns)."""
 
 LEFTOVER = f"{WITNESS_PREFIX}leftover"
-"""The only column of what is left of a table whose creation was undone: it counts as no table."""
+"""The only column left of a table whose creation was undone. Such a table counts as missing."""
+
+EMBEDDING = b"embedding_functions"
+"""Key of the schema metadata in which lancedb keeps a table's embedding functions."""
 
 _MEMORY = b"aiomigrate:memory"
+"""Key of a column's metadata under which `remember` stores its value."""
+
+_UNCOMPRESSED = 1000
+"""Bytes up to which a state is stored uncompressed: compressing takes longer than writing them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index as far as two tables can be compared by it: its kind and its columns.
+    """An index. Two indexes are equal if they have the same kind and the same columns.
 
     Attributes:
         kind: LanceDB's name of the kind, such as `BTree` or `Bitmap`.
-        columns: The indexed columns by path, in order.
+        columns: The paths of the indexed columns, in order.
         name: LanceDB's name of this index; not compared.
-        options: The parameters it was built with, as far as LanceDB tells, by the name that
-            lancedb's configuration classes give them; not compared.
+        options: The parameters it was built with, as far as LanceDB reports them, under the names
+            that lancedb's configuration classes use; not compared.
     """
 
     kind: str
@@ -47,11 +54,15 @@ class Index:
         return f"{self.kind} {','.join(self.columns)}"
 
     def renamed(self, names: Mapping[str, str]) -> Index:
-        """Returns it after columns were renamed, by path; it keeps its own name."""
+        """Returns the index after columns were renamed; its own name does not change.
+
+        Args:
+            names: New column names by old path.
+        """
         return replace(self, columns=tuple(paths.renamed(column, names) for column in self.columns))
 
     def is_on(self, columns: Iterable[str]) -> bool:
-        """Returns whether it is on some columns, or on a field of theirs."""
+        """Returns whether the index covers one of the columns, or a field of one of them."""
         return any(
             own == path or own.startswith(f"{path}.") for path in columns for own in self.columns
         )
@@ -64,41 +75,42 @@ class TableState:
     Attributes:
         schema: Fields with Arrow types and nullability; metadata is not compared.
         indexes: Its indexes, in any order.
-        predicted: What operations make of it, as far as it was asked (see `Operation.after`).
+        predicted: A cache of the states that operations produce from this one (see
+            `Operation.after`).
     """
 
     schema: pa.Schema
     indexes: tuple[Index, ...] = ()
     _shape: list[Mapping[str, Any]] = field(default_factory=list, init=False, repr=False)
-    _ours: list[list[str]] = field(default_factory=list, init=False, repr=False)
+    _witness_names: list[list[str]] = field(default_factory=list, init=False, repr=False)
     predicted: list[tuple[object, TableState | None]] = field(
         default_factory=list, init=False, repr=False
     )
 
     def shape(self) -> Mapping[str, Any]:
-        """Returns a JSON value that is equal for equal shapes: order, names, metadata aside.
+        """Returns a JSON value that is equal for equal shapes.
 
-        Columns of ours (witnesses) are left out: they are never part of what a table is.
+        It ignores the order of columns, the names of indexes, metadata, and witness columns.
         """
-        if not self._shape:  # asked for several times per operation
+        if not self._shape:  # cached: called several times per operation
             fields = dict(sorted((f.name, spell(f)) for f in self.fields()))
             indexes = sorted({str(index) for index in self.indexes})
             self._shape.append({"fields": fields, "indexes": indexes})
         return self._shape[0]
 
     def fields(self) -> list[pa.Field[Any]]:
-        """Returns the table's fields without those of ours."""
+        """Returns the table's fields without witness columns."""
         if not self.witnesses():
             return list(self.schema)
         return [f for f in self.schema if not f.name.startswith(WITNESS_PREFIX)]
 
     @property
     def is_leftover(self) -> bool:
-        """Whether it is all that is left of a table whose creation was undone."""
+        """Whether this is the remainder of a table whose creation was undone."""
         return self.schema.names == [LEFTOVER]
 
     def same(self, other: TableState) -> bool:
-        """Returns whether both have one shape."""
+        """Returns whether both states have the same shape."""
         if len(self.schema) == len(other.schema):
             if self._is_like(other):
                 return True
@@ -110,34 +122,34 @@ class TableState:
         return self.indexes == other.indexes and self.schema.equals(other.schema)
 
     def with_known_shape(self, other: TableState) -> TableState:
-        """Returns this state, which knows its shape already if it came as it was foreseen."""
+        """Returns this state, with the cached shape of another one if both are equal."""
         if self._is_like(other):
             object.__setattr__(self, "_shape", other._shape)
         return self
 
     def has(self, column: str) -> bool:
-        """Returns whether the column exists, by path."""
+        """Returns whether the column at a path exists."""
         return paths.find(self.schema, column) is not None
 
     def column(self, path: str) -> pa.Field[Any]:
-        """Returns a column that exists, by path."""
+        """Returns the column at a path; the column must exist."""
         found = paths.find(self.schema, path)
-        assert found is not None, path  # noqa: S101 - callers have asked `has`
+        assert found is not None, path  # noqa: S101 - callers check `has`
         return found
 
     def witnesses(self) -> list[str]:
-        """Returns the names of the columns that are ours."""
-        if not self._ours:
+        """Returns the names of the witness columns."""
+        if not self._witness_names:
             names = self.schema.names
-            self._ours.append([name for name in names if name.startswith(WITNESS_PREFIX)])
-        return self._ours[0]
+            self._witness_names.append([name for name in names if name.startswith(WITNESS_PREFIX)])
+        return self._witness_names[0]
 
     def with_fields(self, fields: Iterable[pa.Field[Any]]) -> TableState:
-        """Returns this state with other fields, and without indexes on columns that are gone."""
+        """Returns this state with other fields; drops indexes on columns that no longer exist."""
         return self.with_schema(pa.schema(list(fields)))
 
     def with_schema(self, schema: pa.Schema) -> TableState:
-        """Returns this state with another schema, and without indexes on columns that are gone."""
+        """Returns this state with another schema; drops indexes on columns that no longer exist."""
         kept = tuple(
             index
             for index in self.indexes
@@ -151,13 +163,98 @@ def spell(field: pa.Field[Any]) -> str:
     return f"{field.type}{'' if field.nullable else '!'}"
 
 
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns one phrase for each difference between two shapes, empty for equal shapes.
+
+    Args:
+        expected: The result of `TableState.shape()`.
+        found: The result of `TableState.shape()`.
+    """
+    result = []
+    want, have = expected["fields"], found["fields"]
+    for name in sorted(want.keys() | have.keys()):
+        if name not in have:
+            result.append(f"column {name} ({want[name]}) is missing")
+        elif name not in want:
+            result.append(f"column {name} ({have[name]}) was not expected")
+        elif want[name] != have[name]:
+            result.append(
+                f"column {name} is {_sql_type(have[name])}, expected {_sql_type(want[name])}"
+            )
+    want_indexes, have_indexes = set(expected["indexes"]), set(found["indexes"])
+    result += [f"index {index} is missing" for index in sorted(want_indexes - have_indexes)]
+    result += [f"index {index} was not expected" for index in sorted(have_indexes - want_indexes)]
+    return tuple(result)
+
+
+def _sql_type(spelled: str) -> str:
+    """Returns the text of `spell` with `NOT NULL` in place of the exclamation mark."""
+    kind = spelled.removesuffix("!")
+    return kind if kind == spelled else f"{kind} NOT NULL"
+
+
+def encode(state: TableState | None) -> str | None:
+    """Returns a state as text of some hundred characters, `None` for a missing table.
+
+    Witness columns are left out, and of the metadata all but the embedding functions.
+    """
+    if state is None:
+        return None
+    entry = (state.schema.metadata or {}).get(EMBEDDING)
+    kept = state.schema if not state.witnesses() else pa.schema(state.fields())
+    schema = kept.with_metadata({EMBEDDING: entry} if entry else {}).serialize().to_pybytes()
+    indexes = json.dumps([{**index_to_json(i), "name": i.name} for i in state.indexes])
+    whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
+    if len(whole) > _UNCOMPRESSED:
+        # A small window: zlib's default one allocates and frees 256 KB each time.
+        packer = zlib.compressobj(wbits=12, memLevel=5)
+        whole = packer.compress(whole) + packer.flush()
+    return base64.b64encode(whole).decode()
+
+
+def decode(text: str | None) -> TableState | None:
+    """Returns the state that `encode` stored, `None` for a missing table.
+
+    Raises:
+        ValueError: `encode` did not produce the text.
+    """
+    if text is None:
+        return None
+    try:
+        whole = base64.b64decode(text)
+        if not whole.startswith(b"\0"):  # compressed text never starts with a zero byte
+            whole = zlib.decompress(whole)
+        length = int.from_bytes(whole[:4], "big")
+        schema = pa.ipc.read_schema(pa.py_buffer(whole[4 : 4 + length]))
+        indexes: list[Any] = json.loads(whole[4 + length :])
+        return TableState(schema, tuple(index_from_json(index) for index in indexes))
+    except (zlib.error, pa.ArrowException, OSError, TypeError, KeyError) as exc:
+        raise ValueError("not a stored table state") from exc
+
+
+def index_to_json(index: Index) -> dict[str, Any]:
+    """Returns an index as JSON, with everything needed to build it again."""
+    return {"kind": index.kind, "columns": list(index.columns), "options": dict(index.options)}
+
+
+def index_from_json(text: Mapping[str, Any]) -> Index:
+    """Returns the index that `index_to_json` stored."""
+    return Index(text["kind"], tuple(text["columns"]), options=text["options"])
+
+
 def remember(name: str, what: Mapping[str, Any], kind: pa.DataType | None = None) -> pa.Field[Any]:
-    """Returns a column of ours that remembers something as long as its migration runs."""
+    """Returns a witness column that stores a value in its metadata while its migration runs.
+
+    Args:
+        name: Its name, which starts with `WITNESS_PREFIX`.
+        what: The value, JSON-ready.
+        kind: Its Arrow type; bool by default.
+    """
     return pa.field(name, kind or pa.bool_(), metadata={_MEMORY: json.dumps(what)})
 
 
 def remembered(state: TableState | None, name: str) -> Mapping[str, Any] | None:
-    """Returns what a column of ours remembers, `None` where there is no such column."""
+    """Returns the value that a witness column stores, `None` if there is no such column."""
     if state is None or (position := state.schema.get_field_index(name)) < 0:
         return None
     text = (state.schema.field(position).metadata or {}).get(_MEMORY, b"{}")
@@ -170,125 +267,46 @@ def metadata_text(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
     return {k.decode(): v.decode() for k, v in (metadata or {}).items()}
 
 
-def encode(state: TableState | None) -> str | None:
-    """Returns a state as text of some hundred characters, `None` for a table that is not there."""
-    if state is None:
-        return None
-    told = (state.schema.metadata or {}).get(EMBEDDING)
-    kept = state.schema if not state.witnesses() else pa.schema(state.fields())
-    schema = kept.with_metadata({EMBEDDING: told} if told else {}).serialize().to_pybytes()
-    indexes = json.dumps([{**index_to_json(i), "name": i.name} for i in state.indexes])
-    whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
-    if len(whole) > _SHORT:
-        # With a small window: zlib's usual one is 256 KB of memory, fetched and given back each
-        # time.
-        packer = zlib.compressobj(wbits=12, memLevel=5)
-        whole = packer.compress(whole) + packer.flush()
-    return base64.b64encode(whole).decode()
-
-
-_SHORT = 1000
-"""Bytes that take longer to compress than to write."""
-
-
-def decode(text: str | None) -> TableState | None:
-    """Returns the state of `encode`.
-
-    Raises:
-        ValueError: The text is none that `encode` made.
-    """
-    if text is None:
-        return None
-    try:
-        whole = base64.b64decode(text)
-        if not whole.startswith(b"\0"):  # which no compressed text does
-            whole = zlib.decompress(whole)
-        length = int.from_bytes(whole[:4], "big")
-        schema = pa.ipc.read_schema(pa.py_buffer(whole[4 : 4 + length]))
-        indexes: list[Any] = json.loads(whole[4 + length :])
-        return TableState(schema, tuple(index_from_json(index) for index in indexes))
-    except (zlib.error, pa.ArrowException, OSError, TypeError, KeyError) as exc:
-        raise ValueError("no stored state") from exc
-
-
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns one phrase for each difference; none for equal shapes.
-
-    Args:
-        expected: As `TableState.shape()`.
-        found: As `TableState.shape()`.
-    """
-    result = []
-    want, have = expected["fields"], found["fields"]
-    for name in sorted(want.keys() | have.keys()):
-        if name not in have:
-            result.append(f"column {name} ({want[name]}) is missing")
-        elif name not in want:
-            result.append(f"column {name} ({have[name]}) was not expected")
-        elif want[name] != have[name]:
-            result.append(f"column {name} is {_said(have[name])}, expected {_said(want[name])}")
-    want_indexes, have_indexes = set(expected["indexes"]), set(found["indexes"])
-    result += [f"index {index} is missing" for index in sorted(want_indexes - have_indexes)]
-    result += [f"index {index} was not expected" for index in sorted(have_indexes - want_indexes)]
-    return tuple(result)
-
-
-def _said(spelled: str) -> str:
-    kind = spelled.removesuffix("!")
-    return kind if kind == spelled else f"{kind} NOT NULL"
-
-
-def index_to_json(index: Index) -> dict[str, Any]:
-    """Returns an index as JSON, to be made again as it is."""
-    return {"kind": index.kind, "columns": list(index.columns), "options": dict(index.options)}
-
-
-def index_from_json(text: Mapping[str, Any]) -> Index:
-    """Returns the index of `index_to`."""
-    return Index(text["kind"], tuple(text["columns"]), options=text["options"])
-
-
-EMBEDDING = b"embedding_functions"
-"""Key of the schema metadata in which lancedb keeps a table's embedding functions."""
-
-
 def embedding_columns(schema: pa.Schema) -> dict[str, str]:
-    """Returns the columns that the table's embedding functions name, with the function's name.
+    """Returns the names of embedding functions by the columns that they refer to.
 
-    LanceDB keeps them in the schema's metadata and does not follow renames and drops: the next
-    `add` then fails (facts: 36).
+    LanceDB keeps them in the schema's metadata and does not update them when a column is renamed
+    or dropped: the next `add` then fails (facts: 36).
     """
     return {
-        str(told[key]): str(told.get("name", "?"))
-        for told in embeddings(schema.metadata)
+        str(entry[key]): str(entry.get("name", "?"))
+        for entry in embeddings(schema.metadata)
         for key in ("source_column", "vector_column")
-        if isinstance(told.get(key), str)
+        if isinstance(entry.get(key), str)
     }
 
 
 def embeddings(metadata: Mapping[bytes, bytes] | None) -> list[Mapping[str, Any]]:
-    """Returns what a schema's metadata says of its embedding functions, an entry for each."""
+    """Returns the embedding functions in a schema's metadata, one entry each; empty if invalid."""
     try:
         found = json.loads((metadata or {}).get(EMBEDDING, b"[]"))
     except ValueError:
         return []
-    return [told for told in found if isinstance(told, Mapping)] if isinstance(found, list) else []
+    return [e for e in found if isinstance(e, Mapping)] if isinstance(found, list) else []
 
 
 def kept_metadata(before: pa.Schema, names: Iterable[str]) -> dict[bytes | str, bytes | str] | None:
-    """Returns a schema's metadata as it is right for other columns.
+    """Returns a schema's metadata without embedding functions whose columns no longer exist.
 
     Args:
-        before: The schema before.
-        names: The columns after.
+        before: The schema before the change.
+        names: The columns after the change.
+
+    Returns:
+        The metadata, `None` if nothing is left.
     """
     metadata: dict[bytes | str, bytes | str] = dict((before.metadata or {}).items())
     have = set(names)
     whole = [
-        told
-        for told in embeddings(before.metadata)
+        entry
+        for entry in embeddings(before.metadata)
         if have.issuperset(
-            str(told[key]) for key in ("source_column", "vector_column") if told.get(key)
+            str(entry[key]) for key in ("source_column", "vector_column") if entry.get(key)
         )
     ]
     if EMBEDDING in metadata:
