@@ -1,1 +1,1 @@
-"""Migration scripts: the values users write, how they are loaded, and their checksums."""
+"""Migrations: the values that users write, how scripts are loaded, and their checksums."""

@@ -1,9 +1,10 @@
 """Checksums of migrations, equal on every supported Python.
 
 A checksum covers what a migration does: the canonical form of its operations and the parsed source
-of its own functions. Formatting, comments, docstrings and descriptions do not count, nor do other
-functions it calls. Neither `ast.dump` nor tokens serve here: both differ between Python 3.11, 3.12
-and 3.13. Not for security: it tells an edited migration from an applied one.
+of its own functions. It does not cover formatting, comments, docstrings, descriptions, or other
+functions that its functions call. It uses neither `ast.dump` nor tokens, because both differ
+between Python 3.11, 3.12 and 3.13. Checksums detect migrations that were edited after they were
+applied; they are not for security.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from aiomigrate.operations.base import TUNING, Operation
 from aiomigrate.schema.state import spell
 
 ALGORITHM = "aiomigrate-1"
-"""Recorded with every checksum, so that a later algorithm does not read as an edit."""
+"""Recorded with every checksum, so that a change of the algorithm is not mistaken for an edit."""
+
+_PARSE_LOCK = threading.Lock()
+"""Early releases of Python 3.11 fail when two threads parse at once (seen with 3.11.7)."""
 
 _IGNORED = frozenset({"ctx", "kind", "type_comment", "lineno", "end_lineno", "col_offset"})
 
@@ -39,8 +43,8 @@ def checksum(migration: Migration) -> str:
     """Returns a migration's checksum, 64 hexadecimal digits.
 
     Raises:
-        InvalidMigrationError: A function's source is not available, or an operation holds a value
-            that has no canonical form.
+        InvalidMigrationError: The source of a function is not available, or an operation contains
+            a value that has no canonical form.
     """
     try:
         content = canonical(
@@ -67,7 +71,8 @@ def checksum(migration: Migration) -> str:
 def operation_digest(operation: Operation) -> str:
     """Returns a digest of what one operation does, 64 hexadecimal digits.
 
-    Of one that has no canonical form, made within a function: of its description.
+    If the operation has no canonical form, as when a function created it, the digest is that of its
+    description.
     """
     try:
         content = canonical(operation)
@@ -77,16 +82,19 @@ def operation_digest(operation: Operation) -> str:
 
 
 def chain_digest(applied: Iterable[tuple[int, str]]) -> str:
-    """Returns the digest of applied migrations, `(version, checksum)` pairs in version order.
+    """Returns the digest of applied migrations, 32 hexadecimal digits, empty if there are none.
 
-    Empty for none. One comparison of it tells whether any of them was edited, removed or inserted.
+    Comparing two digests shows whether a migration was edited, removed or inserted.
+
+    Args:
+        applied: Versions with their checksums, in version order.
     """
     pairs = [f"{version}:{digest}" for version, digest in applied]
     return hashlib.sha256("\n".join(pairs).encode()).hexdigest()[:32] if pairs else ""
 
 
 def canonical(value: Any) -> Any:  # noqa: C901 - a closed case list
-    """Returns a JSON value that is equal for values of one meaning.
+    """Returns a JSON value that is equal for values with the same meaning.
 
     Raises:
         InvalidMigrationError: The value has no canonical form.
@@ -105,14 +113,18 @@ def canonical(value: Any) -> Any:  # noqa: C901 - a closed case list
         case enum.Enum():
             return {"enum": f"{type(value).__name__}.{value.name}"}
         case pa.Field():
-            return {"field": spell(value), "metadata": _texts(value.metadata)}
+            return {"field": spell(value), "metadata": _hex(value.metadata)}
         case pa.DataType():
             return {"type": str(value)}
         case pa.Schema():
             return {"schema": {f.name: spell(f) for f in value}}
         case Operation():
-            told = [f for f in dataclasses.fields(value) if _counts(f, getattr(value, f.name))]
-            return {type(value).__name__: {f.name: canonical(getattr(value, f.name)) for f in told}}
+            names = [
+                field.name
+                for field in dataclasses.fields(value)
+                if _is_significant(field, getattr(value, field.name))
+            ]
+            return {type(value).__name__: {n: canonical(getattr(value, n)) for n in names}}
         case Mapping():
             return {str(key): canonical(item) for key, item in value.items()}
         case list() | tuple():
@@ -123,22 +135,23 @@ def canonical(value: Any) -> Any:  # noqa: C901 - a closed case list
             return {"partial": [canonical(value.func), canonical(value.args),
                                 canonical(value.keywords)]}  # fmt: skip
         case FunctionType():
-            return {"function": _dump(_definition(inspect.unwrap(value)))}
+            return {"function": _dump(_function_node(inspect.unwrap(value)))}
         case _:
             raise InvalidMigrationError(
                 f"{value!r} cannot be part of a migration's checksum.",
-                "Use plain values, Arrow types, and functions defined with def.",
+                "Use plain values, Arrow types, and functions that are defined with def.",
             )
 
 
-def _texts(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
+def _hex(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
     return {key.hex(): value.hex() for key, value in (metadata or {}).items()}
 
 
-def _counts(field: dataclasses.Field[Any], value: object) -> bool:
-    """Returns whether a field says what an operation does, and not only how.
+def _is_significant(field: dataclasses.Field[Any], value: object) -> bool:
+    """Returns whether a field affects what an operation does, and not only how it does it.
 
-    What was not given does not count: a release that adds an option leaves old checksums alone.
+    A field with its default value is left out: a release that adds an option does not change the
+    checksums of existing migrations.
     """
     if field.metadata.get(TUNING):
         return False
@@ -149,7 +162,7 @@ def _counts(field: dataclasses.Field[Any], value: object) -> bool:
     return True
 
 
-def _definition(function: Callable[..., Any]) -> ast.AST:
+def _function_node(function: Callable[..., Any]) -> ast.AST:
     code = function.__code__
     linecache.checkcache(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
@@ -167,18 +180,14 @@ def _definition(function: Callable[..., Any]) -> ast.AST:
     ]
     if len(found) != 1:
         raise InvalidMigrationError(
-            f"the source of function {function.__qualname__!r} cannot be told apart.",
-            "Define it with def, on lines of its own.",
+            f"the source of function {function.__qualname__!r} cannot be identified.",
+            "Define it with def, on separate lines.",
         )
     return found[0]
 
 
-_PARSING = threading.Lock()
-
-
 def _parsed(source: str) -> ast.AST:
-    # Early releases of Python 3.11 fail when two threads parse at once (seen with 3.11.7).
-    with _PARSING:
+    with _PARSE_LOCK:
         return ast.parse(source)
 
 
@@ -192,9 +201,9 @@ def _dump(node: object) -> Any:
         fields = {}
         for name, value in ast.iter_fields(node):
             if name == "body" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                value = _without_docstring(value)  # noqa: PLW2901 - the body without its comment
+                value = _without_docstring(value)  # noqa: PLW2901 - the filtered value
             if isinstance(node, ast.JoinedStr):
-                value = [v for v in value if not _is_empty(v)]  # noqa: PLW2901 - as said there
+                value = [v for v in value if not _is_empty(v)]  # noqa: PLW2901 - the filtered value
             if name not in _IGNORED and value is not None and value != []:
                 fields[name] = _dump(value)
         return [type(node).__name__, fields]
@@ -204,7 +213,7 @@ def _dump(node: object) -> Any:
 
 
 def _is_empty(part: ast.expr) -> bool:
-    # Python 3.12 alone ends a format specification like f"{x:{width}}" with an empty text.
+    # Only Python 3.12 ends a format specification such as f"{x:{width}}" with an empty string.
     return isinstance(part, ast.Constant) and part.value == ""
 
 

@@ -1,7 +1,8 @@
-"""From a folder, a package or a sequence to loaded scripts.
+"""Loads migrations from a folder, a package or a sequence.
 
-Imports migration files and nothing else; whether they fit a database is for `reconcile` and
-`plan`. A folder's files are imported once per manager, off the event loop.
+This module imports migration files and checks each of them; `planning.reconcile` and
+`planning.plan` check whether they fit a database. The manager imports the files of a folder once,
+in a thread.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from aiomigrate.migration.checksum import checksum
 from aiomigrate.migration.model import Migration, Params, Script, Scripts
 
 Source = str | Path | types.ModuleType | Sequence[Migration] | Scripts
-"""Where migrations come from: a folder, a package, the migrations, or what was loaded of them."""
+"""Where migrations come from: a folder, a package, a sequence of migrations, or loaded scripts."""
 
 _FILE = re.compile(r"^(\d+)[-_].*\.py$|^(\d+)\.py$")
 
 
 def load(source: Source, params: Params) -> Scripts:
-    """Imports and checks all migrations. Blocks: imports run user code.
+    """Imports and checks all migrations. Blocks, because imports run user code.
 
     Args:
-        source: A folder (files `NNN_name.py`; other files are left alone), a package, a sequence
-            of migrations, or scripts that were loaded already, which are returned as they are.
-        params: Given to operations that are functions of them.
+        source: A folder (files `NNN_name.py`; other files are ignored), a package, a sequence of
+            migrations, or loaded scripts, which are returned unchanged.
+        params: The run's parameters, passed to `operations` where that is a function.
 
     Returns:
         All scripts; none for an empty folder.
 
     Raises:
-        ConfigurationError: The folder does not exist.
-        ScriptError: A file cannot be imported, holds no migration or one of another version, or
-            two migrations claim one version of a line.
+        ConfigurationError: The folder does not exist or cannot be read.
+        ScriptError: A file cannot be imported, contains no migration or one with another version,
+            or two migrations have the same version of a line.
     """
     return source if isinstance(source, Scripts) else check(find(source), params)
 
@@ -51,17 +52,19 @@ def load(source: Source, params: Params) -> Scripts:
 def find(
     source: str | Path | types.ModuleType | Sequence[Migration],
 ) -> list[tuple[Migration, str]]:
-    """Returns every migration with the name of its file, each once.
+    """Returns every migration once, with the name of its file (empty if it has none).
 
     Raises:
-        ConfigurationError: The folder does not exist.
-        ScriptError: A file cannot be imported, or its number is not its version.
+        ConfigurationError: The folder does not exist or cannot be read.
+        ScriptError: A file cannot be imported, contains no migration, or contains one whose
+            version is not the number of the file; or an item of the sequence is no migration.
     """
     if isinstance(source, types.ModuleType):
         file = getattr(source, "__file__", None)
         if not file:
             raise ConfigurationError(
-                f"Package {source.__name__!r} has no folder.", "Pass its folder, or a sequence."
+                f"Package {source.__name__!r} has no folder.",
+                "Pass a folder or a sequence of migrations.",
             )
         source = Path(file).parent
     if isinstance(source, str | Path):
@@ -69,7 +72,7 @@ def find(
     found: list[tuple[Migration, str]] = []
     for item in source:
         if not isinstance(item, Migration):
-            raise InvalidMigrationError(f"{item!r} is no Migration.", "Pass Migration objects.")
+            raise InvalidMigrationError(f"{item!r} is not a Migration.", "Pass Migration objects.")
         if all(item is not known for known, _ in found):
             found.append((item, ""))
     return found
@@ -100,8 +103,8 @@ def _from_folder(folder: Path) -> list[tuple[Migration, str]]:
         number = int(match[1] or match[2])
         if number in numbers:
             raise DuplicateVersionError(
-                f"{path.name} and {numbers[number]} have one number.",
-                "Renumber the newer one (and the version in it).",
+                f"{path.name} and {numbers[number]} have the same number.",
+                "Change the number of the newer file, and the version in it.",
                 version=number,
                 path=path,
             )
@@ -123,15 +126,16 @@ def _from_file(path: Path, number: int, known: Iterable[tuple[Migration, str]]) 
     for migration in found:
         if migration.version != number:
             raise ScriptError(
-                f"{path.name} holds version {migration.version} of {migration.name!r}.",
-                f"A file holds the versions of its number: write version={number}, or rename it.",
+                f"{path.name} contains version {migration.version} of {migration.name!r}.",
+                "The version must be the number of the file: "
+                f"write version={number}, or rename the file.",
                 line=migration.name,
                 version=migration.version,
                 path=path,
             )
     if not found:
         raise ScriptError(
-            f"{path.name} holds no Migration.",
+            f"{path.name} contains no Migration.",
             f'Assign one at module level: users = Migration(table="users", version={number}, ...).',
             path=path,
         )
@@ -142,7 +146,9 @@ def _import(path: Path) -> types.ModuleType:
     name = f"_aiomigrate_scripts_.{abs(hash(str(path.parent)))}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ScriptImportError(f"{path.name} cannot be imported.", "Is it a .py file?", path=path)
+        raise ScriptImportError(
+            f"{path.name} cannot be imported.", "Check that it is a .py file.", path=path
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -159,25 +165,25 @@ def _import(path: Path) -> types.ModuleType:
             ) from exc
         raise ScriptImportError(
             f"{path.name} cannot be imported: {type(exc).__name__}: {exc}.",
-            "Correct the file; `python` on it shows the whole traceback.",
+            "Correct the file; run it with `python` to see the full traceback.",
             path=path,
         ) from exc
     return module
 
 
 def check(found: Iterable[tuple[Migration, str]], params: Params) -> Scripts:
-    """Resolves migrations for a run's parameters and checks that they fit together.
+    """Resolves migrations for a run's parameters and checks that no version occurs twice.
 
     Raises:
-        ScriptError: Two claim one version of a line, or one cannot be.
+        ScriptError: Two migrations have the same version of a line, or a migration is invalid.
     """
     scripts: dict[tuple[str, int], Script] = {}
     for migration, source in found:
         script = _script(migration, source, params)
         if (other := scripts.get(script.key)) is not None:
-            places = " and ".join(sorted({source or "one", other.source or "another"}))
+            files = " and ".join(sorted({source or "one", other.source or "another"}))
             raise DuplicateVersionError(
-                f"Two migrations are version {script.version} of {script.line!r} ({places}).",
+                f"Two migrations are version {script.version} of {script.line!r} ({files}).",
                 "Give one of them another version.",
                 line=script.line,
                 version=script.version,
@@ -202,7 +208,7 @@ def _script(migration: Migration, source: str, params: Params) -> Script:
         raise ScriptError(
             f"{source or migration.name}: operations(params) of {migration.name!r} version "
             f"{migration.version} raised {type(exc).__name__}: {exc}.",
-            "Check the parameters given (-x key=value).",
+            "Check the given parameters (-x key=value).",
             line=migration.name,
             version=migration.version,
             path=source or None,
@@ -227,16 +233,20 @@ def _script(migration: Migration, source: str, params: Params) -> Script:
 
 
 def refuse_tables(scripts: Scripts, names: Collection[str]) -> None:
-    """Checks that no migration concerns tables that are not the application's.
+    """Checks that no migration changes aiomigrate's own tables.
+
+    Args:
+        scripts: All scripts.
+        names: The names of those tables.
 
     Raises:
-        InvalidMigrationError: One does.
+        InvalidMigrationError: A migration changes one of them.
     """
     for script in scripts.all:
         if found := {script.line, *script.touches} & set(names):
             raise InvalidMigrationError(
-                f"{script.source or script}: {min(found)!r} is where aiomigrate keeps its records.",
-                "Name another table, or pass another ledger= to the manager.",
+                f"{script.source or script}: aiomigrate keeps its records in table {min(found)!r}.",
+                "Use another table, or pass another ledger= to the manager.",
                 line=script.line,
                 version=script.version,
                 path=script.source or None,

@@ -1,6 +1,6 @@
-"""The values everything else speaks in: migrations, journal events, head rows.
+"""Migrations as users write them, and scripts as they are loaded: frozen values without I/O.
 
-Frozen, without I/O. Not for deciding (see `fold` and `plan`) nor for storing (see `ledger`).
+`planning` decides what to do with them, and `ledger` stores which of them are applied.
 """
 
 from __future__ import annotations
@@ -19,35 +19,36 @@ MAX_VERSION = 2**31 - 1
 """Versions are stored as int32."""
 
 Key = tuple[str, int]
-"""A migration: its line and its version."""
+"""The key of a migration: its line and its version."""
 
 Params = Mapping[str, Any]
 Target = int | Mapping[str, int] | None
-"""Where to go: every line to its newest script (`None`), to at most a version, or line by line."""
+"""The target of a run: the newest scripts (`None`), a highest version, or versions by line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Migration:
-    """One step of one line, to `version`.
+    """A migration that takes one line (usually a table) to `version`.
 
     Attributes:
         version: A positive integer, unique in its line, equal to the number of its file.
-        table: The table it changes; also the name of its line.
-        line: The name of its line where that is not a table (then give `touches`).
-        description: A few words, shown wherever the migration is.
-        operations: What to do, in order; or a function of the run's parameters returning that.
+        table: The table that it changes; also the name of its line.
+        line: The name of its line if that is not a table; then `touches` is required.
+        description: A few words, shown in plans and reports.
+        operations: Its operations, in order; or a function that returns them for the run's
+            parameters.
         up: An async function of a `Context`, instead of `operations`; it must be idempotent.
-        down: The inverse of `up`.
-        touches: The tables it changes; by default `table` and those its operations name.
-        depends_on: Version of another line that must be applied first, by line.
-        contracts: The compatible halves that this one completes: once it is applied, the
-            savepoints kept for them are given up. Version by line; those of other lines are
-            depended on.
-        background: Whether an application's start does not wait for it, nor for what comes after
-            it. It may be changed at any time: it is not part of the checksum.
+        down: An async function that reverts `up`.
+        touches: The tables that it changes; by default `table` and the tables of its operations.
+        depends_on: Versions of other lines that must be applied first, by line.
+        contracts: Earlier compatible migrations that this one completes, as versions by line. Once
+            it is applied, the savepoints kept for them may be deleted. It depends on those of
+            other lines.
+        background: Whether an application starts without waiting for it and for the migrations
+            after it. It may be changed at any time: it is not part of the checksum.
 
     Raises:
-        InvalidMigrationError: The values cannot be.
+        InvalidMigrationError: A value is invalid, or values contradict each other.
     """
 
     version: int
@@ -71,53 +72,59 @@ class Migration:
         for text in (self.table, self.line):
             if text is not None and (not isinstance(text, str) or not text or text[0] == ":"):
                 raise InvalidMigrationError(
-                    f"{text!r} is no name for a table or line.",
+                    f"{text!r} is not a valid name for a table or line.",
                     "Use a non-empty string that does not start with a colon.",
                     **where,
                 )
         if name is None:
             raise InvalidMigrationError(
-                "A Migration names no table.", 'Pass table="..." (or line= and touches=).'
+                "A migration names no table.", 'Pass table="..." (or line= and touches=).'
             )
 
-        def wrong(what: str, remedy: str) -> InvalidMigrationError:
+        def invalid(what: str, remedy: str) -> InvalidMigrationError:
             return InvalidMigrationError(f"Migration of {name!r}: {what}", remedy, **where)
 
         if not _is_int(self.version) or not 1 <= self.version <= MAX_VERSION:
-            raise wrong(
+            raise invalid(
                 f"version {self.version!r} is not a positive integer.",
-                "Number it like its file: 004_add_tags.py holds version 4.",
+                "Use the number of its file: 004_add_tags.py contains version 4.",
             )
         if self.table is None and self.touches is None:
-            raise wrong("a line without a table touches nothing.", "Pass touches=(tables...).")
+            raise invalid("a line without a table needs touches.", "Pass touches=(tables...).")
         if (self.up is not None) == bool(self.operations):
-            raise wrong("it needs operations or up, not both.", "Pass one of them.")
+            raise invalid("it needs either operations or up, not both.", "Pass one of them.")
         if self.down is not None and self.up is None:
-            raise wrong("down has no up.", "Pass up=, or leave down= out.")
+            raise invalid("it has down but no up.", "Pass up=, or remove down=.")
         if not isinstance(self.background, bool):
-            raise wrong(f"background is {self.background!r}.", "Write background=True.")
+            raise invalid(
+                f"background is {self.background!r}, not a boolean.", "Write background=True."
+            )
         if isinstance(self.touches, str):
-            raise wrong("touches is text, not names.", f"Write touches=({self.touches!r},).")
+            raise invalid(
+                "touches is a string, not a sequence of names.",
+                f"Write touches=({self.touches!r},).",
+            )
         for text in (*(self.touches or ()), *([] if self.table is None else [self.table])):
             if not is_table_name(text):
-                raise wrong(
-                    f"LanceDB takes no table named {text!r}.",
-                    "Use up to 200 letters (a to z), digits and _ - . only.",
+                raise invalid(
+                    f"LanceDB does not accept a table named {text!r}.",
+                    "Use at most 200 characters: letters (a to z), digits, and _ - . only.",
                 )
         for given, versions in (("depends_on", self.depends_on), ("contracts", self.contracts)):
             for other, version in versions.items():
                 if not _is_int(version) or version < 1 or not isinstance(other, str):
-                    raise wrong(
-                        f"{given} {other!r}: {version!r} is no version.",
+                    raise invalid(
+                        f"{given} {other!r}: {version!r} is not a version.",
                         f'Write {given}={{"users": 2}}.',
                     )
         if self.contracts.get(name, 0) >= self.version:
-            raise wrong(
-                f"it contracts its own version {self.contracts[name]}, which does not come before.",
+            raise invalid(
+                f"it contracts version {self.contracts[name]} of its own line, which does not come "
+                "before it.",
                 "Name an earlier version.",
             )
         if isinstance(self.operations, Operation):
-            raise wrong("operations is one operation, not a list.", "Write operations=[...].")
+            raise invalid("operations is one operation, not a list.", "Write operations=[...].")
         if not callable(self.operations):
             object.__setattr__(self, "operations", self._checked(self.operations))
         others = {line: version for line, version in self.contracts.items() if line != name}
@@ -129,11 +136,11 @@ class Migration:
         object.__setattr__(self, "contracts", MappingProxyType(dict(self.contracts)))
 
     def _checked(self, operations: Iterable[Operation]) -> tuple[Operation, ...]:
-        given = tuple(operations)  # once: it may be a generator
+        given = tuple(operations)  # read it only once: it may be a generator
         for operation in given:
             if not isinstance(operation, Operation):
                 raise InvalidMigrationError(
-                    f"Migration of {self.name!r}: {operation!r} is no operation.",
+                    f"Migration of {self.name!r}: {operation!r} is not an operation.",
                     "Use operations from aiomigrate.op.",
                     line=self.name,
                     version=self.version,
@@ -142,7 +149,7 @@ class Migration:
 
     @property
     def name(self) -> str:
-        """The line it belongs to."""
+        """The name of its line."""
         name = self.line or self.table
         assert name is not None  # noqa: S101 - __post_init__ checked it
         return name
@@ -150,9 +157,15 @@ class Migration:
     def resolve(self, params: Params) -> tuple[Operation, ...]:
         """Returns its operations for a run's parameters, each bound to a table.
 
+        A migration with `up` has one operation, `Run`.
+
+        Args:
+            params: The run's parameters, passed to `operations` if that is a function.
+
         Raises:
-            InvalidMigrationError: The function of the parameters returned something else, or an
-                operation names no table and neither does the migration.
+            InvalidMigrationError: The function returned something else than operations, neither an
+                operation nor the migration names a table, LanceDB does not accept a table name, or
+                an operation uses a table that is not in `touches`.
         """
         if self.up is not None:
             return (Run(self.up, self.down, table=self.table),)
@@ -163,8 +176,9 @@ class Migration:
             for table in operation.tables:
                 if not is_table_name(table):
                     raise InvalidMigrationError(
-                        f"Migration of {self.name!r}: LanceDB takes no table named {table!r}.",
-                        "Use up to 200 letters (a to z), digits and _ - . only.",
+                        f"Migration of {self.name!r}: LanceDB does not accept a table named "
+                        f"{table!r}.",
+                        "Use at most 200 characters: letters (a to z), digits, and _ - . only.",
                         line=self.name,
                         version=self.version,
                     )
@@ -177,7 +191,7 @@ class Migration:
                 )
             if self.touches is not None and (others := set(operation.tables) - {*self.touches}):
                 raise InvalidMigrationError(
-                    f"Migration of {self.name!r}: {operation.describe()!r} concerns table "
+                    f"Migration of {self.name!r}: {operation.describe()!r} uses table "
                     f"{min(others)!r}, which is not in touches.",
                     "Add the table to touches=(...).",
                     line=self.name,
@@ -192,20 +206,20 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """A migration as loaded: resolved for a run's parameters, with where it came from.
+    """A loaded migration, with its operations resolved for a run's parameters.
 
     Attributes:
-        line: Its line.
+        line: The name of its line.
         version: Its version.
         description: Its description.
         operations: Its operations, each bound to a table (`Run` may have none).
-        touches: Tables it may change, sorted.
-        depends_on: Version that must be applied first, by line.
-        contracts: Version whose savepoints are given up once it is applied, by line.
-        background: Whether an application's start does not wait for it.
-        checksum: Digest of its content; formatting and comments do not count.
-        source: The file's name, or empty.
-        table: The table of the line, `None` for a pseudo-table.
+        touches: The tables that it may change, sorted.
+        depends_on: Versions that must be applied first, by line.
+        contracts: Versions whose savepoints may be deleted once it is applied, by line.
+        background: Whether an application starts without waiting for it.
+        checksum: The digest of its content, without formatting and comments.
+        source: The name of its file, empty if it has none.
+        table: The table of the line, `None` for a line without a table.
     """
 
     line: str
@@ -222,12 +236,12 @@ class Script:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Line and version: what identifies it."""
+        """Its line and version, which identify it."""
         return (self.line, self.version)
 
     @property
     def runs_code(self) -> bool:
-        """Whether a function of the user's takes part, so that its effect cannot be predicted."""
+        """Whether it runs a function of the user, so that its effect cannot be predicted."""
         return any(isinstance(operation, Run) for operation in self.operations)
 
     def __str__(self) -> str:
@@ -236,11 +250,11 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Scripts:
-    """All loaded migrations: the questions that need no database.
+    """All loaded migrations, with the queries that need no database.
 
     Attributes:
         all: Every script, ordered by version, then line.
-        has_background: Whether any of them is marked to run in the background.
+        has_background: Whether any script is marked to run in the background.
     """
 
     all: tuple[Script, ...]
@@ -255,7 +269,7 @@ class Scripts:
         object.__setattr__(self, "has_background", any(s.background for s in self.all))
 
     def line_names(self) -> tuple[str, ...]:
-        """Returns the names of all lines (tables and pseudo-tables), sorted."""
+        """Returns the names of all lines, sorted."""
         return tuple(sorted(self._lines))
 
     def of(self, line: str) -> tuple[Script, ...]:
@@ -263,11 +277,11 @@ class Scripts:
         return self._lines.get(line, ())
 
     def after(self, line: str, version: int) -> tuple[Script, ...]:
-        """Returns a line's scripts above a version: those pending there."""
+        """Returns a line's scripts above a version: those pending at that version."""
         return tuple(s for s in self.of(line) if s.version > version)
 
     def up_to(self, line: str, version: int) -> tuple[Script, ...]:
-        """Returns a line's scripts at or below a version: those applied there."""
+        """Returns a line's scripts at or below a version: those applied at that version."""
         return tuple(s for s in self.of(line) if s.version <= version)
 
     def latest(self, line: str) -> int:
@@ -276,11 +290,11 @@ class Scripts:
         return found[-1].version if found else 0
 
     def get(self, line: str, version: int) -> Script | None:
-        """Returns one script, `None` if there is none."""
+        """Returns the script of a version, `None` if there is none."""
         return next((s for s in self.of(line) if s.version == version), None)
 
     def target(self, line: str, to: Target) -> int:
-        """Returns the version a line goes to: its newest script at or below what `to` asks."""
+        """Returns a line's target: its newest version at or below the one that `to` asks for."""
         if to is None:
             return self.latest(line)
         limit = to if isinstance(to, int) else to.get(line)

@@ -352,7 +352,7 @@ def test_lambdas_on_one_line_cannot_be_told_apart(tmp_path: Path) -> None:
     module = load(tmp_path, "a, b = (lambda params: [], 1), (lambda params: [2], 2)\n")
     made = Migration(table="memos", version=4, operations=module.a[0])
 
-    with pytest.raises(InvalidMigrationError, match="cannot be told apart") as caught:
+    with pytest.raises(InvalidMigrationError, match="cannot be identified") as caught:
         checksum(made)
 
     assert (caught.value.line, caught.value.version) == ("memos", 4)

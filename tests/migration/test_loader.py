@@ -136,7 +136,7 @@ def test_a_sequence_is_taken_as_it_is() -> None:
     two = Migration(table="a", version=2, operations=[op.DropColumns("b")])
 
     assert names(load([two, one, two], {})) == ["a 1 ", "a 2 "]
-    with pytest.raises(InvalidMigrationError, match="'x' is no Migration"):
+    with pytest.raises(InvalidMigrationError, match="'x' is not a Migration"):
         load([one, "x"], {})  # type: ignore[list-item]
 
 
@@ -154,14 +154,14 @@ WRONG: dict[str, tuple[dict[str, str], type[AiomigrateError], str, str]] = {
     # files, error, what it says, the file it names
     "two files with one number": (
         {"n001_a": ONE.format(table="a", version=1), "n01_b": ONE.format(table="b", version=1)},
-        DuplicateVersionError, r"01_b\.py and 001_a\.py have one number", "01_b.py",
+        DuplicateVersionError, r"01_b\.py and 001_a\.py have the same number", "01_b.py",
     ),
     "no migration": (
-        {"n001_a": "x = 1\n"}, ScriptError, r"001_a\.py holds no Migration", "001_a.py",
+        {"n001_a": "x = 1\n"}, ScriptError, r"001_a\.py contains no Migration", "001_a.py",
     ),
     "another version": (
         {"n003_a": ONE.format(table="a", version=2)},
-        ScriptError, r"003_a\.py holds version 2 of 'a'.*version=3", "003_a.py",
+        ScriptError, r"003_a\.py contains version 2 of 'a'.*version=3", "003_a.py",
     ),
     "version 0": (
         {"n000_a": ONE.format(table="a", version=0)},
@@ -192,7 +192,7 @@ WRONG: dict[str, tuple[dict[str, str], type[AiomigrateError], str, str]] = {
     "a migration that cannot be": (
         {"n001_a": HEAD + 'it = Migration(table="a", version=1)\n'},
         InvalidMigrationError,
-        r"001_a\.py: Migration of 'a': it needs operations or up", "001_a.py",
+        r"001_a\.py: Migration of 'a': it needs either operations or up", "001_a.py",
     ),
     "an operation that cannot be": (
         {"n001_a": HEAD + "it = op.DropColumns()\n"},
@@ -210,7 +210,7 @@ it = Migration(table="a", version=1, operations=operations)
     ),
     "operations that are none for these parameters": (
         {"n001_a": HEAD + 'it = Migration(table="a", version=1, operations=lambda p: [1])\n'},
-        InvalidMigrationError, r"001_a\.py: .*1 is no operation", "001_a.py",
+        InvalidMigrationError, r"001_a\.py: .*1 is not an operation", "001_a.py",
     ),
     "operations of a table that is not touched": (
         {"n001_a": HEAD + """

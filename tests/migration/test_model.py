@@ -43,21 +43,24 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "a fractional version": ({"version": 2.0}, "not a positive integer"),
     "a version beyond int32": ({"version": 2**31}, "not a positive integer"),
     "no name": ({"table": None}, "names no table"),
-    "an empty name": ({"table": ""}, "'' is no name"),
-    "an empty line": ({"line": ""}, "'' is no name"),
-    "a reserved name": ({"table": ":lease"}, "':lease' is no name"),
-    "a name that is no text": ({"table": 3}, "3 is no name"),
-    "a line that touches nothing": ({"table": None, "line": "indexes"}, "touches nothing"),
-    "touches as text": ({"touches": "memos"}, "touches is text"),
-    "touches no name": ({"touches": ("memos", "")}, "no table named ''"),
+    "an empty name": ({"table": ""}, "'' is not a valid name"),
+    "an empty line": ({"line": ""}, "'' is not a valid name"),
+    "a reserved name": ({"table": ":lease"}, "':lease' is not a valid name"),
+    "a name that is no text": ({"table": 3}, "3 is not a valid name"),
+    "a line that touches nothing": (
+        {"table": None, "line": "indexes"},
+        "without a table needs touches",
+    ),
+    "touches as text": ({"touches": "memos"}, "touches is a string"),
+    "touches no name": ({"touches": ("memos", "")}, "does not accept a table named ''"),
     "neither operations nor up": ({"operations": []}, "operations or up, not both"),
     "operations and up": ({"up": up}, "operations or up, not both"),
-    "down without up": ({"down": down}, "down has no up"),
+    "down without up": ({"down": down}, "it has down but no up"),
     "one operation instead of a list": ({"operations": ADD}, "not a list"),
-    "no operation": ({"operations": [ADD, "drop"]}, "'drop' is no operation"),
-    "a class instead of an operation": ({"operations": [op.AddColumns]}, "is no operation"),
-    "depends_on no version": ({"depends_on": {"users": "2"}}, "'users': '2' is no version"),
-    "depends_on version 0": ({"depends_on": {"users": 0}}, "'users': 0 is no version"),
+    "no operation": ({"operations": [ADD, "drop"]}, "'drop' is not an operation"),
+    "a class instead of an operation": ({"operations": [op.AddColumns]}, "is not an operation"),
+    "depends_on no version": ({"depends_on": {"users": "2"}}, "'users': '2' is not a version"),
+    "depends_on version 0": ({"depends_on": {"users": 0}}, "'users': 0 is not a version"),
     "depends_on no line": ({"depends_on": {3: 2}}, "depends_on 3"),
 }
 
@@ -88,11 +91,11 @@ IMPOSSIBLE_TABLES = (
 def test_a_table_that_lancedb_cannot_have_is_refused_where_it_is_written(name: str) -> None:
     """As the migration's own, among what it touches, and as the table of an operation."""
     elsewhere = op.AddColumns({"a": pa.int8()}, table=name)
-    with pytest.raises(InvalidMigrationError, match="LanceDB takes no table named"):
+    with pytest.raises(InvalidMigrationError, match="does not accept a table named"):
         migration(table=name)
-    with pytest.raises(InvalidMigrationError, match="LanceDB takes no table named"):
+    with pytest.raises(InvalidMigrationError, match="does not accept a table named"):
         migration(touches=("memos", name))
-    with pytest.raises(InvalidMigrationError, match="LanceDB takes no table named") as caught:
+    with pytest.raises(InvalidMigrationError, match="does not accept a table named") as caught:
         migration(operations=[elsewhere]).resolve({})
 
     assert "letters" in caught.value.remedy
@@ -161,7 +164,7 @@ def test_what_a_function_of_the_parameters_returns_is_checked() -> None:
     """A function that returns something else is refused, naming the migration."""
     made = migration(operations=lambda params: ["drop"])
 
-    with pytest.raises(InvalidMigrationError, match="'drop' is no operation") as caught:
+    with pytest.raises(InvalidMigrationError, match="'drop' is not an operation") as caught:
         made.resolve({})
 
     assert (caught.value.line, caught.value.version) == ("memos", 2)
