@@ -18,6 +18,8 @@ from aiomigrate.operations.rows import Update
 from aiomigrate.operations.tables import DropTable, RenameTable
 from aiomigrate.schema.state import TableState
 
+_WAS_THERE = b"aiomigrate:was_there"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
@@ -68,40 +70,6 @@ def contracted(
     return tuple(k for k in kept if k.key[1] <= ends.get(k.key[0], 0))
 
 
-_WAS_THERE = b"aiomigrate:was_there"
-
-
-def _marked(state: TableState | None) -> TableState | None:
-    """Returns a table with its columns marked, so that they are known under any later name."""
-    if state is None:
-        return None
-    fields = [f.with_metadata(dict([*(f.metadata or {}).items(), (_WAS_THERE, b"1")]))
-              for f in state.schema]  # fmt: skip
-    return state.with_schema(pa.schema(fields).with_metadata(state.schema.metadata))
-
-
-def _was_there(state: TableState, column: str) -> bool:
-    name = column.split(".", maxsplit=1)[0]
-    return state.has(name) and _WAS_THERE in (state.column(name).metadata or {})
-
-
-def _is_subsumed(operation: Operation, before: TableState | None) -> bool:
-    """Returns whether an operation fills only columns that the migration itself added.
-
-    Args:
-        operation: The operation.
-        before: The table before it, with the columns marked that the migration found.
-    """
-    filled: Iterable[str]
-    if isinstance(operation, Backfill):
-        filled = (operation.column,)
-    elif isinstance(operation, Update):
-        filled = (*operation.values, *operation.sql)
-    else:
-        return False
-    return before is not None and not any(_was_there(before, column) for column in filled)
-
-
 def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str, ...]:
     """Returns the tables of which a migration discards something that was there, sorted.
 
@@ -136,20 +104,6 @@ def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Op
     )
 
 
-def _before(
-    script: Script, states: Mapping[str, TableState | None]
-) -> Iterator[tuple[Operation, TableState | None]]:
-    """Yields each operation with its table before it, as far as that can be predicted."""
-    for operation in script.operations:
-        yield operation, states.get(operation.table or "")
-        if any(table not in states for table in operation.tables):
-            continue
-        try:
-            states = operation.fold(states)
-        except OperationError:
-            continue  # after a function or a crash, what is there is not what was predicted
-
-
 def keeps_savepoint(
     script: Script, operation: Operation, was: Mapping[str, TableState | None]
 ) -> bool:
@@ -166,5 +120,50 @@ def keeps_savepoint(
     return operation.needs_savepoint and was.get(table) is not None and not goes
 
 
+def _is_subsumed(operation: Operation, before: TableState | None) -> bool:
+    """Returns whether an operation fills only columns that the migration itself added.
+
+    Args:
+        operation: The operation.
+        before: The table before it, with the columns marked that the migration found.
+    """
+    filled: Iterable[str]
+    if isinstance(operation, Backfill):
+        filled = (operation.column,)
+    elif isinstance(operation, Update):
+        filled = (*operation.values, *operation.sql)
+    else:
+        return False
+    return before is not None and not any(_was_there(before, column) for column in filled)
+
+
+def _marked(state: TableState | None) -> TableState | None:
+    """Returns a table with its columns marked, so that they are known under any later name."""
+    if state is None:
+        return None
+    fields = [f.with_metadata(dict([*(f.metadata or {}).items(), (_WAS_THERE, b"1")]))
+              for f in state.schema]  # fmt: skip
+    return state.with_schema(pa.schema(fields).with_metadata(state.schema.metadata))
+
+
+def _before(
+    script: Script, states: Mapping[str, TableState | None]
+) -> Iterator[tuple[Operation, TableState | None]]:
+    """Yields each operation with its table before it, as far as that can be predicted."""
+    for operation in script.operations:
+        yield operation, states.get(operation.table or "")
+        if any(table not in states for table in operation.tables):
+            continue
+        try:
+            states = operation.fold(states)
+        except OperationError:
+            continue  # after a function or a crash, what is there is not what was predicted
+
+
 def _has_any(state: TableState) -> bool:
     return any(_was_there(state, name) for name in state.schema.names)
+
+
+def _was_there(state: TableState, column: str) -> bool:
+    name = column.split(".", maxsplit=1)[0]
+    return state.has(name) and _WAS_THERE in (state.column(name).metadata or {})

@@ -21,55 +21,6 @@ from aiomigrate.planning.rollback import Undo, Way
 from aiomigrate.text import nearest, spell_spans
 
 
-def plan_text(plan: Plan) -> str:
-    """Returns a plan as text: one paragraph per migration, its operations beneath."""
-    if plan.is_empty:
-        going_back = plan.direction is Direction.ROLLBACK
-        head = "Nothing to undo." if going_back else "Everything is at target; nothing to do."
-    else:
-        lines = len({step.script.line for step in plan.steps})
-        count = len(plan.steps)
-        undo = "Undo " if plan.direction is Direction.ROLLBACK else ""
-        head = f"{undo}{count} migration{'s'[: count != 1]} on {lines} line{'s'[: lines != 1]}:"
-    out = [head]
-    for step in plan.steps:
-        script = step.script
-        title = f"  {script.version:>4}  {script.line}"
-        if script.description:
-            title += f"  {script.description}"
-        if step.resumes:
-            title += "  (interrupted; will be recovered)"
-        if step.deferred:
-            title += "  (in the background)"
-        out.append(title)
-        if step.undo is not None:
-            out += [f"        - {line}" for line in step.undo.describe()]
-            out.append(f"        then {script.line} is at {step.undo.to}")
-            continue
-        for position, operation in enumerate(script.operations):
-            where = "" if operation.table in (None, script.table) else f"{operation.table}: "
-            traits = operation.traits
-            marks = [
-                word
-                for word, on in (
-                    ("rewriting", traits.rewriting),
-                    ("destructive", step.is_destructive(position)),
-                    ("irreversible", not traits.reversible),
-                )
-                if on
-            ]
-            marked = f"  [{', '.join(marks)}]" if marks else ""
-            out.append(f"        - {where}{operation.describe()}{marked}")
-        others = [f"{line} {version}" for line, version in step.after if line != script.line]
-        if others:
-            out.append(f"        after {', '.join(others)}")
-    out += [f"adopt: {line} was written by another system" for line in plan.adopts]
-    out += [f"unknown: {line} is recorded at {v}, no script knows it; left alone"
-            for line, v in sorted(plan.unknown.items())]  # fmt: skip
-    out += [f"warning: {warning}" for warning in plan.warnings]
-    return "\n".join(out)
-
-
 class Direction(enum.Enum):
     """Which way a plan goes; a property of the plan, never of a step."""
 
@@ -345,6 +296,55 @@ def build_rollback(
         warnings=tuple(warnings),
         busy=busy.lines,
     )
+
+
+def plan_text(plan: Plan) -> str:
+    """Returns a plan as text: one paragraph per migration, its operations beneath."""
+    if plan.is_empty:
+        going_back = plan.direction is Direction.ROLLBACK
+        head = "Nothing to undo." if going_back else "Everything is at target; nothing to do."
+    else:
+        lines = len({step.script.line for step in plan.steps})
+        count = len(plan.steps)
+        undo = "Undo " if plan.direction is Direction.ROLLBACK else ""
+        head = f"{undo}{count} migration{'s'[: count != 1]} on {lines} line{'s'[: lines != 1]}:"
+    out = [head]
+    for step in plan.steps:
+        script = step.script
+        title = f"  {script.version:>4}  {script.line}"
+        if script.description:
+            title += f"  {script.description}"
+        if step.resumes:
+            title += "  (interrupted; will be recovered)"
+        if step.deferred:
+            title += "  (in the background)"
+        out.append(title)
+        if step.undo is not None:
+            out += [f"        - {line}" for line in step.undo.describe()]
+            out.append(f"        then {script.line} is at {step.undo.to}")
+            continue
+        for position, operation in enumerate(script.operations):
+            where = "" if operation.table in (None, script.table) else f"{operation.table}: "
+            traits = operation.traits
+            marks = [
+                word
+                for word, on in (
+                    ("rewriting", traits.rewriting),
+                    ("destructive", step.is_destructive(position)),
+                    ("irreversible", not traits.reversible),
+                )
+                if on
+            ]
+            marked = f"  [{', '.join(marks)}]" if marks else ""
+            out.append(f"        - {where}{operation.describe()}{marked}")
+        others = [f"{line} {version}" for line, version in step.after if line != script.line]
+        if others:
+            out.append(f"        after {', '.join(others)}")
+    out += [f"adopt: {line} was written by another system" for line in plan.adopts]
+    out += [f"unknown: {line} is recorded at {v}, no script knows it; left alone"
+            for line, v in sorted(plan.unknown.items())]  # fmt: skip
+    out += [f"warning: {warning}" for warning in plan.warnings]
+    return "\n".join(out)
 
 
 def _select(scripts: Scripts, tables: Collection[str] | None, to: Target) -> tuple[str, ...]:

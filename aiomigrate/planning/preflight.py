@@ -24,6 +24,35 @@ class OnDestructive(enum.Enum):
     REFUSE = "refuse"
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """SQL of an operation, to be tried on an empty table before anything is written.
+
+    Attributes:
+        script: The migration.
+        operation: Its operation.
+        statement: The SQL.
+        state: The table that it is about, as it will be.
+    """
+
+    script: Script
+    operation: Operation
+    statement: Statement
+    state: TableState
+
+    def refused(self, why: str) -> OperationError:
+        """Builds the error of SQL that LanceDB does not take."""
+        texts = (self.statement.where or "", *self.statement.sets.values())
+        quoted = any('"' in text for text in texts)
+        hint = " Names are quoted by `backticks`; what is in double quotes is text."
+        told = self.operation.refuse(
+            f"LanceDB refuses its SQL: {why}.",
+            f"Correct it.{hint if quoted else ''} The columns of {self.statement.table!r} are by "
+            f"then {', '.join(f.name for f in self.state.fields())}.",
+        )
+        return in_script(told, self.script)
+
+
 def check_operations(
     plan: Plan,
     tables: Mapping[str, TableState | None],
@@ -89,35 +118,6 @@ def check_operations(
                 trials.append(Trial(step.script, operation, statement, asked))
     checked = replace(plan, steps=tuple(steps), warnings=(*plan.warnings, *warnings))
     return checked, tuple(trials)
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """SQL of an operation, to be tried on an empty table before anything is written.
-
-    Attributes:
-        script: The migration.
-        operation: Its operation.
-        statement: The SQL.
-        state: The table that it is about, as it will be.
-    """
-
-    script: Script
-    operation: Operation
-    statement: Statement
-    state: TableState
-
-    def refused(self, why: str) -> OperationError:
-        """Builds the error of SQL that LanceDB does not take."""
-        texts = (self.statement.where or "", *self.statement.sets.values())
-        quoted = any('"' in text for text in texts)
-        hint = " Names are quoted by `backticks`; what is in double quotes is text."
-        told = self.operation.refuse(
-            f"LanceDB refuses its SQL: {why}.",
-            f"Correct it.{hint if quoted else ''} The columns of {self.statement.table!r} are by "
-            f"then {', '.join(f.name for f in self.state.fields())}.",
-        )
-        return in_script(told, self.script)
 
 
 def _check_destructive(

@@ -22,6 +22,8 @@ from aiomigrate.planning.reconcile import LineState, Reconciled
 from aiomigrate.schema.state import TableState, decode
 from aiomigrate.text import nearest, spell_spans
 
+_COMMITTING = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
+
 
 class Way(enum.StrEnum):
     """How a migration is undone."""
@@ -354,9 +356,6 @@ def _position(
         foreign += [(int(a), int(b)) for a, b in facts.get("foreign", ())]
         position = after
     return position, foreign
-
-
-_COMMITTING = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
 
 
 def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, ...] | None:

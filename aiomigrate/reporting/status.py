@@ -208,14 +208,6 @@ class Validation:
         return "\n".join(lines) or "valid"
 
 
-def _background(line: LineStatus) -> str:
-    if line.background is None:
-        return ""
-    told = f", {line.background.version} in the background: {line.background.state.value}"
-    going = line.background.going
-    return told if going is None or going.percent is None else f"{told}, {going.percent:.0f}%"
-
-
 def status_text(status: Status) -> str:
     """Returns a status as a table."""
     rows = []
@@ -268,3 +260,11 @@ def health_text(health: Health) -> str:
     if health.failed and is_refused:
         remedy = "Run `aiomigrate upgrade` to see what to do about it."
     return "\n".join([*out, remedy] if remedy else out)
+
+
+def _background(line: LineStatus) -> str:
+    if line.background is None:
+        return ""
+    told = f", {line.background.version} in the background: {line.background.state.value}"
+    going = line.background.going
+    return told if going is None or going.percent is None else f"{told}, {going.percent:.0f}%"

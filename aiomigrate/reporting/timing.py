@@ -17,40 +17,6 @@ from aiomigrate.results import StepReport
 from aiomigrate.text import bytes_text, duration, error_line, table
 
 
-def timing_text(run: RunTiming) -> str:
-    """Returns a run as a table of timings in the order of beginning, and where its time went."""
-    header = ("began", "line", "version", "outcome", "for others", "for a slot", "ran", "ledger",
-              "rows", "bytes", "commits", "retries", "")  # fmt: skip
-    critical = set(run.critical)
-    rows = [
-        (
-            duration(span.began_s),
-            span.line,
-            str(span.version),
-            span.outcome,
-            duration(span.depended_s),
-            duration(span.queued_s),
-            duration(span.ran_s),
-            duration(span.ledger_s),
-            str(span.rows),
-            "" if span.size is None else bytes_text(span.size),
-            str(span.commits),
-            str(span.retries),
-            "*" if span.key in critical else "",
-        )
-        for span in run.spans
-    ]
-    path = " > ".join(f"{line} {version}" for line, version in run.critical)
-    head = f"run {run.run_id}, {run.started_at:%Y-%m-%d %H:%M:%SZ}, process {run.pid} on {run.host}"
-    total = (
-        f"{len(run.spans)} migration{'s'[: len(run.spans) != 1]} in {duration(run.total_s)}: "
-        f"{duration(run.lease_s)} for the lease, {duration(run.worked_s)} of work, "
-        f"{run.concurrency:.1f} at once."
-    )
-    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10, 11))
-    return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
-
-
 _TRACED = ("description", "outcome", "rows", "commits", "retries", "ran_s", "ledger_s", "error")
 _ENDS: Mapping[str, str] = {
     Kind.APPLIED: "applied",
@@ -213,6 +179,40 @@ class RunTiming:
 
     def __str__(self) -> str:
         return timing_text(self)
+
+
+def timing_text(run: RunTiming) -> str:
+    """Returns a run as a table of timings in the order of beginning, and where its time went."""
+    header = ("began", "line", "version", "outcome", "for others", "for a slot", "ran", "ledger",
+              "rows", "bytes", "commits", "retries", "")  # fmt: skip
+    critical = set(run.critical)
+    rows = [
+        (
+            duration(span.began_s),
+            span.line,
+            str(span.version),
+            span.outcome,
+            duration(span.depended_s),
+            duration(span.queued_s),
+            duration(span.ran_s),
+            duration(span.ledger_s),
+            str(span.rows),
+            "" if span.size is None else bytes_text(span.size),
+            str(span.commits),
+            str(span.retries),
+            "*" if span.key in critical else "",
+        )
+        for span in run.spans
+    ]
+    path = " > ".join(f"{line} {version}" for line, version in run.critical)
+    head = f"run {run.run_id}, {run.started_at:%Y-%m-%d %H:%M:%SZ}, process {run.pid} on {run.host}"
+    total = (
+        f"{len(run.spans)} migration{'s'[: len(run.spans) != 1]} in {duration(run.total_s)}: "
+        f"{duration(run.lease_s)} for the lease, {duration(run.worked_s)} of work, "
+        f"{run.concurrency:.1f} at once."
+    )
+    shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10, 11))
+    return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
 
 
 def runs_of(
