@@ -223,7 +223,7 @@ async def test_validate_finds_changed_scripts(ready: Path, tmp_path: Path) -> No
         await manager_.initialize()
 
     assert ["edited" in e for e in await errors_of(ready, edited())] == [True]
-    assert ["which is gone" in e for e in await errors_of(ready, gone)] == [True]
+    assert ["which no longer exists" in e for e in await errors_of(ready, gone)] == [True]
     assert ["added below" in e for e in await errors_of(tmp_path / "without")] == [True]
 
 

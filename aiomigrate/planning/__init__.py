@@ -1,1 +1,1 @@
-"""What a run will do, decided without I/O from scripts, ledger and table states."""
+"""Decides what a run will do, from scripts, the ledger and table states, without I/O."""

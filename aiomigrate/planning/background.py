@@ -1,8 +1,8 @@
-"""What an application's start does not wait for. Pure.
+"""Decides which migrations an application's start does not wait for. Pure.
 
-Migrations marked `background` run beside the application, and everything that comes after them
-waits for them. Which those are follows from scripts and recorded versions, so that a start with
-nothing else to do costs one read of the head.
+Migrations marked `background` run while the application serves, and migrations that must follow
+them wait for them. Scripts and recorded versions determine which ones these are, so that a start
+with nothing else to do costs one read of the head. `runs.upgrade` runs them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from aiomigrate.planning.reconcile import Reconciled, digest_at, is_at_target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
-    """What work in the background has in hand.
+    """The lines and tables that background work is using.
 
     Attributes:
-        lines: Lines whose records are its own to write.
-        tables: Tables it may be changing.
-        holder: Who holds the lease for it, in words.
+        lines: Lines whose records only the background work may write.
+        tables: Tables that it may be changing.
+        holder: The holder of the background lease as text, empty if nobody holds it.
     """
 
     lines: frozenset[str] = frozenset()
@@ -33,10 +33,10 @@ class Busy:
     holder: str = ""
 
     def refuse(self, script: Script) -> None:
-        """Refuses what would come between.
+        """Refuses a migration that would interfere with background work.
 
         Raises:
-            BackgroundBusyError: The migration's line or a table of it is in hand.
+            BackgroundBusyError: Background work uses the migration's line or one of its tables.
         """
         shared = self.tables & set(script.touches)
         if script.line in self.lines or shared:
@@ -44,10 +44,10 @@ class Busy:
             raise self._error(str(script), what, line=script.line, version=script.version)
 
     def refuse_line(self, line: str, scripts: Scripts) -> None:
-        """Refuses to change what is recorded of a line while a process works on it.
+        """Refuses to change the records of a line while another process runs background work on it.
 
         Raises:
-            BackgroundBusyError: The line or a table of it is in hand.
+            BackgroundBusyError: The process uses the line or one of its tables.
         """
         if not self.holder:
             return
@@ -56,10 +56,10 @@ class Busy:
             raise self._error(repr(line), repr(line), line=line)
 
     def _error(self, subject: str, what: str, **where: Any) -> BackgroundBusyError:
-        by = f" by {self.holder}" if self.holder else ", interrupted"
+        state = f"is running in {self.holder}" if self.holder else "was interrupted"
         return BackgroundBusyError(
-            f"{subject} cannot be changed now: work in the background on {what} is under way{by}.",
-            "Let it end (`aiomigrate upgrade --background-only`), or stop its process first.",
+            f"{subject} cannot be changed now: background work on {what} {state}.",
+            "Let it finish (`aiomigrate upgrade --background-only`), or stop its process first.",
             **where,
         )
 
@@ -70,22 +70,22 @@ IDLE = Busy()
 def busy_with(
     rows: Sequence[HeadRow], decided: Reconciled, scripts: Scripts, *, holder: str | None
 ) -> Busy:
-    """Returns what work in the background has in hand.
+    """Returns the lines and tables that background work is using.
 
     Args:
         rows: The head without lease rows.
         decided: The state of every line.
         scripts: All scripts.
-        holder: Who holds the background lease, `None` if it is free. It may be dead.
+        holder: The holder of the background lease, `None` if it is free. It may have crashed.
     """
-    lines = lent(rows) if holder is not None else set()
+    lines = background_lines(rows) if holder is not None else set()
     tables: set[str] = set()
     for line, state in decided.lines.items():
         if state.unfinished is not None and state.unfinished.started.lease == BACKGROUND_LEASE:
             lines.add(line)
             tables.update(state.unfinished.savepoints)
     if holder is not None:
-        # Another system may have rewritten a row, and wiped off whose it is.
+        # Another system may have rewritten a row, and erased which lease it belongs to.
         rewritten = {row.name for row in rows if not row.is_ours}
         lines |= {s.line for s in scripts.all if s.background} & rewritten
     for line in lines:
@@ -95,30 +95,30 @@ def busy_with(
     return Busy(lines=frozenset(lines), tables=frozenset(tables), holder=holder or "")
 
 
-def lent(rows: Iterable[HeadRow]) -> set[str]:
-    """Returns the lines whose head rows were handed to the background lease and not back."""
+def background_lines(rows: Iterable[HeadRow]) -> set[str]:
+    """Returns the lines whose head rows belong to the background lease."""
     return {row.name for row in rows if row.lease == BACKGROUND_LEASE}
 
 
 def known_tables(scripts: Scripts, current: Mapping[str, int]) -> set[str]:
-    """Returns the tables that an applied migration touches: taken to exist without a look."""
+    """Returns the tables that applied migrations touch, which are assumed to exist."""
     return {t for s in scripts.all if s.version <= current.get(s.line, 0) for t in s.touches}
 
 
 def defer(
     pending: Mapping[Key, Script], order: Order, existing: Collection[str], busy: Busy
 ) -> frozenset[Key]:
-    """Returns what an application's start does not wait for.
+    """Returns the migrations that an application's start does not wait for.
 
-    That is what is marked, unless no table of it exists yet (then nobody waits for it, and a fresh
-    database comes to its whole target at once); what work in the background has in hand; and all
-    that comes after those.
+    These are: migrations marked `background`, unless none of their tables exists yet (so that a new
+    database reaches its whole target at once); migrations on lines and tables that background work
+    is using; and all migrations that must follow them.
 
     Args:
-        pending: What is to run.
-        order: Its order.
+        pending: The pending migrations.
+        order: Their order.
         existing: Tables that exist.
-        busy: What work in the background has in hand.
+        busy: The lines and tables that background work is using.
     """
     found: set[Key] = set()
     for key in order.keys:
@@ -137,14 +137,18 @@ def defer(
 def ready(
     rows: Sequence[HeadRow], scripts: Scripts, lease: HeadRow | None
 ) -> frozenset[Key] | None:
-    """Returns what is deferred, if the head alone proves that nothing else is to be done.
+    """Returns the deferred migrations, if the head alone proves that there is nothing else to do.
 
-    `None` means "look closer". What is deferred by this is also deferred by the whole picture.
+    Migrations that are deferred by the head alone are also deferred by head and journal together.
 
     Args:
         rows: The head without lease rows.
         scripts: All scripts.
         lease: The row of the background lease, `None` if there never was one.
+
+    Returns:
+        The deferred migrations, empty at target; `None` if the head does not prove it, and the
+        journal must be read.
     """
     if is_at_target(rows, scripts):
         return frozenset()
@@ -160,8 +164,8 @@ def ready(
             return None
         recorded[row.name] = row
     held = lease is not None and bool(lease.owner)
-    if lease is not None and not held and lease.phase and lent(rows):
-        return None  # freed of a dead holder: its rows may be behind its journal
+    if lease is not None and not held and lease.phase and background_lines(rows):
+        return None  # freed after its holder crashed: its rows may be behind its journal
     current = {line: row.version for line, row in recorded.items()}
     deferred = deferred_by_head(rows, scripts, lease)
     is_all = all(s.key in deferred for s in scripts.all if s.version > current.get(s.line, 0))
@@ -171,7 +175,7 @@ def ready(
 def deferred_by_head(
     rows: Sequence[HeadRow], scripts: Scripts, lease: HeadRow | None
 ) -> frozenset[Key]:
-    """Returns what is deferred as far as the head alone tells; none where scripts do not fit.
+    """Returns the deferred migrations according to the head alone; none if dependencies fail.
 
     Args:
         rows: The head without lease rows.
@@ -181,12 +185,12 @@ def deferred_by_head(
     if not scripts.has_background:
         return frozenset()
     current = {row.name: row.version for row in rows}
-    pend = {s.key: s for s in scripts.all if s.version > current.get(s.line, 0)}
+    pending = {s.key: s for s in scripts.all if s.version > current.get(s.line, 0)}
     try:
-        order = ordered(pend.values(), current, scripts)
+        order = ordered(pending.values(), current, scripts)
     except DependencyError:
         return frozenset()
-    lines = lent(rows) if lease is not None and lease.owner else set()
-    tables = {t for script in pend.values() if script.line in lines for t in script.touches}
+    lines = background_lines(rows) if lease is not None and lease.owner else set()
+    tables = {t for script in pending.values() if script.line in lines for t in script.touches}
     busy = Busy(lines=frozenset(lines), tables=frozenset(tables))
-    return defer(pend, order, known_tables(scripts, current), busy)
+    return defer(pending, order, known_tables(scripts, current), busy)

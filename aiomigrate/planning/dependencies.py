@@ -1,7 +1,8 @@
-"""In which order pending migrations go, and which wait for which. Pure.
+"""Orders pending migrations and determines which of them wait for which. Pure.
 
-Each line goes strictly by version, `depends_on` before its dependants, and never two migrations at
-once that touch one table. What is pending is `reconcile`'s; what comes of the order is `plan`'s.
+Each line runs strictly by version, a migration runs after those in its `depends_on`, and two
+migrations that touch the same table never run at once. `planning.reconcile` decides what is
+pending; `planning.plan` builds the plan from the order.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Order:
     """Pending migrations in an order that satisfies every constraint.
 
     Attributes:
-        keys: All of them.
-        before: What must be applied before each one starts.
+        keys: The pending migrations, in this order.
+        before: The migrations that must be applied before each one starts.
     """
 
     keys: tuple[Key, ...]
@@ -35,29 +36,33 @@ def ordered(
     scripts: Scripts,
     begun: Collection[Key] = (),
 ) -> Order:
-    """Orders migrations.
+    """Orders pending migrations.
 
     Args:
-        pending: What is to run.
-        current: The version each line is at, 0 where it is not named.
+        pending: The migrations to run.
+        current: The version of each line, 0 for a line that is missing.
         scripts: All scripts.
-        begun: What an earlier run has begun and not ended: first on its tables, which it changed.
+        begun: Migrations that an earlier run started and did not finish. They run first among those
+            on their tables, because they have changed them.
 
     Raises:
-        DependencyError: A dependency will not be met, or dependencies form a cycle.
+        DependencyError: A dependency does not exist or is not part of this run, or dependencies
+            form a cycle.
     """
-    pend = {script.key: script for script in pending}
-    before = {key: _dependencies(script, pend, current, scripts) for key, script in pend.items()}
-    for earlier, later in itertools.pairwise(sorted(pend)):
+    by_key = {script.key: script for script in pending}
+    before = {
+        key: _dependencies(script, by_key, current, scripts) for key, script in by_key.items()
+    }
+    for earlier, later in itertools.pairwise(sorted(by_key)):
         if earlier[0] == later[0]:
             before[later].add(earlier)
-    keys = _topological(pend, before, begun)
-    _serialise_tables(keys, pend, before)
+    keys = _topological(by_key, before, begun)
+    _serialise_tables(keys, by_key, before)
     return Order(keys=tuple(keys), before=before)
 
 
 def _dependencies(
-    script: Script, pend: Mapping[Key, Script], current: Mapping[str, int], scripts: Scripts
+    script: Script, pending: Mapping[Key, Script], current: Mapping[str, int], scripts: Scripts
 ) -> set[Key]:
     result: set[Key] = set()
     name = script.source or str(script)
@@ -71,10 +76,10 @@ def _dependencies(
                 f"Correct depends_on.{nearest(line, scripts.line_names())}",
                 **where,  # type: ignore[arg-type]
             )
-        if (line, version) not in pend:
+        if (line, version) not in pending:
             raise DependencyError(
                 f"{name} depends on {line!r} version {version}, which this run leaves out.",
-                f"Include it: --table {line}, or a higher --to.",
+                f"Include it with --table {line} or a higher --to.",
                 **where,  # type: ignore[arg-type]
             )
         result.add((line, version))
@@ -82,34 +87,34 @@ def _dependencies(
 
 
 def _topological(
-    pend: Mapping[Key, Script], before: Mapping[Key, set[Key]], begun: Collection[Key]
+    pending: Mapping[Key, Script], before: Mapping[Key, set[Key]], begun: Collection[Key]
 ) -> list[Key]:
-    """Returns the keys, prerequisites first; of free ones what was begun, then by version."""
+    """Returns the keys, prerequisites first; of those that may run, begun ones, then by version."""
 
-    def place(key: Key) -> tuple[bool, int, str]:
+    def sort_key(key: Key) -> tuple[bool, int, str]:
         return (key not in begun, key[1], key[0])
 
     waiting = {key: len(needs) for key, needs in before.items()}
-    followers: dict[Key, list[Key]] = {key: [] for key in pend}
+    followers: dict[Key, list[Key]] = {key: [] for key in pending}
     for key, needs in before.items():
         for need in needs:
             followers[need].append(key)
-    free = [place(key) for key, count in waiting.items() if count == 0]
-    heapq.heapify(free)
+    ready = [sort_key(key) for key, count in waiting.items() if count == 0]
+    heapq.heapify(ready)
     order: list[Key] = []
-    while free:
-        _, version, line = heapq.heappop(free)
+    while ready:
+        _, version, line = heapq.heappop(ready)
         order.append((line, version))
         for follower in followers[(line, version)]:
             waiting[follower] -= 1
             if waiting[follower] == 0:
-                heapq.heappush(free, place(follower))
-    if len(order) < len(pend):
+                heapq.heappush(ready, sort_key(follower))
+    if len(order) < len(pending):
         stuck = sorted(key for key, count in waiting.items() if count > 0)
         cycle = _one_cycle(stuck, before)
         raise DependencyError(
             "Dependencies form a cycle: " + " -> ".join(f"{line} {v}" for line, v in cycle) + ".",
-            "Remove one of the depends_on.",
+            "Remove one of these depends_on entries.",
             line=cycle[0][0],
             version=cycle[0][1],
         )
@@ -127,12 +132,12 @@ def _one_cycle(stuck: list[Key], before: Mapping[Key, set[Key]]) -> list[Key]:
 
 
 def _serialise_tables(
-    order: Iterable[Key], pend: Mapping[Key, Script], before: dict[Key, set[Key]]
+    order: Iterable[Key], pending: Mapping[Key, Script], before: dict[Key, set[Key]]
 ) -> None:
-    """Adds, for each table, an edge between consecutive steps that touch it."""
+    """Adds an edge between consecutive migrations that touch the same table."""
     last: dict[str, Key] = {}
     for key in order:
-        for table in pend[key].touches:
+        for table in pending[key].touches:
             if table in last and last[table][0] != key[0]:
                 before[key].add(last[table])
             last[table] = key

@@ -1,4 +1,7 @@
-"""What a migration destroys, and which savepoints are kept of it. Pure."""
+"""Decides what a migration discards, and which savepoints are kept for it. Pure.
+
+`commits.savepoints` makes savepoints, and `runs.maintenance` deletes them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from aiomigrate.operations.rows import Update
 from aiomigrate.operations.tables import DropTable, RenameTable
 from aiomigrate.schema.state import TableState
 
-_WAS_THERE = b"aiomigrate:was_there"
+_EXISTED = b"aiomigrate:was_there"
+"""Metadata key that marks the columns which existed before a migration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +59,12 @@ def kept_savepoints(journal: Journal) -> tuple[Kept, ...]:
 def contracted(
     kept: Iterable[Kept], scripts: Scripts, applied: Mapping[str, int]
 ) -> tuple[Kept, ...]:
-    """Returns those savepoints whose migration was completed by one that is applied.
+    """Returns the savepoints of migrations that an applied migration contracts.
 
     Args:
-        kept: Savepoints that are kept.
+        kept: The savepoints that are kept.
         scripts: All scripts.
-        applied: The version each line is at.
+        applied: The current version of each line.
     """
     ends: dict[str, int] = {}
     for line, version in applied.items():
@@ -71,9 +75,9 @@ def contracted(
 
 
 def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str, ...]:
-    """Returns the tables of which a migration discards something that was there, sorted.
+    """Returns the tables from which a migration discards existing data or structure, sorted.
 
-    What a function does is not known; it counts as discarding nothing.
+    The effect of a function is unknown; it is assumed to discard nothing.
 
     Args:
         script: The migration.
@@ -83,7 +87,7 @@ def destroys(script: Script, was: Mapping[str, TableState | None]) -> tuple[str,
 
 
 def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Operation, ...]:
-    """Returns the operations of a migration that discard something that was there, in order.
+    """Returns the operations of a migration that discard existing data or structure, in order.
 
     Args:
         script: The migration.
@@ -91,23 +95,25 @@ def destroying(script: Script, was: Mapping[str, TableState | None]) -> tuple[Op
     """
     concerned = {table for operation in script.operations for table in operation.tables}
     found = {table: was[table] for table in concerned if table in was}
-    if not any(before is not None and o.discards(before) for o, before in _before(script, found)):
+    if not any(
+        before is not None and o.discards(before) for o, before in _with_before(script, found)
+    ):
         return ()
-    marked = {table: _marked(state) for table, state in found.items()}
+    marked = {table: mark_existing(state) for table, state in found.items()}
     return tuple(
         operation
-        for operation, before in _before(script, marked)
+        for operation, before in _with_before(script, marked)
         if before is not None
         and operation.discards(before)
-        and _has_any(before)
-        and not _is_subsumed(operation, before)
+        and _has_existing(before)
+        and not fills_new_columns(operation, before)
     )
 
 
 def keeps_savepoint(
     script: Script, operation: Operation, was: Mapping[str, TableState | None]
 ) -> bool:
-    """Returns whether what an operation discards can be kept by a savepoint of its table.
+    """Returns whether a savepoint of its table preserves what an operation discards.
 
     Args:
         script: Its migration.
@@ -115,17 +121,18 @@ def keeps_savepoint(
         was: The state of each table before the migration.
     """
     table = operation.table or ""
-    goes = any(isinstance(o, DropTable | RenameTable) and o.table == table
-               for o in script.operations)  # fmt: skip
-    return operation.needs_savepoint and was.get(table) is not None and not goes
+    removes_table = any(isinstance(o, DropTable | RenameTable) and o.table == table
+                        for o in script.operations)  # fmt: skip
+    return operation.needs_savepoint and was.get(table) is not None and not removes_table
 
 
-def _is_subsumed(operation: Operation, before: TableState | None) -> bool:
+def fills_new_columns(operation: Operation, before: TableState | None) -> bool:
     """Returns whether an operation fills only columns that the migration itself added.
 
     Args:
         operation: The operation.
-        before: The table before it, with the columns marked that the migration found.
+        before: The table before the operation, with the columns marked that existed before the
+            migration (`mark_existing`).
     """
     filled: Iterable[str]
     if isinstance(operation, Backfill):
@@ -134,22 +141,22 @@ def _is_subsumed(operation: Operation, before: TableState | None) -> bool:
         filled = (*operation.values, *operation.sql)
     else:
         return False
-    return before is not None and not any(_was_there(before, column) for column in filled)
+    return before is not None and not any(_existed(before, column) for column in filled)
 
 
-def _marked(state: TableState | None) -> TableState | None:
-    """Returns a table with its columns marked, so that they are known under any later name."""
+def mark_existing(state: TableState | None) -> TableState | None:
+    """Returns a table with its columns marked, so that they are recognised after a rename."""
     if state is None:
         return None
-    fields = [f.with_metadata(dict([*(f.metadata or {}).items(), (_WAS_THERE, b"1")]))
+    fields = [f.with_metadata(dict([*(f.metadata or {}).items(), (_EXISTED, b"1")]))
               for f in state.schema]  # fmt: skip
     return state.with_schema(pa.schema(fields).with_metadata(state.schema.metadata))
 
 
-def _before(
+def _with_before(
     script: Script, states: Mapping[str, TableState | None]
 ) -> Iterator[tuple[Operation, TableState | None]]:
-    """Yields each operation with its table before it, as far as that can be predicted."""
+    """Yields each operation with the predicted state of its table before it."""
     for operation in script.operations:
         yield operation, states.get(operation.table or "")
         if any(table not in states for table in operation.tables):
@@ -157,13 +164,13 @@ def _before(
         try:
             states = operation.fold(states)
         except OperationError:
-            continue  # after a function or a crash, what is there is not what was predicted
+            continue  # after a function or a crash, the table may differ from the prediction
 
 
-def _has_any(state: TableState) -> bool:
-    return any(_was_there(state, name) for name in state.schema.names)
+def _has_existing(state: TableState) -> bool:
+    return any(_existed(state, name) for name in state.schema.names)
 
 
-def _was_there(state: TableState, column: str) -> bool:
+def _existed(state: TableState, column: str) -> bool:
     name = column.split(".", maxsplit=1)[0]
-    return state.has(name) and _WAS_THERE in (state.column(name).metadata or {})
+    return state.has(name) and _EXISTED in (state.column(name).metadata or {})

@@ -1,8 +1,8 @@
-"""What a run will do, decided before anything is written. Pure.
+"""Builds the plan of a run before anything is written. Pure.
 
-Takes decided line states (`reconcile`), orders the pending migrations of all lines (`order`), and
-tells which of them an application's start does not wait for (`deferral`). Running it is for
-`executor`.
+It takes the line states from `planning.reconcile`, orders the pending migrations of all lines with
+`planning.dependencies`, and marks those that an application's start does not wait for with
+`planning.background`. `runs.scheduler` runs the plan.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from aiomigrate.text import nearest, spell_spans
 
 
 class Direction(enum.Enum):
-    """Which way a plan goes; a property of the plan, never of a step."""
+    """The direction of a plan; all of its steps have the same one."""
 
     UPGRADE = "upgrade"
     ROLLBACK = "rollback"
 
 
 class Part(enum.Enum):
-    """Which part of an upgrade to run."""
+    """The part of an upgrade to run."""
 
     ALL = "all"
-    FAST = "fast"  # what an application's start waits for
-    BACKGROUND = "background"  # the rest: migrations marked so, and what comes after them
+    FAST = "fast"  # the migrations that an application's start waits for
+    BACKGROUND = "background"  # the others: migrations marked `background` and those after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +41,14 @@ class Step:
     """One migration of a plan.
 
     Attributes:
-        script: What to run.
-        after: Migrations of this plan that must be applied before it starts; when one of them is
-            not, this one is skipped.
-        resumes: Whether a crash interrupted it, so that it is recovered rather than begun.
-        undo: How it is undone, in a plan that rolls back.
+        script: The migration to run.
+        after: Migrations of this plan that must be applied before it starts; if one of them fails,
+            this one is skipped.
+        resumes: Whether a crash interrupted it, so that it is recovered first.
+        undo: How it is undone, in a rollback plan.
         deferred: Whether an application's start does not wait for it.
-        discards: Positions of the operations that discard something that is there; `None` as long
-            as the tables were not looked at.
+        discards: Positions of the operations that discard existing data or structure; `None` if the
+            plan was not checked against the tables, or that cannot be predicted.
     """
 
     script: Script
@@ -59,7 +59,7 @@ class Step:
     discards: frozenset[int] | None = None
 
     def is_destructive(self, position: int) -> bool:
-        """Returns whether one of the operations discards something, or may as far as is known."""
+        """Returns whether the operation at a position discards data or structure, or may do so."""
         if self.discards is None:
             return self.script.operations[position].traits.destructive
         return position in self.discards
@@ -106,16 +106,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will do: a value, printable with `str()`, JSON with `to_dict()`.
+    """The migrations that a run will execute. `str()` is text, `to_dict()` is JSON-ready.
 
     Attributes:
-        direction: Which way it goes.
+        direction: Whether it upgrades or rolls back.
         steps: The migrations in an order that satisfies every constraint; empty at target.
-        lines: Every line that has scripts and was selected, by name.
-        unknown: Recorded lines that no script knows; they are left alone.
-        adopts: Lines another system wrote, to be adopted first.
+        lines: The state of every selected line that has scripts, by name.
+        unknown: Versions of recorded lines that have no scripts; they are not changed.
+        adopts: Lines that another system recorded; they are adopted first.
         warnings: One sentence each.
-        busy: Lines that work in the background has in hand: nothing else writes their records.
+        busy: Lines that background work is using: no other run writes their records.
     """
 
     direction: Direction = Direction.UPGRADE
@@ -133,18 +133,18 @@ class Plan:
 
     @property
     def deferred(self) -> tuple[Key, ...]:
-        """What an application's start does not wait for, in order."""
+        """The migrations that an application's start does not wait for, in order."""
         return tuple(step.key for step in self.steps if step.deferred)
 
     @property
     def needs_lease(self) -> bool:
-        """Whether anything is to be written, be it only to the ledger."""
-        settled = (state for line, state in self.lines.items() if line not in self.busy)
-        return bool(self.steps) or any(state.needs_lease for state in settled)
+        """Whether anything must be written, even if only to the ledger."""
+        states = (state for line, state in self.lines.items() if line not in self.busy)
+        return bool(self.steps) or any(state.needs_lease for state in states)
 
     @property
     def needs_background(self) -> bool:
-        """Whether anything is to be done that is left to work in the background."""
+        """Whether there is work for the background."""
         return bool(self.deferred) or any(
             state.needs_lease for line, state in self.lines.items() if line in self.busy
         )
@@ -153,7 +153,7 @@ class Plan:
         """Returns the plan with the steps of one part only.
 
         Raises:
-            DependencyError: The background part comes after steps that are still to be run.
+            DependencyError: A step of this part must run after a pending step of the other part.
         """
         if part is Part.ALL:
             return self
@@ -164,16 +164,16 @@ class Plan:
             for key in step.after:
                 if key not in kept:
                     raise DependencyError(
-                        f"{step.script} comes after {key[0]} {key[1]}, which is pending and does "
-                        "not run in the background.",
-                        "Run that first: `aiomigrate upgrade --skip-background`, or initialize().",
+                        f"{step.script} must run after {key[0]} {key[1]}, which is pending and "
+                        "does not run in the background.",
+                        "First run `aiomigrate upgrade --skip-background`, or call initialize().",
                         line=step.script.line,
                         version=step.script.version,
                     )
         return replace(self, steps=steps)
 
     def touched(self) -> tuple[str, ...]:
-        """Returns every table some step may change, sorted."""
+        """Returns every table that a step may change, sorted."""
         return tuple(sorted({t for step in self.steps for t in step.script.touches}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,37 +205,38 @@ def build_plan(
     existing: Collection[str] = (),
     busy: Busy = IDLE,
 ) -> Plan:
-    """Orders what is pending.
+    """Returns the plan of an upgrade; it has no steps if nothing is pending.
 
     Args:
         decided: The state of every line, without problems.
         scripts: All scripts.
         tables: Lines to upgrade; all by default.
-        to: Target; a mapping also selects its lines when `tables` is not given.
-        existing: Tables that exist, as far as migrations in the background touch them.
-        busy: What work in the background has in hand.
+        to: The target; a mapping also selects its lines if `tables` is not given.
+        existing: Tables that exist, as far as background migrations touch them.
+        busy: The lines and tables that background work is using.
 
     Raises:
-        TargetError: A selected line has no scripts, or a target is no version or below the
-            version a line is at.
-        DependencyError: A dependency will not be met, or dependencies form a cycle.
+        TargetError: A selected line has no scripts, or a target is not a version or is below the
+            current version of a line.
+        DependencyError: A dependency does not exist or is not part of this run, or dependencies
+            form a cycle.
     """
     selected = _select(scripts, tables, to)
     states = {line: decided.lines[line] for line in selected}
     _check_targets(states, scripts, to)
-    pend = {s.key: s for line in selected for s in pending(states[line], scripts, to)}
+    by_key = {s.key: s for line in selected for s in pending(states[line], scripts, to)}
     current = {line: state.current for line, state in decided.lines.items()}
     resumed = {
         (line, state.unfinished.started.version or 0)
         for line, state in states.items()
         if state.unfinished is not None
     }
-    order = ordered(pend.values(), current, scripts, resumed)
-    deferred = defer(pend, order, existing, busy)
+    order = ordered(by_key.values(), current, scripts, resumed)
+    deferred = defer(by_key, order, existing, busy)
     return Plan(
         steps=tuple(
             Step(
-                script=pend[key],
+                script=by_key[key],
                 after=tuple(sorted(order.before[key])),
                 resumes=key in resumed,
                 deferred=key in deferred,
@@ -257,22 +258,22 @@ def build_plan(
 def build_rollback(
     undos: Mapping[Key, Undo], decided: Reconciled, scripts: Scripts, busy: Busy = IDLE
 ) -> Plan:
-    """Orders what is to be undone: what was applied later first, on each line and table.
+    """Returns the plan of a rollback: on each line and table, the last applied migration first.
 
     Args:
-        undos: How each migration is undone, in the order in which they were applied, last first.
+        undos: How each migration is undone, last applied first.
         decided: The state of every line.
         scripts: All scripts.
-        busy: What work in the background has in hand.
+        busy: The lines and tables that background work is using.
 
     Raises:
-        BackgroundBusyError: It has one of the lines or tables concerned.
+        BackgroundBusyError: Background work uses one of the lines or tables.
     """
     found = {key: scripts.get(*key) for key in undos}
     steps: list[Step] = []
     for key, undo in undos.items():
         script = found[key]
-        assert script is not None  # noqa: S101 - `to_undo` chose scripts
+        assert script is not None  # noqa: S101 - `to_undo` returns only keys of scripts
         after = tuple(
             step.key
             for step in steps
@@ -283,7 +284,7 @@ def build_rollback(
         busy.refuse(script)
         steps.append(Step(script=script, after=after, undo=undo, resumes=undo.way is Way.FINISH))
     warnings = [
-        f"{step.script}: gives up what others committed to {table}: table_version "
+        f"{step.script}: discards commits of other writers to {table}: table_version "
         f"{spell_spans(spans)}"
         for step in steps
         if step.undo is not None
@@ -299,10 +300,10 @@ def build_rollback(
 
 
 def plan_text(plan: Plan) -> str:
-    """Returns a plan as text: one paragraph per migration, its operations beneath."""
+    """Returns a plan as text: one paragraph per migration, with one line per operation."""
     if plan.is_empty:
-        going_back = plan.direction is Direction.ROLLBACK
-        head = "Nothing to undo." if going_back else "Everything is at target; nothing to do."
+        is_rollback = plan.direction is Direction.ROLLBACK
+        head = "Nothing to undo." if is_rollback else "Everything is at target; nothing to do."
     else:
         lines = len({step.script.line for step in plan.steps})
         count = len(plan.steps)
@@ -321,27 +322,27 @@ def plan_text(plan: Plan) -> str:
         out.append(title)
         if step.undo is not None:
             out += [f"        - {line}" for line in step.undo.describe()]
-            out.append(f"        then {script.line} is at {step.undo.to}")
+            out.append(f"        afterwards {script.line} is at version {step.undo.to}")
             continue
         for position, operation in enumerate(script.operations):
             where = "" if operation.table in (None, script.table) else f"{operation.table}: "
             traits = operation.traits
             marks = [
-                word
-                for word, on in (
+                mark
+                for mark, is_set in (
                     ("rewriting", traits.rewriting),
                     ("destructive", step.is_destructive(position)),
                     ("irreversible", not traits.reversible),
                 )
-                if on
+                if is_set
             ]
             marked = f"  [{', '.join(marks)}]" if marks else ""
             out.append(f"        - {where}{operation.describe()}{marked}")
         others = [f"{line} {version}" for line, version in step.after if line != script.line]
         if others:
             out.append(f"        after {', '.join(others)}")
-    out += [f"adopt: {line} was written by another system" for line in plan.adopts]
-    out += [f"unknown: {line} is recorded at {v}, no script knows it; left alone"
+    out += [f"adopt: the version of {line} was recorded by another system" for line in plan.adopts]
+    out += [f"unknown: {line} is recorded at version {v} and has no script; it is not changed"
             for line, v in sorted(plan.unknown.items())]  # fmt: skip
     out += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(out)
@@ -370,13 +371,13 @@ def _check_targets(states: Mapping[str, LineState], scripts: Scripts, to: Target
     wanted = to if isinstance(to, Mapping) else dict.fromkeys(states, to)
     for line, version in wanted.items():
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
-            raise TargetError(f"{version!r} is no version to go to.", "Use 0 or more.", line=line)
+            raise TargetError(f"{version!r} is not a target version.", "Use 0 or more.", line=line)
         if not isinstance(to, Mapping):
             continue
         if line not in states:
             raise TargetError(
                 f"A version is given for {line!r}, which is not among the lines to upgrade.",
-                f"Those are {', '.join(states) or 'none'}.{nearest(line, tuple(states))}",
+                f"Lines to upgrade: {', '.join(states) or 'none'}.{nearest(line, tuple(states))}",
                 line=line,
             )
         current = states[line].current

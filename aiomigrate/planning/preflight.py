@@ -1,4 +1,8 @@
-"""Checks a plan against the live tables before anything is written. Pure."""
+"""Checks a plan against the live tables before anything is written. Pure.
+
+It predicts what each operation does to its table; `runs.snapshot` asks LanceDB whether it accepts
+the SQL of the operations.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +21,22 @@ from aiomigrate.schema.state import TableState
 
 
 class OnDestructive(enum.Enum):
-    """What to do about steps that discard data or structure."""
+    """What to do with steps that discard data or structure."""
 
-    KEEP = "keep"  # run them, and keep a savepoint of each table; refuse what has none
-    ALLOW = "allow"  # run them, and keep nothing
-    REFUSE = "refuse"
+    KEEP = "keep"  # run them and keep a savepoint of each table; refuse them where none can be kept
+    ALLOW = "allow"  # run them and keep no savepoint
+    REFUSE = "refuse"  # refuse them
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """SQL of an operation, to be tried on an empty table before anything is written.
+    """The SQL of an operation, to be tried on an empty table before anything is written.
 
     Attributes:
         script: The migration.
         operation: Its operation.
         statement: The SQL.
-        state: The table that it is about, as it will be.
+        state: The predicted state of its table before the operation.
     """
 
     script: Script
@@ -41,16 +45,17 @@ class Trial:
     state: TableState
 
     def refused(self, why: str) -> OperationError:
-        """Builds the error of SQL that LanceDB does not take."""
+        """Returns the error for SQL that LanceDB rejects, with the reason `why`."""
         texts = (self.statement.where or "", *self.statement.sets.values())
         quoted = any('"' in text for text in texts)
-        hint = " Names are quoted by `backticks`; what is in double quotes is text."
-        told = self.operation.refuse(
-            f"LanceDB refuses its SQL: {why}.",
-            f"Correct it.{hint if quoted else ''} The columns of {self.statement.table!r} are by "
-            f"then {', '.join(f.name for f in self.state.fields())}.",
+        hint = " Quote names with `backticks`; double quotes are for text."
+        columns = ", ".join(f.name for f in self.state.fields())
+        error = self.operation.refuse(
+            f"LanceDB rejects its SQL: {why}.",
+            f"Correct the SQL.{hint if quoted else ''} At that point, the columns of "
+            f"{self.statement.table!r} are {columns}.",
         )
-        return in_script(told, self.script)
+        return in_script(error, self.script)
 
 
 def check_operations(
@@ -58,23 +63,23 @@ def check_operations(
     tables: Mapping[str, TableState | None],
     on_destructive: OnDestructive = OnDestructive.KEEP,
 ) -> tuple[Plan, tuple[Trial, ...]]:
-    """Folds every operation's pure half over the live tables, so that mistakes show beforehand.
+    """Predicts the effect of every operation on the live tables, to find mistakes beforehand.
 
-    What follows a `Run` on the tables it may touch, and what a crash left half done, cannot be
-    predicted and is checked when it runs.
+    Operations cannot be predicted after a `Run` on the tables that it may touch, nor on tables of a
+    migration that a crash interrupted; these are checked when they run.
 
     Args:
-        plan: What will run.
-        tables: The state of each table the plan touches.
-        on_destructive: Whether steps may discard what is there.
+        plan: The plan.
+        tables: The state of each table that the plan touches, `None` for a missing one.
+        on_destructive: Whether steps may discard existing data or structure.
 
     Returns:
-        The plan, with a warning for each step that breaks code or handles still running; and the
-        SQL that LanceDB is still to be asked about.
+        The plan, with warnings about operations that break running code or open handles; and the
+        SQL that LanceDB must still check.
 
     Raises:
-        OperationError: An operation does not fit the table as it will be.
-        DestructiveError: A step discards what may not be.
+        OperationError: An operation does not fit the predicted state of its table.
+        DestructiveError: A step discards data or structure, and `on_destructive` does not allow it.
     """
     states = dict(tables)
     unpredictable: set[str] = set()
@@ -99,23 +104,22 @@ def check_operations(
             if operation.table is None or not unpredictable.isdisjoint(operation.tables):
                 unpredictable.update(operation.tables)
                 continue
-            # A table that this very migration makes has no users yet.
+            # A table that does not exist yet has no users.
             if tables.get(operation.table) is not None:
-                told = operation.hazards(states.get(operation.table))
-                about = f"{operation.table}: "
-                for hazard in told:
-                    is_told = operation.table == step.script.table or hazard.startswith(about)
-                    warnings.append(f"{step.script}: {'' if is_told else about}{hazard}")
+                prefix = f"{operation.table}: "
+                for hazard in operation.hazards(states.get(operation.table)):
+                    is_named = operation.table == step.script.table or hazard.startswith(prefix)
+                    warnings.append(f"{step.script}: {'' if is_named else prefix}{hazard}")
             statement = operation.statement
-            asked = None if statement is None else states.get(statement.table)
+            before = None if statement is None else states.get(statement.table)
             try:
-                # Of its own tables alone: there may be thousands.
+                # Only the operation's own tables: there may be thousands of others.
                 own = {name: states[name] for name in operation.tables if name in states}
                 states |= operation.fold(own)
             except OperationError as exc:
                 raise in_script(exc, step.script) from exc
-            if statement is not None and asked is not None:
-                trials.append(Trial(step.script, operation, statement, asked))
+            if statement is not None and before is not None:
+                trials.append(Trial(step.script, operation, statement, before))
     checked = replace(plan, steps=tuple(steps), warnings=(*plan.warnings, *warnings))
     return checked, tuple(trials)
 
@@ -138,8 +142,8 @@ def _check_destructive(
         )
         raise DestructiveError(
             f"{script.source or script}: {operation.describe()!r} on {operation.table!r} discards "
-            f"what is there, and {why}.",
-            "If that is meant, allow it: --allow-destructive (on_destructive=OnDestructive.ALLOW).",
+            f"existing data or structure, and {why}.",
+            "To allow it, pass --allow-destructive (on_destructive=OnDestructive.ALLOW).",
             line=script.line,
             version=script.version,
             path=script.source or None,
@@ -147,7 +151,7 @@ def _check_destructive(
 
 
 def in_script(exc: OperationError, script: Script) -> OperationError:
-    """Returns the error with the script it concerns."""
+    """Returns the error with the script that caused it."""
     name = script.source or str(script)
     return OperationError(
         f"{name}: {exc.what}",

@@ -1,8 +1,8 @@
-"""Head, journal and scripts held against each other: what is each line's state? Pure.
+"""Compares head, journal and scripts, and decides the state of each line. Pure.
 
-Another system may have written the head, a crash may have come between journal and head, a person
-may have edited either. Each case has one answer, given here. Reading and repairing is for
-`manager` and `ledger`; ordering what is pending is for `plan`.
+Another system may have written the head, a crash may have occurred between the writes of journal
+and head, and a person may have edited either. This module decides what to do in each case.
+`runs.snapshot` and `ledger` read and repair; `planning.plan` orders what is pending.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ class OnAhead(enum.Enum):
 
 
 class Act(enum.Enum):
-    """What the holder of the lease must do to a line's head row before migrating."""
+    """What the holder of the lease must do with a line's head row before migrating."""
 
-    KEEP = "keep"
-    ENROL = "enrol"  # there is no row yet, or it was lost
-    ADOPT = "adopt"  # another system wrote the row
-    REOWN = "reown"  # another system rewrote the row, with the version we know
-    LIFT = "lift"  # the journal is ahead: a crash came before the head followed
-    IGNORE = "ignore"  # no script knows the line
+    KEEP = "keep"  # nothing: the row is correct
+    ENROL = "enrol"  # add the row: it does not exist yet, or was lost
+    ADOPT = "adopt"  # accept the version that another system recorded
+    REOWN = "reown"  # write the row again: another system rewrote it, with the same version
+    LIFT = "lift"  # raise the row to the journal: a crash occurred before the head was written
+    IGNORE = "ignore"  # nothing: the line has no script
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineState:
-    """One line, decided.
+    """The state of one line.
 
     Attributes:
         line: Its name.
-        current: The version it is at.
-        latest: Its newest script's version, 0 if it has none.
-        act: What its head row needs.
-        history: What the journal says of it.
-        is_ahead: Whether it is above its newest script.
-        rows: How many head rows it has; more than one are identical duplicates to be merged.
-        is_unclean: Whether an undoing died before it removed what only it needed. (After an
-            applied migration the head lags then, and `act` tells.)
+        current: Its current version, 0 if no migration is applied.
+        latest: The version of its newest script, 0 if it has none.
+        act: What must be done with its head row.
+        history: Its history according to the journal.
+        is_ahead: Whether its version is above its newest script.
+        rows: The number of its head rows; duplicates with the same version are merged.
+        is_unclean: Whether a rollback crashed before its clean-up. (If an applied migration crashed
+            before its clean-up, the head is behind the journal, and `act` covers it.)
     """
 
     line: str
@@ -70,12 +70,12 @@ class LineState:
 
     @property
     def unfinished(self) -> Unfinished | None:
-        """A migration a crash interrupted, if there is one."""
+        """The migration that a crash interrupted, `None` if there is none."""
         return self.history.unfinished
 
     @property
     def needs_lease(self) -> bool:
-        """Whether the ledger must be written even if nothing is pending."""
+        """Whether the ledger must be written, even if no migration is pending."""
         if self.act is Act.IGNORE:
             return False
         lost = self.act is Act.ENROL and self.current > 0
@@ -85,11 +85,11 @@ class LineState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciled:
-    """All lines, and everything that does not fit.
+    """The state of all lines, and the problems found.
 
     Attributes:
-        lines: State by line, sorted by name.
-        problems: What forbids running, most telling first.
+        lines: The state of each line, sorted by name.
+        problems: The errors that prevent a run, by line; of one line, the most important first.
     """
 
     lines: Mapping[str, LineState]
@@ -102,11 +102,12 @@ class Reconciled:
 
 
 def is_at_target(rows: Iterable[HeadRow], scripts: Scripts, to: Target = None) -> bool:
-    """Returns whether the head alone proves that nothing is to be done.
+    """Returns whether the head alone proves that there is nothing to do.
 
-    `False` means "look closer", not "something is pending": so also for a target to be checked.
+    `False` does not mean that something is pending, but that the journal must be read. An invalid
+    target also gives `False`: `build_plan` raises its error.
     """
-    if not _is_plain(scripts, to):
+    if not _is_valid_target(scripts, to):
         return False
     recorded: dict[str, HeadRow] = {}
     for found in rows:
@@ -127,7 +128,7 @@ def is_at_target(rows: Iterable[HeadRow], scripts: Scripts, to: Target = None) -
     return True
 
 
-def _is_plain(scripts: Scripts, to: Target) -> bool:
+def _is_valid_target(scripts: Scripts, to: Target) -> bool:
     if isinstance(to, Mapping):
         return all(
             type(version) is int and scripts.get(line, version) is not None
@@ -137,7 +138,7 @@ def _is_plain(scripts: Scripts, to: Target) -> bool:
 
 
 def at_target(scripts: Scripts) -> dict[str, tuple[int, str]]:
-    """Returns version and chain digest of every line at its newest script."""
+    """Returns the version and the chain digest of every line at its newest script."""
     return {
         line: (scripts.latest(line), digest_at(scripts, line, scripts.latest(line)))
         for line in scripts.line_names()
@@ -145,15 +146,15 @@ def at_target(scripts: Scripts) -> dict[str, tuple[int, str]]:
 
 
 def digest_at(scripts: Scripts, line: str, version: int) -> str:
-    """Returns the chain digest a line has at a version, as the scripts now are."""
+    """Returns the chain digest of a line at a version, according to the current scripts."""
     return chain_digest((s.version, s.checksum) for s in scripts.up_to(line, version))
 
 
 def disputed(rows: Sequence[HeadRow], journal: Journal, scripts: Scripts) -> tuple[str, ...]:
-    """Returns the lines whose head was lost or lowered by another system.
+    """Returns the lines whose head row was removed or lowered by another system.
 
-    For them the journal wins only if the data is as it says: the caller compares the live tables
-    with `journal.shapes` and passes the answer to `reconcile`.
+    For these lines the journal decides only if the tables match it: the caller compares the live
+    tables with `journal.shapes` and passes the differences to `reconcile`.
     """
     recorded = {row.name: row for row in rows}
     result = []
@@ -173,14 +174,14 @@ def reconcile(
     on_ahead: OnAhead = OnAhead.ERROR,
     mismatched: Mapping[str, str] | None = None,
 ) -> Reconciled:
-    """Decides the state of every line.
+    """Decides the state of every line, and collects problems instead of raising them.
 
     Args:
         rows: The head without lease rows.
         journal: The folded journal.
         scripts: All scripts.
-        on_ahead: Whether a line above its scripts is a problem.
-        mismatched: For `disputed` lines whose data is not what the journal says: the difference.
+        on_ahead: Whether a line above its newest script is a problem.
+        mismatched: The difference between table and journal, for each `disputed` line that has one.
     """
     by_line: dict[str, list[HeadRow]] = {}
     for row in rows:
@@ -190,7 +191,9 @@ def reconcile(
     for line in sorted({*by_line, *journal.lines, *scripts.line_names()}):
         found = by_line.get(line, [])
         try:
-            state = _decide(line, found, journal.of(line), scripts, (mismatched or {}).get(line))
+            state = _decide_line(
+                line, found, journal.of(line), scripts, (mismatched or {}).get(line)
+            )
         except LedgerConflictError as exc:
             problems.append(exc)
             continue
@@ -206,7 +209,7 @@ def reconcile(
     return Reconciled(lines=lines, problems=tuple(problems))
 
 
-def _decide(
+def _decide_line(
     line: str,
     rows: Sequence[HeadRow],
     history: LineHistory,
@@ -219,21 +222,22 @@ def _decide(
         listed = ", ".join(str(v) for v in sorted(versions))
         raise LedgerConflictError(
             f"The head has several rows for {line!r} with different versions ({listed}).",
-            f"Find out which is true, then run `aiomigrate stamp --table {line} --to VERSION`.",
+            "Determine which version is correct, then run "
+            f"`aiomigrate stamp --table {line} --to VERSION`.",
             line=line,
         )
     row = next((r for r in rows if r.is_ours), rows[0] if rows else None)
-    act, current = _act(line, row, history, mismatch) if known else (Act.IGNORE, 0)
+    act, current = _decide_act(line, row, history, mismatch) if known else (Act.IGNORE, 0)
     if not known and row is not None:
         current = row.version
     latest = scripts.latest(line)
     if (
         act is Act.KEEP
         and row is not None
-        and current <= latest  # the digest of newer code is not ours to correct
+        and current <= latest  # never replace the digest of newer code
         and (row.digest or "") != digest_at(scripts, line, current)
     ):
-        act = Act.LIFT  # so that the next start sees in one read that nothing is to be done
+        act = Act.LIFT  # so that the next start needs one read to find that it has nothing to do
     return LineState(
         line=line,
         current=current,
@@ -245,7 +249,7 @@ def _decide(
     )
 
 
-def _act(
+def _decide_act(
     line: str, row: HeadRow | None, history: LineHistory, mismatch: str | None
 ) -> tuple[Act, int]:
     known = history.current
@@ -262,10 +266,10 @@ def _act(
             version=row.version,
         )
     if mismatch is not None:
-        said = "has no row" if row is None else f"says version {row.version}"
+        head = "has no row" if row is None else f"says version {row.version}"
         raise LedgerConflictError(
-            f"The head {said} for {line!r}, the journal says version {known}, and the data is not "
-            f"what the journal left: {mismatch}.",
+            f"The head {head} for {line!r}, the journal says version {known}, and the data does "
+            f"not match the journal: {mismatch}.",
             f"Check the data, then run `aiomigrate stamp --table {line} --to VERSION`.",
             line=line,
             version=known,
@@ -277,9 +281,9 @@ def _act(
 
 def _ahead(state: LineState) -> DatabaseAheadError:
     return DatabaseAheadError(
-        f"{state.line!r} is at version {state.current}, its newest script is {state.latest}: "
+        f"{state.line!r} is at version {state.current}, but its newest script is {state.latest}: "
         "the database is newer than this code.",
-        "Deploy the code that has the script, or allow it with on_ahead=OnAhead.WARN "
+        "Deploy the code that contains the newer scripts, or allow it with on_ahead=OnAhead.WARN "
         "(`--on-ahead warn`).",
         line=state.line,
         version=state.current,
@@ -290,7 +294,7 @@ def _history_problems(state: LineState, scripts: Scripts) -> list[AiomigrateErro
     problems: list[AiomigrateError] = []
     applied = state.history.applied
     accept = (
-        f"or, if the database is right as it is, accept the scripts as they are with "
+        f"or, if the database is correct, accept the current scripts with "
         f"`aiomigrate stamp --table {state.line} --to {state.current}`."
     )
     for script in scripts.up_to(state.line, min(state.current, state.history.current)):
@@ -321,12 +325,12 @@ def _history_problems(state: LineState, scripts: Scripts) -> list[AiomigrateErro
             )
     for version, record in sorted(applied.items()):
         if version > state.latest:
-            continue  # newer than this code: `is_ahead` says so
+            continue  # newer than this code: see `is_ahead`
         if record.checksum is not None and scripts.get(state.line, version) is None:
             problems.append(
                 MissingScriptError(
                     f"Version {version} of {state.line!r} was applied from "
-                    f"{record.source or 'a script'}, which is gone.",
+                    f"{record.source or 'a script'}, which no longer exists.",
                     f"Restore the file, {accept}",
                     line=state.line,
                     version=version,
@@ -339,8 +343,8 @@ def _history_problems(state: LineState, scripts: Scripts) -> list[AiomigrateErro
 def newly_covered(state: LineState, scripts: Scripts) -> dict[str, str | None]:
     """Returns the checksums to record when a line is adopted or stamped, by version as text.
 
-    What was applied by us keeps its checksum; what another system applied gets that of the script
-    as it is now; a version without a script is recorded without one.
+    A migration that aiomigrate applied keeps its checksum. A migration that another system applied
+    gets the checksum of its current script. A version without a script has none (`None`).
     """
     result: dict[str, str | None] = {
         str(v): a.checksum for v, a in state.history.applied.items() if v <= state.current
@@ -353,6 +357,6 @@ def newly_covered(state: LineState, scripts: Scripts) -> dict[str, str | None]:
 
 
 def pending(state: LineState, scripts: Scripts, to: Target) -> tuple[Script, ...]:
-    """Returns a line's scripts to run, in order; empty when it is at or above its target."""
+    """Returns the pending scripts of a line, in order; empty if it is at or above its target."""
     target = scripts.target(state.line, to)
     return tuple(s for s in scripts.after(state.line, state.current) if s.version <= target)

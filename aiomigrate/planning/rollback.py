@@ -1,8 +1,8 @@
-"""How applied migrations can be undone, decided from the journal. Pure.
+"""Decides from the journal how applied migrations can be undone. Pure.
 
-A migration is undone by its own inverse, by the inverses of its operations, or by returning its
-tables to where it found them; the last only while every commit since is known to be ours. Doing
-it is for `rollback`.
+A migration is undone by its `down` function, by the inverses of its operations, or by restoring its
+tables to their table_version before it; the last only while every later commit is known to be
+aiomigrate's. `execution.reverser` does it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Key, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation
 from aiomigrate.operations.rows import Run
-from aiomigrate.planning.destructive import _is_subsumed, _marked
+from aiomigrate.planning.destructive import fills_new_columns, mark_existing
 from aiomigrate.planning.reconcile import LineState, Reconciled
 from aiomigrate.schema.state import TableState, decode
 from aiomigrate.text import nearest, spell_spans
 
-_COMMITTING = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
+_COMMITTING_KINDS = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
+"""Kinds of events that record commits to tables."""
 
 
 class Way(enum.StrEnum):
     """How a migration is undone."""
 
-    INVERSE = "inverse"  # by operations or by a function; what others wrote stays
-    RESTORE = "restore"  # by returning its tables to the table_version it found
-    FINISH = "finish"  # going on with an undoing that was interrupted
+    INVERSE = "inverse"  # by operations or by a function; keeps what other writers committed
+    RESTORE = "restore"  # by restoring its tables to their table_version before it
+    FINISH = "finish"  # by continuing an interrupted rollback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +39,14 @@ class Undo:
     """How one migration is undone.
 
     Attributes:
-        way: How.
-        to: The version its line is at afterwards.
-        operations: What to run, in order, for `Way.INVERSE`.
+        way: The way in which it is undone.
+        to: The version of its line afterwards.
+        operations: The operations to run, in order, for `Way.INVERSE`.
         restores: For `Way.RESTORE`, by table: the table_version that must be its head, and the
-            one to return to (0 where the migration made the table).
-        discards: Commits of others that are given up, because that was allowed: ranges by table.
-        branches: Savepoint branches that were kept for it, by table.
+            one to return to (0 if the migration created the table).
+        discards: Commits of other writers that are discarded because the user allowed it, as ranges
+            of table_versions by table.
+        branches: The savepoint branches that were kept for it, by table.
     """
 
     way: Way
@@ -55,17 +57,17 @@ class Undo:
     branches: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> tuple[str, ...]:
-        """Returns what is done, one line each."""
+        """Returns the steps as text, one line each."""
         if self.way is Way.FINISH:
-            return ("go on undoing it, which was interrupted",)
+            return ("continue the interrupted rollback",)
         if self.way is Way.INVERSE:
             lines = [(f"{o.table}: " if o.table else "") + o.describe() for o in self.operations]
         else:
             lines = [
-                f"return {table} to table_version {to}" if to else f"take table {table} away"
+                f"return {table} to table_version {to}" if to else f"remove table {table}"
                 for table, (_, to) in sorted(self.restores.items())
             ]
-        return tuple(lines) or ("it changed nothing",)
+        return tuple(lines) or ("nothing: the migration changed no table",)
 
 
 def to_undo(
@@ -74,30 +76,31 @@ def to_undo(
     scripts: Scripts,
     to: Mapping[str, int],
 ) -> tuple[Key, ...]:
-    """Returns the migrations to undo, those applied last first.
+    """Returns the migrations to undo, last applied first; empty if every line is at its target.
 
     Args:
         decided: The state of every line, without problems.
         journal: The folded journal.
         scripts: All scripts.
-        to: The version each line is to be at.
+        to: The target version of each line.
 
     Raises:
-        TargetError: A line is unknown, or its target is no version that it was at.
-        DependencyError: A migration that stays needs one that is to be undone, or was applied to
-            one of its tables later.
+        TargetError: A line is unknown, its target is invalid or above its current version, or a
+            migration to undo has no script.
+        DependencyError: A migration that is not selected depends on one that is, or was applied
+            later to one of its tables.
     """
     order = {(e.line or "", e.version or 0): n for n, e in enumerate(journal.events)
              if e.kind in (Kind.APPLIED, Kind.ADOPTED, Kind.STAMPED)}  # fmt: skip
     chosen: set[Key] = set()
     for line, target in to.items():
-        chosen |= _of_line(line, target, decided, scripts)
-    if staying := _needed_too(chosen, order, decided, scripts):
-        raise _undo_too(staying, chosen, to, decided)
+        chosen |= _chosen_of(line, target, decided, scripts)
+    if dependents := _dependents(chosen, order, decided, scripts):
+        raise _dependents_error(dependents, chosen, to, decided)
     return tuple(sorted(chosen, key=lambda key: (-order.get(key, -1), -key[1], key[0])))
 
 
-def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> set[Key]:
+def _chosen_of(line: str, target: int, decided: Reconciled, scripts: Scripts) -> set[Key]:
     known = scripts.line_names()
     state = decided.lines.get(line)
     if state is None or line not in known:
@@ -107,11 +110,11 @@ def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> s
             line=line,
         )
     if not isinstance(target, int) or isinstance(target, bool) or target < 0:
-        raise TargetError(f"{target!r} is no version to go back to.", "Use 0 or more.", line=line)
+        raise TargetError(f"{target!r} is not a target version.", "Use 0 or more.", line=line)
     if target > state.current:
         raise TargetError(
             f"{line!r} is at version {state.current}, below {target}.",
-            "rollback only goes down; `aiomigrate upgrade` goes up.",
+            "rollback only goes down; use `aiomigrate upgrade` to go up.",
             line=line,
             version=target,
         )
@@ -127,7 +130,7 @@ def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> s
     if missing:
         raise TargetError(
             f"Version {max(missing)} of {line!r} has no script, so it cannot be undone.",
-            f"Choose a version of {max(missing)} or more.",
+            f"Choose version {max(missing)} or higher.",
             line=line,
             version=max(missing),
         )
@@ -138,37 +141,37 @@ def _of_line(line: str, target: int, decided: Reconciled, scripts: Scripts) -> s
     return chosen
 
 
-def _needed_too(
+def _dependents(
     chosen: Collection[Key], order: Mapping[Key, int], decided: Reconciled, scripts: Scripts
 ) -> dict[Key, str]:
-    """Returns the migrations that cannot stay when some are undone, with the reason."""
+    """Returns the migrations that cannot stay applied when others are undone, with the reason."""
     applied = [
         script
         for line in scripts.line_names()
         for script in scripts.up_to(line, decided.lines[line].current)
     ]
     by_key = {script.key: script for script in applied}
-    going = set(chosen)
+    undone = set(chosen)
     found: dict[Key, str] = {}
     grows = True
     while grows:
         grows = False
         for script in applied:
-            if script.key in going:
+            if script.key in undone:
                 continue
-            if why := _cannot_stay(script, going, by_key, order):
+            if why := _cannot_stay(script, undone, by_key, order):
                 found[script.key] = why
-                going.add(script.key)
+                undone.add(script.key)
                 grows = True
     return found
 
 
 def _cannot_stay(
-    script: Script, going: Collection[Key], by_key: Mapping[Key, Script], order: Mapping[Key, int]
+    script: Script, undone: Collection[Key], by_key: Mapping[Key, Script], order: Mapping[Key, int]
 ) -> str | None:
-    for line, version in going:
+    for line, version in undone:
         if script.line == line and script.version > version:
-            return f"comes after {line} {version}"
+            return f"was applied after {line} {version}"
         if script.depends_on.get(line, 0) >= version:
             return f"depends on {line} {script.depends_on[line]}"
         other = by_key.get((line, version))
@@ -178,22 +181,22 @@ def _cannot_stay(
     return None
 
 
-def _undo_too(
-    staying: Mapping[Key, str],
+def _dependents_error(
+    dependents: Mapping[Key, str],
     chosen: Collection[Key],
     to: Mapping[str, int],
     decided: Reconciled,
 ) -> DependencyError:
-    (line, version), why = next(iter(staying.items()))
-    more = f" (and {len(staying) - 1} more)" if len(staying) > 1 else ""
+    (line, version), why = next(iter(dependents.items()))
+    more = f" (and {len(dependents) - 1} more)" if len(dependents) > 1 else ""
     targets = dict(to)
-    for name, lowest in sorted({*staying, *chosen}, reverse=True):
+    for name, lowest in sorted({*dependents, *chosen}, reverse=True):
         below = [v for v in decided.lines[name].history.applied if v < lowest]
         targets[name] = min(max(below, default=0), targets.get(name, lowest))
-    words = " ".join(f"--to {name}={target}" for name, target in sorted(targets.items()))
+    options = " ".join(f"--to {name}={target}" for name, target in sorted(targets.items()))
     return DependencyError(
-        f"{line} {version} {why}, and is not to be undone{more}.",
-        f"To undo what cannot stay too: aiomigrate rollback {words}",
+        f"{line} {version} {why}, but is not selected for rollback{more}.",
+        f"To undo these as well, run: aiomigrate rollback {options}",
         line=line,
         version=version,
     )
@@ -206,33 +209,34 @@ def decide(
     heads: Mapping[str, int],
     *,
     allow_destructive: bool,
-    unsettled: Collection[str] = (),
+    unattributed: Collection[str] = (),
 ) -> Undo:
     """Decides how one migration is undone.
 
     Args:
         script: The migration, unchanged since it was applied.
-        state: Its line.
+        state: The state of its line.
         journal: The folded journal.
-        heads: The table_version each of its tables is at, 0 for none.
-        allow_destructive: Whether commits of others may be given up.
-        unsettled: Tables of which it cannot be told yet what others committed (see `unsettled`).
+        heads: The current table_version of each of its tables, 0 for a missing table.
+        allow_destructive: Whether commits of other writers may be discarded.
+        unattributed: Tables with commits that are not attributed to a writer yet (see
+            `unattributed_tables`).
 
     Raises:
-        RollbackRefusedError: It cannot be, with the reason and the choices.
+        RollbackRefusedError: It cannot be undone; the error has the reason and the choices.
     """
     previous = [v for v in state.history.applied if v < script.version]
     to = max(previous, default=0)
     if (finishing := finish(script, state, journal)) is not None:
         return finishing
-    applied = _applied(script.key, journal)
+    applied = _applied_event(script.key, journal)
     was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
     operations = inverses(script, was)
     branches = {} if applied is None else dict(applied.detail.get("kept", {}))
     if operations is not None:
         return Undo(way=Way.INVERSE, to=to, operations=operations, branches=branches)
     if applied is None:
-        raise _refused(script, "it was not applied here but adopted or stamped", [])
+        raise _refusal(script, "aiomigrate did not apply it: it was adopted or stamped", [])
     restores: dict[str, tuple[int, int]] = {}
     discards: dict[str, list[tuple[int, int]]] = {}
     for table, facts in applied.tables.items():
@@ -240,34 +244,34 @@ def decide(
         if before == after:
             continue
         if not after:
-            raise _refused(script, f"it dropped table {table}", [])
-        if table in unsettled:
+            raise _refusal(script, f"it dropped table {table}", [])
+        if table in unattributed:
             restores[table] = (heads.get(table, 0), before)
             continue
-        known, foreign = _position(script, applied, table, journal)
+        known, foreign = _follow_commits(script, applied, table, journal)
         foreign = [*((int(a), int(b)) for a, b in facts.get("foreign", ())), *foreign]
         head = heads.get(table, 0)
         if head < known:
-            raise _refused(script, f"table {table} is not the one it changed", [])
+            raise _refusal(script, f"table {table} is not the one that it changed", [])
         if head > known:
             foreign.append((known + 1, head))
         if foreign:
             discards[table] = foreign
         restores[table] = (head, before)
     if discards and not allow_destructive:
-        told = "; ".join(
+        commits = "; ".join(
             f"{table}: table_version {spell_spans(spans)}" for table, spans in discards.items()
         )
-        raise _refused(
+        raise _refusal(
             script,
-            f"it has no inverse, and others committed since ({told})",
-            ["give those commits up with --allow-destructive (allow_destructive=True)"],
+            f"it has no inverse, and other writers committed since ({commits})",
+            ["discard those commits with --allow-destructive (allow_destructive=True)"],
         )
     return Undo(way=Way.RESTORE, to=to, restores=restores, discards=discards, branches=branches)
 
 
-def unsettled(journal: Journal) -> frozenset[str]:
-    """Returns the tables on which a dead process left commits that are still to be attributed."""
+def unattributed_tables(journal: Journal) -> frozenset[str]:
+    """Returns the tables on which a crashed process left commits that are not attributed yet."""
     tables: set[str] = set()
     for history in journal.lines.values():
         if history.unfinished is not None:
@@ -278,13 +282,13 @@ def unsettled(journal: Journal) -> frozenset[str]:
 
 
 def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
-    """Returns how an interrupted undoing goes on, `None` if there is none of this migration."""
+    """Returns how to continue an interrupted rollback of a migration, `None` if there is none."""
     left = state.unfinished
     if left is None or left.started.kind != Kind.ROLLING_BACK:
         return None
     if left.started.version != script.version:
         return None
-    applied = _applied(script.key, journal)
+    applied = _applied_event(script.key, journal)
     was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
     restores = left.started.detail.get("restores", {})
     return Undo(
@@ -296,13 +300,13 @@ def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
     )
 
 
-def _refused(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:
-    choices = [*choices, "write a migration that changes things back and upgrade"]
+def _refusal(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:
+    choices = [*choices, "write a new migration that reverts the change, and upgrade"]
     if script.operations and all(isinstance(o, Run) for o in script.operations):
         choices.append(
-            "write its `down` function, accept the script as it is then with `aiomigrate stamp "
-            f"--table {script.line} --to {script.version}` while that is the newest version that "
-            "is applied, and roll back again"
+            "write its `down` function, accept the changed script with `aiomigrate stamp "
+            f"--table {script.line} --to {script.version}` (only while that is the newest applied "
+            "version), and roll back again"
         )
     return RollbackRefusedError(
         f"{script} cannot be undone: {why}. Nothing was changed.",
@@ -313,7 +317,7 @@ def _refused(script: Script, why: str, choices: Sequence[str]) -> RollbackRefuse
     )
 
 
-def _applied(key: Key, journal: Journal) -> Event | None:
+def _applied_event(key: Key, journal: Journal) -> Event | None:
     found = None
     for event in journal.events:
         if (event.line, event.version) == key and event.kind in (
@@ -323,16 +327,18 @@ def _applied(key: Key, journal: Journal) -> Event | None:
     return found if found is not None and found.kind == Kind.APPLIED else None
 
 
-def _position(
+def _follow_commits(
     script: Script, applied: Event, table: str, journal: Journal
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Follows our own commits on a table from a migration on.
+    """Follows aiomigrate's own commits to a table, starting with those of a migration.
 
     Returns:
-        The table_version that they lead to, and what others committed between them.
+        The table_version after the last of them, and the ranges of table_versions that other
+        writers committed between them.
 
     Raises:
-        RollbackRefusedError: One of ours dropped or renamed it: a table of its name is another.
+        RollbackRefusedError: A later migration dropped or renamed the table: a table with its name
+            is another one.
     """
     position = int(applied.tables[table].get("after", 0))
     foreign: list[tuple[int, int]] = []
@@ -342,12 +348,12 @@ def _position(
             passed = True
             continue
         facts = event.tables.get(table)
-        if not passed or not isinstance(facts, Mapping) or event.kind not in _COMMITTING:
+        if not passed or not isinstance(facts, Mapping) or event.kind not in _COMMITTING_KINDS:
             continue
         before, after = int(facts.get("before", 0)), int(facts.get("after", 0))
         if before and not after:
-            raise _refused(
-                script, f"table {table} was dropped or renamed since, and its history with it", []
+            raise _refusal(
+                script, f"table {table} was dropped or renamed since, with its history", []
             )
         if after <= position or before == after:
             continue
@@ -359,11 +365,11 @@ def _position(
 
 
 def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, ...] | None:
-    """Returns the operations that undo a migration, `None` where some cannot be undone so.
+    """Returns the operations that undo a migration, `None` if some operation has no inverse.
 
     Args:
         script: The migration.
-        was: The state of each table before it, as `stored.encode` made it.
+        was: The state of each table before it, as text of `schema.state.encode`.
     """
     if any(isinstance(o, Run) for o in script.operations):
         functions = [o.undo(None) for o in reversed(script.operations) if isinstance(o, Run)]
@@ -372,7 +378,7 @@ def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, 
         return None
     states: Mapping[str, TableState | None]
     try:
-        states = {table: _marked(decode(text)) for table, text in was.items()}
+        states = {table: mark_existing(decode(text)) for table, text in was.items()}
     except ValueError:
         return None
     if any(table not in states for o in script.operations for table in o.tables):
@@ -382,7 +388,9 @@ def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, 
         before = states.get(operation.table or "")
         is_passed_over = before is None and operation.when_missing is Missing.SKIP
         undo: Iterable[Operation] | None
-        undo = () if is_passed_over or _is_subsumed(operation, before) else operation.undo(before)
+        undo = (
+            () if is_passed_over or fills_new_columns(operation, before) else operation.undo(before)
+        )
         if undo is None:
             return None
         result[:0] = undo

@@ -16,7 +16,6 @@ from aiomigrate.migration.model import Key
 from aiomigrate.results import StepReport
 from aiomigrate.text import bytes_text, duration, error_line, table
 
-
 _TRACED = ("description", "outcome", "rows", "commits", "retries", "ran_s", "ledger_s", "error")
 _ENDS: Mapping[str, str] = {
     Kind.APPLIED: "applied",

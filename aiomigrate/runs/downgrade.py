@@ -14,7 +14,7 @@ from aiomigrate.ledger.writer import Writer
 from aiomigrate.migration.model import Key, Script
 from aiomigrate.planning.plan import Plan, build_rollback
 from aiomigrate.planning.reconcile import LineState
-from aiomigrate.planning.rollback import Undo, decide, to_undo, unsettled
+from aiomigrate.planning.rollback import Undo, decide, to_undo, unattributed_tables
 from aiomigrate.results import Report, StepReport
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.scheduler import Scheduler
@@ -154,7 +154,7 @@ class RollbackView:
                 snapshot.journal,
                 heads,
                 allow_destructive=self.allow_destructive,
-                unsettled=unsettled(snapshot.journal),
+                unattributed=unattributed_tables(snapshot.journal),
             )
         return replace(
             snapshot, plan=build_rollback(undos, snapshot.decided, reader.scripts, snapshot.busy)
@@ -175,7 +175,7 @@ class RollbackView:
         heads = await _heads(self.reader.store, script)
         return decide(
             script, state, journal, heads,
-            allow_destructive=self.allow_destructive, unsettled=(),
+            allow_destructive=self.allow_destructive, unattributed=(),
         )  # fmt: skip
 
 

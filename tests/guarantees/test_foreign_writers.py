@@ -262,7 +262,7 @@ async def test_what_lands_during_an_optimization_is_not_taken_for_a_part_of_it(
         if what == "nothing":
             await manager.rollback("t", to=1)
         else:
-            with pytest.raises(RollbackRefusedError, match="others committed since"):
+            with pytest.raises(RollbackRefusedError, match="other writers committed since"):
                 await manager.rollback("t", to=1)
     after = (await table.checkout_latest(), await table.to_arrow())[1]
 

@@ -32,7 +32,7 @@ from aiomigrate.ledger.history import fold, pending_cleanup, seen_epochs
 from aiomigrate.ledger.records import Event
 from aiomigrate.migration.loader import load
 from aiomigrate.planning.destructive import kept_savepoints
-from aiomigrate.planning.rollback import unsettled
+from aiomigrate.planning.rollback import unattributed_tables
 from aiomigrate.schema.state import TableState, decode, encode
 from aiomigrate.settings import from_env, from_table, merge
 from tests import scenario
@@ -179,7 +179,7 @@ def test_a_journal_edited_by_hand_is_read_or_refused(
     folded = fold(events)
     seen_epochs(events, "run")
     kept_savepoints(folded)
-    unsettled(folded)
+    unattributed_tables(folded)
     for history in folded.lines.values():
         pending_cleanup(history, folded)
         if history.unfinished is not None:

@@ -194,16 +194,16 @@ def test_what_is_asked_for_is_what_runs(options: dict[str, Any], expected: list[
         ({"to": {"user": 3}}, r"no migration of 'user'.*Did you mean 'users'\?"),
         ({"to": {"memos": 3}}, r"'memos' has no version 3.*1, 2, 4"),
         ({"to": {"memos": 1}}, r"'memos' is at version 2, above 1.*only goes up"),
-        ({"to": -1}, "-1 is no version to go to"),
-        ({"to": "2"}, "'2' is no version to go to"),
-        ({"to": True}, "True is no version to go to"),
-        ({"to": {"users": None}}, "None is no version to go to"),
+        ({"to": -1}, "-1 is not a target version"),
+        ({"to": "2"}, "'2' is not a target version"),
+        ({"to": True}, "True is not a target version"),
+        ({"to": {"users": None}}, "None is not a target version"),
         (
             {"tables": ["users"], "to": {"memos": 2}},
-            "given for 'memos', which is not among the lines to upgrade.*Those are users",
+            "given for 'memos', which is not among the lines to upgrade.*Lines to upgrade: users",
         ),
         ({"tables": ["memos"], "to": {"nope": 3}}, "given for 'nope', which is not among"),
-        ({"tables": [], "to": {"memos": 2}}, "Those are none"),
+        ({"tables": [], "to": {"memos": 2}}, "Lines to upgrade: none"),
     ],
 )
 def test_a_target_that_cannot_be_is_named(options: dict[str, Any], message: str) -> None:

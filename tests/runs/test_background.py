@@ -124,7 +124,7 @@ async def test_others_are_not_held_up(database: Path) -> None:
         async with manager(database, later) as other:
             report = await other.initialize()
             status = await other.get_status()
-            with pytest.raises(BackgroundBusyError, match="under way"):
+            with pytest.raises(BackgroundBusyError, match="is running in process"):
                 await other.rollback("notes")
     assert [(s.line, s.version) for s in report.applied] == [("users", 2)]
     assert ("all", 1) in report.deferred

@@ -157,7 +157,7 @@ async def test_what_others_committed_is_not_given_up(database: Path) -> None:
     async with manager(database, history()) as migrations:
         await migrations.upgrade(to=3)
         await append(database, id=77)
-        with pytest.raises(RollbackRefusedError, match=r"others committed since") as caught:
+        with pytest.raises(RollbackRefusedError, match=r"other writers committed since") as caught:
             await migrations.rollback(TABLE)
         kept = await seen(database)
         plan = await migrations.plan_rollback(TABLE, allow_destructive=True)
@@ -166,7 +166,7 @@ async def test_what_others_committed_is_not_given_up(database: Path) -> None:
 
     assert 77 in [row["id"] for row in kept[1]]
     assert "--allow-destructive" in caught.value.remedy
-    assert "gives up what others committed" in plan.warnings[0]
+    assert "discards commits of other writers to" in plan.warnings[0]
     assert status.lines[TABLE].current == 2
     assert sorted(row["id"] for row in await rows_of(database)) == [0, 1, 2, 3]
 
@@ -234,8 +234,8 @@ async def test_what_depends_on_it_is_undone_first_or_named(database: Path) -> No
         ("thing", 1, "Did you mean 'things'"),
         (TABLE, 9, "is at version 7, below 9"),
         (TABLE, 5, "no version 5"),
-        (TABLE, -1, "no version to go back to"),
-        (TABLE, True, "no version to go back to"),
+        (TABLE, -1, "is not a target version"),
+        (TABLE, True, "is not a target version"),
     ],
 )
 async def test_a_target_that_cannot_be_is_named(
