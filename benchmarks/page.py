@@ -30,20 +30,20 @@ def page(results: Sequence[Result], machine: Mapping[str, Any]) -> str:
     made = Page("aiomigrate benchmarks", "Benchmarks")
     targets = [target for result in results for target in result.targets]
     missed = sum(len(result.missed) for result in results)
-    made.say(
+    made.add_paragraph(
         "Contenders took turns within one run. Each dot is a run, the box holds the middle half "
         "and its median; the green mark is where the judged contender's median meets its target."
     )
-    made.tell({name.replace("_", " "): str(value) for name, value in machine.items()})
-    made.tell({"targets": str(len(targets)), "met": str(len(targets) - missed)})
-    made.show(_summary(results))
+    made.add_facts({name.replace("_", " "): str(value) for name, value in machine.items()})
+    made.add_facts({"targets": str(len(targets)), "met": str(len(targets) - missed)})
+    made.add_table(_summary(results))
     for result in results:
-        made.head(result.name)
-        made.say(html.escape(result.what))
+        made.add_heading(result.name)
+        made.add_paragraph(html.escape(result.what))
         for unit in Unit:
             names = [name for name in result.samples if result.unit(name) is unit]
             if names:
-                made.draw(_distribution(made, result, names, unit))
+                made.add_plot(_distribution(made, result, names, unit))
     return made.text()
 
 

@@ -584,7 +584,7 @@ async def test_health_says_what_a_start_would_refuse(database: Path) -> None:
         assert health.state is HealthState.FAILED
         assert why in health.failed["t"]
         assert health.failed["t"] == refused.value.what
-        assert "a start would refuse it" in str(health)
+        assert "an application would refuse to start" in str(health)
     assert tree(database) == before
 
 

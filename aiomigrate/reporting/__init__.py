@@ -1,1 +1,1 @@
-"""Timing reports of past runs, as text and as an HTML page."""
+"""Reports about a database: status, health, validation, and the timings of past runs. Pure."""

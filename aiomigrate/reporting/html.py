@@ -1,8 +1,7 @@
-"""The timing report as one HTML file: what waited for what, what was slow, how it changed.
+"""Renders the timing report as one HTML file: timeline, slowest migrations, trend.
 
-Needs the extra `report` (Plotly, whose script is put into the file, so that it opens anywhere and
-asks no one). The benchmarks draw on the same page. Not for deciding what a run's times are: that is
-`timing`.
+It needs the extra `report` (Plotly). The file contains Plotly's script, so that it works offline.
+The benchmarks use the same page. `reporting.timing` computes the timings.
 """
 
 from __future__ import annotations
@@ -60,10 +59,14 @@ paint();
 
 
 class Page:
-    """A page of plots that opens anywhere and asks no one: heading, facts, sections."""
+    """A self-contained HTML page with a heading, facts and sections of plots; it works offline."""
 
     def __init__(self, title: str, heading: str) -> None:
-        """Holds nothing yet.
+        """Makes an empty page.
+
+        Args:
+            title: The title of the document.
+            heading: The heading on the page.
 
         Raises:
             ConfigurationError: Plotly is not installed.
@@ -77,49 +80,49 @@ class Page:
                 "pip install 'aiomigrate[report]', or choose another --format.",
             ) from exc
         self.go: Any = plotly.graph_objects
-        self._draw: Any = plotly.io.to_html
+        self._to_html: Any = plotly.io.to_html
         self._title = title
         self._heading = heading
         self._has_script = False
         self._parts: list[str] = []
 
-    def say(self, text: str) -> None:
-        """Adds a paragraph of HTML."""
+    def add_paragraph(self, text: str) -> None:
+        """Adds a paragraph; `text` is HTML."""
         self._parts.append(f"<p>{text}</p>")
 
-    def tell(self, facts: Mapping[str, str]) -> None:
-        """Adds short facts in boxes."""
-        told = (
+    def add_facts(self, facts: Mapping[str, str]) -> None:
+        """Adds short facts in boxes, values by name."""
+        boxes = (
             f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
             for name, value in facts.items()
         )
-        self._parts.append(f"<dl>{''.join(told)}</dl>")
+        self._parts.append(f"<dl>{''.join(boxes)}</dl>")
 
-    def head(self, title: str) -> None:
-        """Begins a section."""
+    def add_heading(self, title: str) -> None:
+        """Adds a heading, which begins a section."""
         self._parts.append(f"<h2>{html.escape(title)}</h2>")
 
-    def show(self, table: str) -> None:
-        """Adds a table, made by `table`, that may be wider than the page."""
+    def add_table(self, table: str) -> None:
+        """Adds a table, created by the function `table`; it may be wider than the page."""
         self._parts.append(f'<div class="wide">{table}</div>')
 
-    def draw(self, figure: Any) -> None:
-        """Adds a plot, made by `figure`."""
-        drawn = self._draw(
+    def add_plot(self, figure: Any) -> None:
+        """Adds a plot, created by `figure`."""
+        plot = self._to_html(
             figure,
             full_html=False,
             include_plotlyjs=not self._has_script,
             config={"responsive": True, "displaylogo": False, "displayModeBar": False},
         )
         self._has_script = True
-        self._parts.append(drawn)
+        self._parts.append(plot)
 
     def figure(self, traces: Sequence[Any], rows: int, **layout: Any) -> Any:
-        """Returns a figure of horizontal bars, boxes or lines, as high as it has rows."""
+        """Returns a figure of horizontal bars, boxes or lines, with a height for its rows."""
         return _figure(self.go, traces, rows, **layout)
 
     def text(self) -> str:
-        """Returns the page."""
+        """Returns the page as HTML."""
         return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -134,9 +137,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: Collec
     """Returns a table as HTML.
 
     Args:
-        header: Its columns.
-        rows: A value for each column.
-        words: The columns that hold words, not numbers; the last of them may be long.
+        header: The names of its columns.
+        rows: The rows, each with a value for every column.
+        words: The columns that contain text, not numbers; the last of them may be long.
     """
     long = [name for name in header if name in words][-1:]
 
@@ -154,49 +157,52 @@ def report_html(run: RunTiming, earlier: Sequence[RunTiming], *, database: str) 
 
     Args:
         run: The run.
-        earlier: Other runs of the same database, for the trend; in any order.
-        database: What to call the database: its URI, without secrets.
+        earlier: Other runs of the same database, for the trend, in any order.
+        database: The name of the database: its URI, without secrets.
 
     Raises:
         ConfigurationError: Plotly is not installed.
     """
     page = Page(f"aiomigrate run {run.run_id}", f"Run {run.run_id}")
     when = f"{run.started_at:%Y-%m-%d %H:%M:%S} UTC"
-    page.say(f"{html.escape(database)}<br>{when}, process {run.pid} on {html.escape(run.host)}")
-    page.tell(
+    page.add_paragraph(
+        f"{html.escape(database)}<br>{when}, process {run.pid} on {html.escape(run.host)}"
+    )
+    page.add_facts(
         {
             "total": duration(run.total_s),
             "waited for the lease": duration(run.lease_s),
-            "work, added up": duration(run.worked_s),
-            "at once, on average": f"{run.concurrency:.1f}",
+            "total work": duration(run.worked_s),
+            "average concurrency": f"{run.concurrency:.1f}",
             "migrations": str(len(run.spans)),
             "failed": str(sum(span.outcome == "failed" for span in run.spans)),
         }
     )
     path = " → ".join(html.escape(f"{line} {version}") for line, version in run.critical)
-    page.say(f"The end waited for: {path}")
-    page.head("Timeline")
-    page.say(
-        "Grey is waiting (for what comes first, or for a slot), blue the operations (red where "
-        "they failed, violet where they were undone), orange the journal; a green frame marks "
-        "what the end waited for."
+    page.add_paragraph(f"Critical path: {path}")
+    page.add_heading("Timeline")
+    page.add_paragraph(
+        "Grey is time spent waiting for dependencies or for a slot, blue is time spent in "
+        "operations (red if they failed, violet if they were rolled back), and orange is time "
+        "spent on the journal. A green frame marks the critical path: the migrations that the end "
+        "of the run waited for."
     )
-    page.draw(_timeline(page.go, run))
-    page.head("Slowest")
-    page.say("The migrations that took longest.")
-    page.draw(_slowest(page.go, run))
+    page.add_plot(_timeline(page.go, run))
+    page.add_heading("Slowest")
+    page.add_paragraph("The migrations that took longest.")
+    page.add_plot(_slowest(page.go, run))
     if (trend := _trend(page.go, [*earlier, run])) is not None:
-        page.head("Trend")
-        page.say("How long each run was at work, and each migration that ran more than once.")
-        page.draw(trend)
-    page.head("Migrations")
-    page.show(_table(run))
+        page.add_heading("Trend")
+        page.add_paragraph("The duration of each run, and of each migration that ran repeatedly.")
+        page.add_plot(trend)
+    page.add_heading("Migrations")
+    page.add_table(_table(run))
     return page.text()
 
 
 def _table(run: RunTiming) -> str:
-    header = ("line", "version", "outcome", "began", "for others", "for a slot", "ran", "ledger",
-              "rows", "bytes", "commits", "retries", "description")  # fmt: skip
+    header = ("line", "version", "outcome", "began", "waited for deps", "waited for slot", "ran",
+              "ledger", "rows", "bytes", "commits", "retries", "description")  # fmt: skip
     rows = (
         (
             span.line, str(span.version), span.outcome, duration(span.began_s),
@@ -214,7 +220,8 @@ def _hover(span: Span) -> str:
     lines = [
         f"<b>{html.escape(span.line)} {span.version}</b> {span.outcome}",
         html.escape((span.error or span.description)[:120]),
-        f"waited {duration(span.depended_s)} for others, {duration(span.queued_s)} for a slot",
+        f"waited {duration(span.depended_s)} for dependencies",
+        f"waited {duration(span.queued_s)} for a slot",
         f"ran {duration(span.ran_s)}, ledger {duration(span.ledger_s)}",
         f"{span.rows} rows, {span.commits} commits, {span.retries} retries",
     ]
@@ -222,9 +229,14 @@ def _hover(span: Span) -> str:
 
 
 def _bars(go: Any, spans: Sequence[Span], where: Sequence[str], *, in_time: bool) -> list[Any]:
-    """Returns bars of waiting, running and journal, one behind the other.
+    """Returns bars for waiting, running and the journal, one after the other.
 
-    In time, waiting is drawn from where the one before of its line has ended.
+    Args:
+        go: The module `plotly.graph_objects`.
+        spans: The migrations.
+        where: The row of each migration.
+        in_time: Whether bars start at their time in the run, and waiting starts where the previous
+            migration of the same line ended; otherwise every bar starts at zero.
     """
     waited = waits(spans) if in_time else [span.waited_s for span in spans]
     hover = [_hover(span) for span in spans]
@@ -240,8 +252,8 @@ def _bars(go: Any, spans: Sequence[Span], where: Sequence[str], *, in_time: bool
     queued = [w - d for w, d in zip(waited, depended, strict=True)]
     running = [_COLOURS.get(span.outcome, _COLOURS["applied"]) for span in spans]
     return [
-        bar("waited for others", [b - w for b, w in zip(began, waited, strict=True)], depended,
-            _DEPENDED),
+        bar("waited for dependencies", [b - w for b, w in zip(began, waited, strict=True)],
+            depended, _DEPENDED),
         bar("waited for a slot", [b - q for b, q in zip(began, queued, strict=True)], queued,
             _WAITED),
         bar("ran", began, [s.ran_s for s in spans], running),
@@ -277,7 +289,7 @@ def _timeline(go: Any, run: RunTiming) -> Any:
     critical = set(run.critical)
     marked = [span for span in run.spans if span.key in critical]
     frame = go.Bar(
-        name="the end waited for it", y=[_short(s.line) for s in marked],
+        name="critical path", y=[_short(s.line) for s in marked],
         x=[s.took_s for s in marked], base=[s.began_s for s in marked], orientation="h",
         marker={"color": "rgba(0,0,0,0)", "line": {"color": MARK, "width": 2}}, hoverinfo="skip",
     )  # fmt: skip
@@ -315,7 +327,7 @@ def _trend(go: Any, runs: Sequence[RunTiming]) -> Any:
             found.setdefault(name, []).append((run.started_at, span.took_s))
     again = {name: points for name, points in found.items() if len(points) > 1}
     longest = sorted(again, key=lambda name: -max(took for _, took in again[name]))[:_SLOWEST]
-    lines = [line("whole runs", [(run.started_at, run.total_s) for run in runs],
+    lines = [line("whole run", [(run.started_at, run.total_s) for run in runs],
                   line={"dash": "dot", "color": _WAITED})]  # fmt: skip
     lines += [line(name, again[name]) for name in longest]
     return _figure(

@@ -1,6 +1,6 @@
-"""Where a database stands: its status, its health, and whether it is valid. Pure values.
+"""The status, the health and the validation of a database, as values. Pure.
 
-Each prints itself (`str`) and gives itself as a dictionary for JSON. `inspection` computes them.
+`str()` of a value is its text, and `to_dict()` is JSON-ready. `inspection` computes the values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aiomigrate.text import table
 
 
 class BackgroundState(enum.StrEnum):
-    """How it stands with a line's work in the background."""
+    """The state of a line's background work."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -24,12 +24,13 @@ class BackgroundState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Background:
-    """A line's work in the background.
+    """A line's background work.
 
     Attributes:
-        state: How it stands with it.
-        version: The migration that is next, or at work.
-        going: How far it is, as of the holder's last renewal, of one that is at work.
+        state: Its state.
+        version: The version of the migration that is running, or runs next.
+        going: The progress of a running migration, as of the holder's last renewal; `None` if it is
+            unknown.
     """
 
     state: BackgroundState
@@ -50,14 +51,14 @@ class Background:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineStatus:
-    """Where one line is.
+    """The status of one line.
 
     Attributes:
-        current: The recorded version, 0 for none.
-        target: Its newest script's version, `None` when no script knows the line.
-        pending: Versions to run, in order.
-        migrated_at: When the head row was last written.
-        background: Its work in the background, `None` if none is pending.
+        current: Its recorded version, 0 for none.
+        target: The version of its newest script, `None` if it has no script.
+        pending: The versions to run, in order.
+        migrated_at: When its head row was last written.
+        background: Its background work, `None` if there is none.
     """
 
     current: int
@@ -68,7 +69,7 @@ class LineStatus:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether no script knows the line; it is left alone."""
+        """Whether the line has no script; such a line is not changed."""
         return self.target is None
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,14 +85,14 @@ class LineStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Where a database is. `str()` is a table.
+    """The status of a database. `str()` is a table.
 
     Attributes:
         database: Its URI, without secrets.
         exists: Whether its metadata table exists.
-        lines: Every line recorded or scripted, by name.
-        holder: Who holds the lease, if anyone does.
-        background: Who holds the lease for work in the background, if anyone does.
+        lines: Every line that is recorded or has scripts, by name.
+        holder: The holder of the lease, `None` if it is free.
+        background: The holder of the background lease, `None` if it is free.
     """
 
     database: str
@@ -102,7 +103,7 @@ class Status:
 
     @property
     def is_at_target(self) -> bool:
-        """Whether every line that has scripts is at its newest."""
+        """Whether every line that has scripts is at its newest version."""
         return all(s.current == s.target for s in self.lines.values() if s.target is not None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,15 +122,15 @@ class Status:
 
 
 class HealthState(enum.StrEnum):
-    """What an operator asks first.
+    """The state of a database, from an operator's point of view.
 
     Attributes:
-        READY: At target, but for what is done in the background: the application may serve.
+        READY: At target, except for background work: the application may serve.
         RUNNING: This process is migrating.
         WAITING: Another process is migrating.
-        PENDING: Not at target, and nobody is at work.
-        FAILED: Not at target, nobody is at work, and the last attempt failed; or a start would
-            refuse the database, because its scripts were edited, say.
+        PENDING: Not at target, and no process is migrating.
+        FAILED: Not at target, no process is migrating, and the last attempt failed; or an
+            application would refuse to start, for example because scripts were edited.
     """
 
     READY = "ready"
@@ -141,13 +142,13 @@ class HealthState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """Whether a database may be used, and if not, why. `str()` is one line per thing to know.
+    """Whether an application may use a database, and if not, why. `str()` is a short text.
 
     Attributes:
-        state: The whole in one word.
-        status: Where every line is, and who holds the leases.
-        failed: The error of the last attempt, by line, of lines that are not at target, or why a
-            start would refuse them.
+        state: The overall state.
+        status: The status of every line, and the holders of the leases.
+        failed: The error of the last attempt by line, for lines that are not at target; or the
+            reason why an application would refuse to start.
     """
 
     state: HealthState
@@ -174,13 +175,14 @@ class Health:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Whether a database is what ledger and scripts say.
+    """Whether a database matches its ledger and the scripts.
 
     Attributes:
-        errors: One sentence for each difference; empty when valid.
-        warnings: One sentence for each thing worth knowing.
-        not_at_target: The errors that only say a line has pending migrations.
-        deferred: What is left for the background; no error, since starts do not wait for it.
+        errors: One sentence for each difference; empty if the database is valid.
+        warnings: One sentence for each warning.
+        not_at_target: Those of the errors that only report pending migrations.
+        deferred: One sentence for each line with background work; this is no error, because an
+            application's start does not wait for it.
     """
 
     errors: tuple[str, ...] = ()
@@ -203,18 +205,18 @@ class Validation:
         }
 
     def __str__(self) -> str:
-        told = (("error", self.errors), ("warning", self.warnings), ("background", self.deferred))
-        lines = [f"{word}: {text}" for word, texts in told for text in texts]
+        kinds = (("error", self.errors), ("warning", self.warnings), ("background", self.deferred))
+        lines = [f"{kind}: {text}" for kind, texts in kinds for text in texts]
         return "\n".join(lines) or "valid"
 
 
 def status_text(status: Status) -> str:
-    """Returns a status as a table."""
+    """Returns a status as a table, with the holders of the leases below it."""
     rows = []
     for name, line in sorted(status.lines.items()):
         target = "?" if line.target is None else str(line.target)
         if line.target is None:
-            note = "unknown: no script; left alone"
+            note = "unknown: no script; not changed"
         elif line.current > line.target:
             note = "ahead of its scripts"
         elif line.pending:
@@ -228,43 +230,43 @@ def status_text(status: Status) -> str:
     if status.holder:
         out.append(f"lease held by {status.holder}")
     if status.background:
-        out.append(f"in the background: {status.background}")
+        out.append(f"background lease held by {status.background}")
     return "\n".join(out)
 
 
 def health_text(health: Health) -> str:
-    """Returns health in one line, one for each line that is not at target, and what to do."""
+    """Returns health as text: the state, each line that is not at target, and what to do."""
     status = health.status
-    said = {
+    state = {
         HealthState.READY: "ready: at target",
         HealthState.RUNNING: "running: this process is migrating",
         HealthState.WAITING: f"waiting for {status.holder}",
-        HealthState.PENDING: "pending: not at target, and nobody is at work",
+        HealthState.PENDING: "pending: not at target, and no process is migrating",
         HealthState.FAILED: "failed: not at target, and the last attempt failed",
     }[health.state]
     is_refused = not any(status.lines[n].pending for n in health.failed if n in status.lines)
     if health.failed and is_refused:
-        said = "failed: a start would refuse it, for scripts and database do not fit together"
-    out = [f"{said} ({status.database})"]
+        state = "failed: an application would refuse to start, because scripts and database differ"
+    out = [f"{state} ({status.database})"]
     for name, line in sorted(status.lines.items()):
         if line.target is None or not (line.pending or name in health.failed):
             continue
-        told = f"{name}: {line.current} of {line.target}{_background(line)}"
-        out.append(f"{told}: {health.failed[name]}" if name in health.failed else told)
+        text = f"{name}: {line.current} of {line.target}{_background(line)}"
+        out.append(f"{text}: {health.failed[name]}" if name in health.failed else text)
     remedy = {
-        HealthState.WAITING: "If that process is dead, `aiomigrate upgrade` takes over from it.",
+        HealthState.WAITING: "If that process has crashed, `aiomigrate upgrade` takes over.",
         HealthState.PENDING: "Run `aiomigrate upgrade`.",
         HealthState.FAILED: "Correct the cause and run `aiomigrate upgrade`; "
-        "`aiomigrate history -v` has the traceback.",
+        "`aiomigrate history -v` shows the traceback.",
     }.get(health.state)
     if health.failed and is_refused:
-        remedy = "Run `aiomigrate upgrade` to see what to do about it."
+        remedy = "Run `aiomigrate upgrade` to see the remedy."
     return "\n".join([*out, remedy] if remedy else out)
 
 
 def _background(line: LineStatus) -> str:
     if line.background is None:
         return ""
-    told = f", {line.background.version} in the background: {line.background.state.value}"
+    text = f", {line.background.version} in the background: {line.background.state.value}"
     going = line.background.going
-    return told if going is None or going.percent is None else f"{told}, {going.percent:.0f}%"
+    return text if going is None or going.percent is None else f"{text}, {going.percent:.0f}%"

@@ -1,7 +1,7 @@
-"""Where the time of runs went: from journal events to spans, critical path, concurrency. Pure.
+"""Computes the timings of runs from journal events: spans, critical path, concurrency. Pure.
 
-Not for what came of a run while it is fresh, which is `report`; this reads history, so it also
-tells of runs of other processes and of last month. Drawing is `charts`.
+It reads the journal, so it covers past runs and runs of other processes; the result of the current
+run is in `results`. `reporting.html` draws the timings.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from aiomigrate.migration.model import Key
 from aiomigrate.results import StepReport
 from aiomigrate.text import bytes_text, duration, error_line, table
 
-_TRACED = ("description", "outcome", "rows", "commits", "retries", "ran_s", "ledger_s", "error")
-_ENDS: Mapping[str, str] = {
+_TRACE_ARGUMENTS = (
+    "description", "outcome", "rows", "commits", "retries", "ran_s", "ledger_s", "error",
+)  # fmt: skip
+_OUTCOMES: Mapping[str, str] = {
     Kind.APPLIED: "applied",
     Kind.FAILED: "failed",
     Kind.ROLLED_BACK: "rolled back",
@@ -26,24 +28,25 @@ _ENDS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One migration of a run, in time. All times are seconds.
+    """The timing of one migration in a run. All times are in seconds.
 
     Attributes:
         line: Its line.
         version: Its version.
         description: Its description.
         outcome: `applied`, `failed` or `rolled back`.
-        began_s: From the beginning of the run to its first operation.
-        depended_s: Waited before that for what it depends on, since the one before it on its line.
-        waited_s: Waited for that and for a slot.
-        ran_s: Its operations.
-        ledger_s: Waited for the journal, between them.
-        rows: Rows changed.
-        size: Bytes of data that its tables hold afterwards, `None` where that was not measured (of
-            migrations that changed nothing, or neither rewrite rows nor run code).
-        commits: Commits on touched tables.
-        retries: Commits tried again.
-        error: Why it failed, in a line.
+        began_s: Time from the start of the run to its first operation.
+        depended_s: Time it waited for migrations that it depends on, since the previous migration
+            of its line ended.
+        waited_s: Time it waited for these and for a slot.
+        ran_s: Time spent in its operations.
+        ledger_s: Time it waited for the journal between its operations.
+        rows: Number of changed rows.
+        size: Bytes of data in its tables afterwards, `None` if not measured (for migrations that
+            changed nothing, or neither rewrite rows nor run code).
+        commits: Number of commits to its tables.
+        retries: Number of commits that were retried.
+        error: The error in one line, empty if it succeeded.
     """
 
     line: str
@@ -68,33 +71,33 @@ class Span:
 
     @property
     def queued_s(self) -> float:
-        """Waited for a slot."""
+        """Time it waited for a slot."""
         return max(0.0, self.waited_s - self.depended_s)
 
     @property
     def took_s(self) -> float:
-        """From its first operation to its end."""
+        """Time from its first operation to its end."""
         return self.ran_s + self.ledger_s
 
     @property
     def ended_s(self) -> float:
-        """From the beginning of the run to its end."""
+        """Time from the start of the run to its end."""
         return self.began_s + self.took_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTiming:
-    """One run, in time.
+    """The timing of one run.
 
     Attributes:
-        run_id: The run.
-        started_at: When it asked for the lease, UTC.
-        host: Where.
-        pid: Its process.
+        run_id: The id of the run.
+        started_at: When it requested the lease, UTC.
+        host: The host name.
+        pid: The process id.
         lease_s: Seconds it waited for the lease.
-        total_s: Seconds from its beginning to the end of its last migration.
+        total_s: Seconds from its start to the end of its last migration.
         spans: Its migrations, in the order in which they began.
-        critical: Those that the end waited for, first to last.
+        critical: The critical path: the migrations that its end waited for, first to last.
     """
 
     run_id: str
@@ -108,12 +111,12 @@ class RunTiming:
 
     @property
     def worked_s(self) -> float:
-        """Seconds that migrations took, added up."""
+        """The sum of the times of all migrations, in seconds."""
         return sum(span.took_s for span in self.spans)
 
     @property
     def concurrency(self) -> float:
-        """How many migrations were at work at once, on average; 0 where there were none."""
+        """How many migrations ran at once, on average; 0 if there are none."""
         return concurrency_of(self.spans)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,8 +143,8 @@ class RunTiming:
     def to_trace(self) -> dict[str, Any]:
         """Returns it in the Trace Event Format, which Perfetto and Chrome's tracing open.
 
-        One thread per line; a migration is a slice, with its waiting before it and its time in the
-        journal as arguments. Times are microseconds.
+        Each line is a thread. Each migration is a slice, after a slice for its waiting time; its
+        journal time is one of the slice's arguments. Times are in microseconds.
         Source: "Trace Event Format", the document of Chromium's catapult project.
         """
         lines = sorted({span.line for span in self.spans})
@@ -157,7 +160,7 @@ class RunTiming:
             {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": line}}
             for line, tid in number.items()
         ]
-        free: dict[str, int] = {}  # slices of a thread that overlap by a rounding are not drawn
+        free: dict[str, int] = {}  # slices that overlap because of rounding would not be drawn
         for span, waited_s in zip(self.spans, waits(self.spans), strict=True):
             earliest = free.get(span.line, 0)
             asked = max(earliest, round((span.began_s - waited_s) * 1e6))
@@ -170,7 +173,7 @@ class RunTiming:
                 for what, at, until in (("others", asked, passed), ("a slot", passed, began))
                 if until > at
             ]
-            args = {name: getattr(span, name) for name in _TRACED}
+            args = {name: getattr(span, name) for name in _TRACE_ARGUMENTS}
             working = {"name": f"{span.line} {span.version}", "cat": span.outcome,
                        "ts": began, "dur": ended - began, "args": args}  # fmt: skip
             events += [*waiting, {**shared, **working}]
@@ -181,9 +184,9 @@ class RunTiming:
 
 
 def timing_text(run: RunTiming) -> str:
-    """Returns a run as a table of timings in the order of beginning, and where its time went."""
-    header = ("began", "line", "version", "outcome", "for others", "for a slot", "ran", "ledger",
-              "rows", "bytes", "commits", "retries", "")  # fmt: skip
+    """Returns a run as a table of its migrations, in the order in which they began, with totals."""
+    header = ("began", "line", "version", "outcome", "waited for deps", "waited for slot", "ran",
+              "ledger", "rows", "bytes", "commits", "retries", "")  # fmt: skip
     critical = set(run.critical)
     rows = [
         (
@@ -211,17 +214,18 @@ def timing_text(run: RunTiming) -> str:
         f"{run.concurrency:.1f} at once."
     )
     shown = table(header, rows, (0, 2, 4, 5, 6, 7, 8, 9, 10, 11))
-    return "\n".join([head, shown, total, f"The end waited for (*): {path}"])
+    return "\n".join([head, shown, total, f"Critical path (*): {path}"])
 
 
 def runs_of(
     events: Iterable[Event], depends_on: Mapping[Key, Collection[Key]] | None = None
 ) -> tuple[RunTiming, ...]:
-    """Returns the runs of a journal in which a migration ended, oldest first.
+    """Returns the runs in which at least one migration ended, oldest first; empty if none.
 
     Args:
-        events: The journal's valid events.
-        depends_on: What each migration follows besides its own line, for the critical path.
+        events: The valid events of the journal.
+        depends_on: The migrations of other lines that each migration depends on, for the critical
+            path.
     """
     by_run: dict[str, list[Event]] = {}
     for event in events:
@@ -230,7 +234,7 @@ def runs_of(
     found = [
         _run(run_id, given, depends_on or {})
         for run_id, given in by_run.items()
-        if any(event.kind in _ENDS for event in given)
+        if any(event.kind in _OUTCOMES for event in given)
     ]
     return tuple(sorted(found, key=lambda run: run.started_at))
 
@@ -238,7 +242,7 @@ def runs_of(
 def _run(
     run_id: str, events: Sequence[Event], depends_on: Mapping[Key, Collection[Key]]
 ) -> RunTiming:
-    ended = [event for event in events if event.kind in _ENDS]
+    ended = [event for event in events if event.kind in _OUTCOMES]
     opened = next((event for event in events if event.kind == Kind.OPENED), None)
     lease_s = (opened.waited_s or 0.0) if opened is not None else 0.0
     first = min(_began(event) for event in ended)
@@ -263,7 +267,7 @@ def _run(
 
 
 def _began(event: Event) -> dt.datetime:
-    """Returns when the migration began that an event tells the end of."""
+    """Returns when a migration began, from the event that records its end."""
     return event.at - dt.timedelta(seconds=(event.ran_s or 0.0) + (event.ledger_s or 0.0))
 
 
@@ -272,7 +276,7 @@ def _span(event: Event, started_at: dt.datetime) -> Span:
         line=event.line or "",
         version=event.version or 0,
         description=event.description or "",
-        outcome=_ENDS[event.kind],
+        outcome=_OUTCOMES[event.kind],
         began_s=max(0.0, (_began(event) - started_at).total_seconds()),
         depended_s=event.detail.get("depended_s", 0.0),
         waited_s=event.waited_s or 0.0,
@@ -287,7 +291,7 @@ def _span(event: Event, started_at: dt.datetime) -> Span:
 
 
 def spans_of(steps: Iterable[StepReport]) -> tuple[Span, ...]:
-    """Returns the migrations of a fresh report in time, those that ran, as they began."""
+    """Returns the timings of the steps of a report that ran, in the order in which they began."""
     shared = [name for name in Span.__slots__ if name != "outcome"]
     spans = [
         Span(outcome=step.outcome.value, **{name: getattr(step, name) for name in shared})
@@ -298,7 +302,7 @@ def spans_of(steps: Iterable[StepReport]) -> tuple[Span, ...]:
 
 
 def concurrency_of(spans: Sequence[Span]) -> float:
-    """Returns how many migrations were at work at once, on average; 0 where there were none."""
+    """Returns how many migrations ran at once, on average; 0 if there are none."""
     if not spans:
         return 0.0
     elapsed = max(s.ended_s for s in spans) - min(s.began_s for s in spans)
@@ -306,10 +310,10 @@ def concurrency_of(spans: Sequence[Span]) -> float:
 
 
 def waits(spans: Sequence[Span]) -> tuple[float, ...]:
-    """Returns how long each waited since the one before of its line had ended, in seconds.
+    """Returns how long each migration waited after the previous one of its line, in seconds.
 
     Args:
-        spans: In the order of beginning.
+        spans: Migrations, in the order in which they began.
     """
     ended: dict[str, float] = {}
     result = []
@@ -322,10 +326,15 @@ def waits(spans: Sequence[Span]) -> tuple[float, ...]:
 def critical_path(
     spans: Sequence[Span], depends_on: Mapping[Key, Collection[Key]]
 ) -> tuple[Key, ...]:
-    """Returns the migrations that the end of a run waited for, first to last.
+    """Returns the migrations that the end of a run waited for, first to last; empty if none ran.
 
-    From the one that ended last back, each time, to the one it had to follow that ended last: of
-    its own line, or one it depends on. What held it up otherwise (a slot) is not followed.
+    The path is followed backwards from the migration that ended last. Each predecessor is the one
+    that ended last among the earlier versions of the same line and the migrations that it depends
+    on. Waiting for a slot is not followed.
+
+    Args:
+        spans: The migrations of the run.
+        depends_on: The migrations of other lines that each migration depends on.
     """
     if not spans:
         return ()

@@ -1107,7 +1107,7 @@ def test_health_by_exit_code(call: Call, scripts: Callable[..., None]) -> None:
     failed = call("health")
 
     assert (before.code, ready.code, failed.code) == (3, 0, 1)
-    assert "pending: not at target, and nobody is at work" in before.out
+    assert "pending: not at target, and no process is migrating" in before.out
     assert ready.out.startswith("ready: at target")
     assert (told["state"], told["ready"]) == ("ready", True)
     assert "ValueError: boom" in failed.out
