@@ -1083,7 +1083,9 @@ INVALID: dict[str, tuple[Callable[[], object], str]] = {
     "add Null type": (lambda: op.AddColumns({"a": pa.null()}), "not a valid type"),
     "add no name": (lambda: op.AddColumns({"": pa.int8()}), "is not a name"),
     "add a reserved name": (lambda: op.AddColumns({"_aiomigrate_x": pa.int8()}), "reserved"),
-    "add an unfinished path": (lambda: op.AddColumns({"a.": pa.int8()}), "no column named"),
+    "add an unfinished path": (
+        lambda: op.AddColumns({"a.": pa.int8()}), "does not accept a column named",
+    ),
     "add a field NOT NULL": (
         lambda: op.AddColumns({"a": pa.field("a", pa.int8(), nullable=False)}), "NOT NULL",
     ),
