@@ -1,8 +1,7 @@
-"""Every exception aiomigrate raises, in one tree under `AiomigrateError`.
+"""The exceptions that aiomigrate raises, all subclasses of `AiomigrateError`.
 
-Each error carries the facts it knows as attributes and says two things: what happened, and what
-to do next. This module is for naming failures; it is not for mapping LanceDB's untyped errors
-(`aiomigrate.lance` does that, in one place).
+Each error has the known facts as attributes, and a text of two sentences: what happened, and what
+to do next. This module only defines the classes: `store.calls` maps LanceDB's untyped errors.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class AiomigrateError(Exception):
-    """Base of all errors of this library.
+    """The base class of all errors of this library; never raised itself.
 
     Attributes:
         what: What happened, one sentence.
         remedy: What to do next, one sentence.
-        line: The version line concerned, if one is.
-        version: The migration version concerned, if one is.
-        path: The file concerned, if one is.
+        line: The version line that the error is about, or `None`.
+        version: The migration version that the error is about, or `None`.
+        path: The file that the error is about, or `None`.
     """
 
     def __init__(
@@ -50,122 +49,128 @@ class AiomigrateError(Exception):
 
 
 class ConfigurationError(AiomigrateError):
-    """An option, URI or setting cannot be used."""
+    """Raised when an option, URI or setting is invalid, or an optional dependency is missing."""
 
 
 class UnsupportedDatabaseError(ConfigurationError):
-    """The URI names a kind of database aiomigrate does not support (LanceDB Cloud, namespaces)."""
+    """Raised when the URI names an unsupported kind of database (LanceDB Cloud, namespaces)."""
 
 
 class UnsafeStoreError(ConfigurationError):
-    """The store loses commits that it has acknowledged, so that no lease can be held on it."""
+    """Raised when the object store loses acknowledged commits, so that no lease is reliable."""
 
 
 class ScriptError(AiomigrateError):
-    """A migration script, or the set of all scripts, is wrong."""
+    """Raised when a migration script, or the set of all scripts, is invalid."""
 
 
 class InvalidMigrationError(ScriptError):
-    """A `Migration` was built from values that cannot be."""
+    """Raised when a `Migration` or an operation is built from invalid values."""
 
 
 class ScriptImportError(ScriptError):
-    """A migration file could not be imported."""
+    """Raised when a migration file or package cannot be imported."""
 
 
 class DuplicateVersionError(ScriptError):
-    """Two migrations claim the same version of one line."""
+    """Raised when two migrations have the same version on one line."""
 
 
 # ---- planning -----------------------------------------------------------------------------------
 
 
 class PlanError(AiomigrateError):
-    """The scripts and the database do not fit together. Nothing was written."""
+    """Raised when the scripts do not fit the database. Nothing was written."""
 
 
 class DependencyError(PlanError):
-    """A `depends_on` names a migration that does not exist or will not run, or forms a cycle."""
+    """Raised when a migration depends on one that is missing or does not run, or on a cycle.
+
+    Also raised when a rollback would undo a migration that others still depend on.
+    """
 
 
 class TargetError(PlanError):
-    """The requested target cannot be reached by upgrading."""
+    """Raised when the requested target of an upgrade, stamp or rollback is invalid."""
 
 
 class DatabaseAheadError(PlanError):
-    """A line is recorded at a version above its newest script: the code is older than the data."""
+    """Raised when a line's recorded version is above its newest script: the code is too old."""
 
 
 class ChecksumMismatchError(PlanError):
-    """A migration that was applied has been edited since."""
+    """Raised when a migration was edited after it was applied."""
 
 
 class OutOfOrderError(PlanError):
-    """A migration was added below the version its line has already reached."""
+    """Raised when a new migration has a version below the one its line has already reached."""
 
 
 class MissingScriptError(PlanError):
-    """A migration that was applied has no script any more."""
+    """Raised when the script of an applied migration is missing."""
 
 
 class OperationError(PlanError):
-    """An operation does not fit the table it is for."""
+    """Raised when an operation does not fit the table that it changes."""
 
 
 # ---- the ledger ---------------------------------------------------------------------------------
 
 
 class LedgerError(AiomigrateError):
-    """The metadata tables cannot be trusted. Never read as "version 0"."""
+    """Raised when the metadata tables cannot be read, trusted or written.
+
+    Such tables are never read as "version 0".
+    """
 
 
 class LedgerUnreadableError(LedgerError):
-    """A metadata table exists but cannot be read."""
+    """Raised when a metadata table exists but cannot be read, or cannot be created."""
 
 
 class LedgerCorruptError(LedgerError):
-    """A metadata table holds what aiomigrate never writes: missing columns, bad values."""
+    """Raised when a metadata table lacks a column, or holds values that aiomigrate never writes."""
 
 
 class LedgerConflictError(LedgerError):
-    """Head, journal and data contradict each other."""
+    """Raised when the head, the journal and the data contradict each other."""
 
 
 class LedgerFormatError(LedgerError):
-    """The metadata tables were written by a newer aiomigrate."""
+    """Raised when a newer aiomigrate wrote the metadata tables, in a format unknown to this one."""
 
 
 # ---- the lease ----------------------------------------------------------------------------------
 
 
 class LeaseError(AiomigrateError):
-    """The right to run migrations could not be had or kept."""
+    """Raised when the lease (the right to run migrations) cannot be acquired or kept."""
 
 
 class LeaseTimeoutError(LeaseError):
-    """Another process held the lease for the whole time this one was willing to wait."""
+    """Raised when another process holds the lease for the whole of `lease_wait`."""
 
 
 class LeaseLostError(LeaseError):
-    """This process held the lease and another one has taken it. Nothing more is written."""
+    """Raised when another process takes over this process's lease. Nothing more is written."""
 
 
 class BackgroundBusyError(LeaseError):
-    """Work in the background has a line or table in hand that was asked to be changed."""
+    """Raised when a rollback or stamp concerns a line or table that background work is changing."""
 
 
 class LeaseHeldError(LeaseError):
-    """`unlock` was asked to break a lease whose holder is alive."""
+    """Raised when `unlock` finds that the holder of the lease still renews it."""
 
 
 # ---- running ------------------------------------------------------------------------------------
 
 
 class MigrationFailedError(AiomigrateError):
-    """At least one migration failed. Others may have been applied; the report says which.
+    """Raised when at least one migration failed. Others may have been applied: see the report.
 
     Attributes:
-        report: The whole run: what was applied, what failed and why, what was skipped.
+        report: The report of the run: applied, failed (with the reason) and skipped migrations.
     """
 
     def __init__(self, what: str, remedy: str, *, report: Report, **where: object) -> None:
@@ -174,31 +179,40 @@ class MigrationFailedError(AiomigrateError):
 
 
 class NotAtTargetError(AiomigrateError):
-    """The database is not at its target, and this process was not to migrate it."""
+    """Raised when the database is not at its target and `on_pending` is not `MIGRATE`."""
 
 
 class OverwriteLostError(AiomigrateError):
-    """Others committed during every attempt to overwrite a table. Everything of theirs is kept."""
+    """Raised when other writers commit during every attempt to overwrite or copy a table.
+
+    Their commits are kept.
+    """
 
 
 class RollbackRefusedError(PlanError):
-    """A migration cannot be undone, or not without giving up what others committed since."""
+    """Raised when a migration cannot be undone, or only by discarding other writers' commits."""
 
 
 class DestructiveError(PlanError):
-    """A step discards what could not be brought back, and that was not allowed."""
+    """Raised when a step discards data and `on_destructive` does not allow it.
+
+    With `OnDestructive.KEEP`, only a step whose savepoint cannot be kept is refused.
+    """
 
 
 class KeepsProgressError(AiomigrateError):
-    """Work that was paid for is kept: the next run goes on where this one stopped."""
+    """Raised when a backfill or re-embedding stops but keeps its committed work.
+
+    The next run continues where this one stopped.
+    """
 
 
 class PoisonRowsError(KeepsProgressError):
-    """A backfill's function failed for some rows; the others are filled.
+    """Raised when the function of a backfill fails for some rows. The other rows are filled.
 
     Attributes:
-        rows: Key and error of the first of them.
-        count: How many they are.
+        rows: Key and error, as text, of the first failed rows.
+        count: The number of failed rows.
     """
 
     def __init__(
@@ -210,34 +224,37 @@ class PoisonRowsError(KeepsProgressError):
 
 
 class BackfillBehindError(KeepsProgressError):
-    """Others add or change rows faster than a backfill fills them."""
+    """Raised when other writers add or change rows faster than a backfill fills them."""
 
 
 class ModelChangedError(KeepsProgressError):
-    """A model does not give the vectors it gave when the re-embedding began."""
+    """Raised when a model returns other vectors for the same texts than when the work began."""
 
 
 class QualityGateError(KeepsProgressError):
-    """The new vectors are worse than the thresholds allow; the old ones stay in use."""
+    """Raised when the new vectors miss the thresholds of the gate. The old ones stay in use."""
 
 
 class SchemaMismatchError(AiomigrateError):
-    """After its operations ran, a table is not what they predicted."""
+    """Raised when a table differs, after an operation ran, from what the operation predicted."""
 
 
 class MigrationTimeoutError(AiomigrateError):
-    """A migration took longer than the timeout per migration."""
+    """Raised when a migration takes longer than `timeout`, or an index than its `timeout_s`."""
 
 
 class UnresolvedError(AiomigrateError):
-    """Undoing would discard a commit that is not ours, so nothing was undone: a person decides."""
+    """Raised when undoing a migration would discard another writer's commit.
+
+    The table is left as it is; the remedy names the choices.
+    """
 
 
 class ValidationFailedError(AiomigrateError):
-    """The database is not what the ledger and the scripts say.
+    """Raised when a run ends and a line is not at its target.
 
     Attributes:
-        errors: One sentence for each difference.
+        errors: One sentence for each such line.
     """
 
     def __init__(self, errors: tuple[str, ...], remedy: str) -> None:
@@ -249,36 +266,36 @@ class ValidationFailedError(AiomigrateError):
 
 
 class StoreError(AiomigrateError):
-    """LanceDB refused or failed a call, in a way no subclass names."""
+    """Raised when a LanceDB call fails and no subclass describes the failure."""
 
 
 class TableNotFoundError(StoreError):
-    """The table does not exist (or is the ghost of a create that was killed)."""
+    """Raised when a table does not exist, or only as the remains of a create that was killed."""
 
 
 class TableExistsError(StoreError):
-    """A table of that name exists already."""
+    """Raised when a table of the requested name already exists."""
 
 
 class ColumnNotNullableError(StoreError):
-    """NULL values stand where NOT NULL was asked for."""
+    """Raised when a column contains NULL and cannot become NOT NULL."""
 
 
 class CastRefusedError(StoreError):
-    """LanceDB does not cast a column from its type to another."""
+    """Raised when LanceDB cannot cast a column to the requested type."""
 
 
 class CommitConflictError(StoreError):
-    """Another commit came first; the same call may succeed on a fresh handle."""
+    """Raised when another commit came first. The same call may succeed on a new handle."""
 
 
 class StaleHandleError(StoreError):
-    """The handle, or the decision made on it, is out of date: reopen, look, and decide again."""
+    """Raised when a handle is out of date: reopen the table, read it again and decide again."""
 
 
 class WriterCongestionError(StoreError):
-    """LanceDB gave up after its own retries: too many writers on one table. Nothing was written."""
+    """Raised when LanceDB's own retries are exhausted by other writers. Nothing was written."""
 
 
 class TableVersionGoneError(StoreError):
-    """The table_version asked for was removed by a cleanup."""
+    """Raised when a requested table_version no longer exists because a cleanup removed it."""
