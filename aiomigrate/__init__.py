@@ -1,7 +1,8 @@
 """aiomigrate: crash-safe, exactly-once migrations for LanceDB, in async Python.
 
-Everything public is here. Names are imported when first used, so that `import aiomigrate` costs
-next to nothing and migration scripts do not load LanceDB.
+The public names are here; `aiomigrate.asgi` and `aiomigrate.otel` are imported separately. Each
+name is imported on first use, so that `import aiomigrate` is fast and migration scripts do not
+import LanceDB.
 """
 
 from __future__ import annotations

@@ -1,23 +1,26 @@
-"""The entry point of the `aiomigrate` command; it says how to get it when the extra is missing."""
+"""The entry point of the `aiomigrate` command. Explains how to install the `cli` extra if needed.
+
+The verbs are in `cli`.
+"""
 
 from __future__ import annotations
 
 import sys
 
-_NEEDED = ("typer", "rich")
+_REQUIRED = ("typer", "rich")
 
 
 def main() -> int:
-    """Runs the command with the process's arguments.
+    """Runs the command with the arguments of the process.
 
     Returns:
-        The exit code.
+        The exit code; 2 if `typer` or `rich` is not installed.
     """
     try:
-        for name in _NEEDED:
+        for name in _REQUIRED:
             __import__(name)
     except ImportError as exc:
-        if exc.name not in _NEEDED:
+        if exc.name not in _REQUIRED:
             raise
         sys.stderr.write(
             f"The aiomigrate command needs {exc.name}, which is not installed.\n"

@@ -1,4 +1,4 @@
-"""The two clocks, as one argument, so that tests can hold them."""
+"""The monotonic and the wall clock, passed as one argument so that tests can replace them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 
 
 def _elapsed() -> float:
-    # Time passes for a lease while the machine sleeps, so the clock must count that too.
+    # A lease also ages while the machine is suspended, so the clock must count that time.
     boottime = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boottime is None else time.clock_gettime(boottime)
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """A monotonic clock for durations and leases, a wall clock for records.
+    """A monotonic clock for durations and leases, and a wall clock for records.
 
     Attributes:
-        monotonic: Seconds that never go back, counting time asleep where the system can.
-        wall: The moment, UTC-aware.
+        monotonic: Returns seconds that never decrease; includes suspended time where the system
+            provides `CLOCK_BOOTTIME`.
+        wall: Returns the current time, aware, in UTC.
     """
 
     monotonic: Callable[[], float] = _elapsed

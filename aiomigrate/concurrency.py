@@ -1,6 +1,6 @@
-"""Running several things at once, and how many migrations operate at once.
+"""Runs coroutines concurrently, and limits how many migrations run at the same time.
 
-What runs beside what is decided by `runs.scheduler`.
+`runs.scheduler` decides which migrations may run at the same time.
 """
 
 from __future__ import annotations
@@ -24,37 +24,41 @@ _AT_ONCE = 16
 async def run_each(
     items: Iterable[T], work: Callable[[T], Awaitable[None]], *, at_once: int = _AT_ONCE
 ) -> None:
-    """Runs the same work on each item, a few at once. The first failure cancels the others.
+    """Awaits `work` for each item, several at a time. The first failure cancels the others.
 
     Args:
-        items: The items; with none, nothing happens.
-        work: The work on one item.
-        at_once: The most items worked on at one time.
+        items: The items. Without items, nothing happens.
+        work: Called with one item.
+        at_once: The maximum number of items worked on at the same time.
 
     Raises:
-        Exception: What `work` raised.
+        Exception: The exception that `work` raised; of several, the one of `sole_error`.
     """
-    given = list(items)
-    if at_once == 1 or len(given) == 1:
-        for item in given:
+    all_items = list(items)
+    if at_once == 1 or len(all_items) == 1:
+        for item in all_items:
             await work(item)
         return
-    left = iter(given)
+    remaining = iter(all_items)
 
-    async def some() -> None:
-        for item in left:
+    async def worker() -> None:
+        for item in remaining:
             await work(item)
 
     try:
         async with anyio.create_task_group() as group:
-            for _ in range(min(at_once, len(given))):
-                group.start_soon(some)
+            for _ in range(min(at_once, len(all_items))):
+                group.start_soon(worker)
     except BaseExceptionGroup as failures:
         raise sole_error(failures) from None
 
 
 def sole_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Returns the one exception a caller should see: an error of ours before any other."""
+    """Returns the exception of a group that the caller should see.
+
+    An exception that is not an `Exception` (such as a cancellation) comes first, then an
+    `AiomigrateError`, then any other; of equal ones the first.
+    """
     flat: list[BaseException] = []
     stack: list[BaseException] = [failures]
     while stack:
@@ -63,23 +67,31 @@ def sole_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
             stack.extend(reversed(item.exceptions))
         else:
             flat.append(item)
-    ours = [e for e in flat if isinstance(e, (AiomigrateError, MigrationFailedError))]
+    own = [e for e in flat if isinstance(e, (AiomigrateError, MigrationFailedError))]
     fatal = [e for e in flat if not isinstance(e, Exception)]
-    return (fatal or ours or flat)[0]
+    return (fatal or own or flat)[0]
 
 
 MAX_RELEASED = 256
-"""Most slots released at one time: their holders wake together, which blocks the event loop."""
+"""The maximum number of slots released at the same time.
+
+Their holders may all wake in the same moment, which blocks the event loop.
+"""
 
 
 class Slots:
-    """The slots of one run: as many migrations operate at once as there are slots."""
+    """The concurrency slots of one run. A migration runs only while it holds a slot.
+
+    Attributes:
+        limiter: Counts the slots in use.
+        released: The number of slots that are released at the moment.
+    """
 
     def __init__(self, total: int) -> None:
-        """Makes all slots, free.
+        """Creates the slots; all are free.
 
         Args:
-            total: How many there are.
+            total: The number of slots.
         """
         self.limiter = anyio.CapacityLimiter(total)
         self.released = 0
@@ -89,16 +101,16 @@ class Slot:
     """One concurrency slot, held inside `async with` and released while its holder waits.
 
     Attributes:
-        waited_s: Seconds spent waiting to take it again after it was released.
+        waited_s: Seconds spent waiting to take the slot again after it was released.
     """
 
     def __init__(self, slots: Slots, limit: anyio.CancelScope, clock: Clock) -> None:
-        """Takes no slot yet.
+        """Prepares a slot without taking it.
 
         Args:
-            slots: All slots of the run.
-            limit: The holder's time limit. Waiting to take the slot again does not count in it.
-            clock: Clocks.
+            slots: The slots of the run.
+            limit: The holder's time limit. Waiting to take the slot again does not count toward it.
+            clock: The clocks.
         """
         self.waited_s = 0.0
         self._slots = slots
@@ -124,17 +136,17 @@ class Slot:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Gives the slot back, if it is held."""
+        """Frees the slot if it is held, also after a failure or a cancellation."""
         if self._is_held:
             self._is_held = False
             self._slots.limiter.release_on_behalf_of(self)
 
     @contextlib.asynccontextmanager
     async def released(self) -> AsyncIterator[None]:
-        """Releases the slot inside, and takes it again afterwards.
+        """Releases the slot inside `async with`, and takes it again afterwards.
 
-        After a failure or a cancellation it is not taken again. When `MAX_RELEASED` slots are
-        released already, this one is kept.
+        After a failure or a cancellation inside, the slot is not taken again. The slot is not
+        released if it is not held, or if `MAX_RELEASED` slots are already released.
         """
         if not self._is_held or self._slots.released >= MAX_RELEASED:
             yield
@@ -146,9 +158,9 @@ class Slot:
             yield
         finally:
             self._slots.released -= 1
-        begun = self._clock.monotonic()
+        started = self._clock.monotonic()
         deadline, self._limit.deadline = self._limit.deadline, math.inf
         await self._take()
-        waited_s = self._clock.monotonic() - begun
+        waited_s = self._clock.monotonic() - started
         self._limit.deadline = deadline + waited_s
         self.waited_s += waited_s

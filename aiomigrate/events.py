@@ -1,7 +1,6 @@
-"""Names of the structlog events, stable across releases; all data travels as keys.
+"""The names of the structlog events. They are stable across releases; all data is in the keys.
 
-For anyone who filters or counts log lines. Not the journal's event kinds: those are
-`aiomigrate.model.Kind`.
+Use them to filter or count log lines. The event kinds of the journal are in `aiomigrate.Kind`.
 """
 
 BACKGROUND_FAILED = "background.failed"
@@ -28,7 +27,7 @@ LEDGER_RETRIED = "ledger.retried"
 STORE_UNSAFE = "store.unsafe"
 
 STEP_STARTED = "step.started"
-STEP_APPLIED = "step.applied"  # the one canonical line per finished migration
+STEP_APPLIED = "step.applied"  # the canonical line: one for each applied migration
 STEP_FAILED = "step.failed"
 STEP_SKIPPED = "step.skipped"
 STEP_ROLLED_BACK = "step.rolled_back"

@@ -1,4 +1,4 @@
-"""The path under which `aiomigrate.events` names the kinds of journal events."""
+"""Exports `Kind` under its former path. New code imports it as `aiomigrate.Kind`."""
 
 from aiomigrate.ledger.records import Kind
 

@@ -1,4 +1,4 @@
-"""Which values the numeric options may have, wherever they come from. Pure; imports only errors."""
+"""Checks the numeric options, from whichever source they come. Pure; imports only `errors`."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ NUMERIC_OPTIONS: dict[str, type[int | float]] = {
     "timeout": float,
     "keep_savepoints": float,
 }
-"""The options that are numbers, and whether they are whole."""
+"""The numeric options with their types. The `float` options are in seconds."""
 
-_MAY_BE_0 = ("lease_wait", "keep_savepoints")
+_ZERO_ALLOWED = ("lease_wait", "keep_savepoints")
 
 
 def check_number(option: str, value: object, where: str) -> float:
-    """Returns the value of a numeric option: finite, and positive unless 0 has a meaning.
+    """Returns the value of a numeric option if it is valid.
+
+    A valid value is finite and positive. `lease_wait` and `keep_savepoints` may also be 0.
 
     Args:
         option: One of `NUMERIC_OPTIONS`.
-        value: What was given.
-        where: What its source calls it, for the error.
+        value: The value to check.
+        where: The name of the option in its source, for the error.
 
     Raises:
-        ConfigurationError: It is not a number, or outside of its range.
+        ConfigurationError: The value is not a number of the option's type, or is out of range.
     """
     whole = NUMERIC_OPTIONS[option] is int
     kind: type[int] | tuple[type, ...] = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind):
         noun = "a whole number" if whole else "a number of seconds"
-        raise ConfigurationError(f"{where}: {value!r} is not {noun}.", "Give a number.")
-    assert isinstance(value, int | float)  # noqa: S101 - `kind` says so
-    least = "0 or more" if option in _MAY_BE_0 else "more than 0"
-    if not math.isfinite(value) or value < 0 or (value == 0 and option not in _MAY_BE_0):
-        raise ConfigurationError(f"{where}: {value!r} is out of range.", f"Give {least}.")
+        raise ConfigurationError(f"{where}: {value!r} is not {noun}.", f"Pass {noun}.")
+    assert isinstance(value, int | float)  # noqa: S101 - narrows the type, as checked by `kind`
+    least = "0 or more" if option in _ZERO_ALLOWED else "more than 0"
+    if not math.isfinite(value) or value < 0 or (value == 0 and option not in _ZERO_ALLOWED):
+        raise ConfigurationError(f"{where}: {value!r} is out of range.", f"Pass {least}.")
     return value

@@ -1,10 +1,12 @@
-"""Spans and metrics of runs for OpenTelemetry. Needs the extra `otel`.
+"""Exports spans and metrics of runs to OpenTelemetry. Needs the extra `otel`.
 
-`MigrationManager(..., telemetry=OpenTelemetry())`. Spans nest run, table, migration, operation;
-waiting for the lease and for the journal are spans of their own. Names of attributes are those of
-OpenTelemetry's semantic conventions for databases (`db.system.name`, `db.namespace`,
-`db.collection.name`, `db.operation.name`, `error.type`) where there is one.
+Use it as `MigrationManager(..., telemetry=OpenTelemetry())`. Spans nest: run, table, migration,
+operation. Waiting for the lease and waiting for the journal have their own spans. Attributes are
+named as in OpenTelemetry's semantic conventions for databases where these have a name
+(`db.system.name`, `db.namespace`, `db.collection.name`, `db.operation.name`, `error.type`).
 Source: "Semantic conventions for database client spans", OpenTelemetry.
+
+This module configures no exporter: the application does.
 """
 
 from __future__ import annotations
@@ -30,19 +32,19 @@ except ModuleNotFoundError as exc:
 
 
 class OpenTelemetry(Telemetry):
-    """Tells OpenTelemetry of runs.
+    """Exports runs to OpenTelemetry.
 
-    Metrics: `aiomigrate.migrations` (count, by `db.collection.name` and `aiomigrate.outcome`),
-    `aiomigrate.migration.duration` and `aiomigrate.lease.wait` (histograms, seconds),
-    `aiomigrate.rows` (count of rows changed).
+    Metrics: `aiomigrate.migrations` (counter, by `db.collection.name` and `aiomigrate.outcome`),
+    `aiomigrate.rows` (counter of changed rows), `aiomigrate.migration.duration` and
+    `aiomigrate.lease.wait` (histograms, in seconds).
     """
 
     def __init__(self, *, tracer_provider: Any = None, meter_provider: Any = None) -> None:
-        """Takes a tracer and a meter.
+        """Creates the tracer and the instruments.
 
         Args:
-            tracer_provider: Where spans go; by default the global one.
-            meter_provider: Where metrics go; by default the global one.
+            tracer_provider: The provider of the tracer; by default the global one.
+            meter_provider: The provider of the meter; by default the global one.
         """
         self._tracer = trace.get_tracer("aiomigrate", __version__, tracer_provider)
         meter = metrics.get_meter("aiomigrate", __version__, meter_provider)
@@ -53,28 +55,33 @@ class OpenTelemetry(Telemetry):
             "aiomigrate.rows", unit="{row}", description="Rows that migrations changed."
         )
         self._duration = meter.create_histogram(
-            "aiomigrate.migration.duration", unit="s", description="From begin to end."
+            "aiomigrate.migration.duration", unit="s", description="Duration of a migration."
         )
         self._lease = meter.create_histogram(
-            "aiomigrate.lease.wait", unit="s", description="Waiting for the lease."
+            "aiomigrate.lease.wait", unit="s", description="Time spent waiting for the lease."
         )
 
     @contextlib.contextmanager
     def span(self, name: str, attributes: Mapping[str, str | int]) -> Iterator[_Span]:
-        """Opens a span below the one that is open where this is called."""
-        begun = time.monotonic()
-        told = {"db.system.name": "lancedb", **attributes}
-        with self._tracer.start_as_current_span(name, attributes=told) as span:
+        """Opens a span as a child of the caller's current span, and closes it afterwards.
+
+        Args:
+            name: The name of the span.
+            attributes: Its attributes; `db.system.name` is added.
+        """
+        started = time.monotonic()
+        all_attributes = {"db.system.name": "lancedb", **attributes}
+        with self._tracer.start_as_current_span(name, attributes=all_attributes) as span:
             yield _Span(span)
         if name == LEASE:
-            self._lease.record(time.monotonic() - begun)
+            self._lease.record(time.monotonic() - started)
 
     def ended(self, step: StepReport) -> None:
-        """Counts a migration."""
-        told = {"db.collection.name": step.line, "aiomigrate.outcome": step.outcome.value}
-        self._migrations.add(1, told)
-        self._rows.add(step.rows, told)
-        self._duration.record(step.ran_s + step.ledger_s, told)
+        """Updates the metrics with the result of a migration."""
+        attributes = {"db.collection.name": step.line, "aiomigrate.outcome": step.outcome.value}
+        self._migrations.add(1, attributes)
+        self._rows.add(step.rows, attributes)
+        self._duration.record(step.ran_s + step.ledger_s, attributes)
 
 
 class _Span:

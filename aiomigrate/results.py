@@ -1,7 +1,7 @@
-"""What a run returns: a report of its migrations, with their times. Pure values.
+"""The values that a run returns: a report of its migrations, with durations. Pure.
 
-Each prints itself (`str`) and gives itself as a dictionary for JSON. How they are computed is for
-`runs`; colours and terminals are for `cli`.
+Each value formats itself as text (`str`) and as a dictionary for JSON. `runs` computes them; `cli`
+shows them on a terminal.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ class Outcome(enum.StrEnum):
 
     @property
     def is_done(self) -> bool:
-        """Whether it did what it was to do."""
+        """Whether the migration succeeded: it was applied or, in a rollback, undone."""
         return self in (Outcome.APPLIED, Outcome.ROLLED_BACK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One migration of a run.
+    """The result of one migration of a run.
 
     Attributes:
-        line: Its line.
-        version: Its version.
-        description: Its description.
-        outcome: How it ended.
-        began_s: Seconds from when the run was planned to its first operation.
-        depended_s: Seconds it waited for what it depends on, since the one before it on its line
-            had ended.
-        waited_s: Seconds it waited for that and for a slot.
-        ran_s: Seconds its operations took.
-        ledger_s: Seconds it waited for the journal.
-        rows: Rows changed.
-        commits: Commits made on touched tables.
-        size: Bytes of data that its tables hold afterwards, `None` where that was not measured (of
-            migrations that changed nothing, or neither rewrite rows nor run code).
-        retries: Commits tried again after a conflict.
-        tables: table_version before and after, by table; 0 where the table did not exist.
-        resumed: Whether it recovered what a crash had interrupted.
-        error: Why it failed or was skipped, or empty.
-        remedy: What to do about it, or empty.
-        told: What its operations tell of their work, JSON values by table and topic: the rows
-            that a backfill could not fill (`poison`), the quality of new vectors (`gate`).
+        line: The line of the migration.
+        version: The version of the migration.
+        description: The description of the migration.
+        outcome: How the migration ended.
+        began_s: Seconds between the planning of the run and the migration's first operation.
+        depended_s: Seconds spent waiting for dependencies after the line's previous migration had
+            ended.
+        waited_s: Seconds spent waiting for dependencies and for a slot.
+        ran_s: Seconds spent in operations.
+        ledger_s: Seconds spent waiting for the journal.
+        rows: Number of changed rows.
+        commits: Number of commits to the migration's tables.
+        size: Bytes of data in the migration's tables afterwards. `None` if not measured, as for
+            migrations that changed nothing, or neither rewrite rows nor run code.
+        retries: Number of commits repeated after a conflict.
+        tables: table_version before and after, by table; 0 if the table did not exist.
+        resumed: Whether the migration continued after a crash had interrupted it.
+        error: Why the migration failed or was skipped, or empty.
+        remedy: What to do about the error, or empty.
+        told: Facts reported by the operations, as JSON values by table and topic: the rows that a
+            backfill could not fill (`poison`), the quality of new vectors (`gate`).
     """
 
     line: str
@@ -79,7 +79,7 @@ class StepReport:
     told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as a JSON-ready dictionary."""
+        """Returns the report as a dictionary of JSON values."""
         out = {name: getattr(self, name) for name in self.__slots__}
         out["tables"] = {t: {"before": b, "after": a} for t, (b, a) in self.tables.items()}
         return out
@@ -87,21 +87,22 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A whole run. `str()` is a table of timings; `to_dict()` and `to_json()` are for programs.
+    """The result of a run. `str()` returns a table of timings, `to_dict()` and `to_json()` JSON.
 
     Attributes:
         run_id: Identifies the run in logs and journal.
-        database: The database's URI, without secrets.
-        started_at: When, UTC.
+        database: The URI of the database, without secrets.
+        started_at: The start of the run, in UTC.
         total_s: Seconds from start to end.
-        lease_s: Seconds waited for the lease; 0 when none was needed.
-        steps: Every migration of the plan, in the plan's order; empty when nothing was pending.
-        lines: The version each line is at now, by line.
-        adopted: Lines that another system had written.
-        ledger_commits: Commits made on the two metadata tables.
-        deferred: What is left for the background (line and version), in order.
-        critical: The migrations that its end waited for, first to last.
-        concurrency: How many were at work at once, on average; 0 where there were none.
+        lease_s: Seconds spent waiting for the lease; 0 if none was needed.
+        steps: The migrations of the plan, in the order of the plan; empty if nothing was pending.
+        lines: The current version of each line, by line.
+        adopted: Lines whose records were adopted from another system.
+        ledger_commits: Number of commits to the two metadata tables.
+        deferred: Migrations left for the background (line and version), in order.
+        critical: The critical path: the migrations that determined when the run ended, first to
+            last.
+        concurrency: Number of migrations that ran at the same time, on average; 0 if none ran.
     """
 
     run_id: str
@@ -129,11 +130,11 @@ class Report:
 
     @property
     def skipped(self) -> tuple[StepReport, ...]:
-        """The migrations that were not tried because one they follow failed."""
+        """The migrations that were not started because an earlier one failed."""
         return tuple(s for s in self.steps if s.outcome is Outcome.SKIPPED)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as a JSON-ready dictionary."""
+        """Returns the report as a dictionary of JSON values."""
         return {
             "run_id": self.run_id,
             "database": self.database,
@@ -158,7 +159,10 @@ class Report:
         }
 
     def followed_by(self, later: Report) -> Report:
-        """Returns this run and another that came right after it as one."""
+        """Returns one report for this run and a later one, such as its background part.
+
+        Durations, commits and steps are added up; `lines` and `deferred` are those of `later`.
+        """
         return replace(
             later,
             run_id=self.run_id,
@@ -169,22 +173,22 @@ class Report:
             adopted=(*self.adopted, *later.adopted),
             ledger_commits=self.ledger_commits + later.ledger_commits,
             critical=(*self.critical, *later.critical),
-            concurrency=_mean(self, later),
+            concurrency=_mean_concurrency(self, later),
         )
 
     def to_json(self) -> str:
-        """Returns it as JSON text."""
+        """Returns the report as JSON text."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def __str__(self) -> str:
         return report_text(self)
 
 
-def _mean(first: Report, second: Report) -> float:
-    """Returns how many migrations were at work at once in two runs, on average."""
+def _mean_concurrency(first: Report, second: Report) -> float:
+    """Returns the concurrency of two runs, averaged over their durations."""
     total_s = first.total_s + second.total_s
-    weighed = first.concurrency * first.total_s + second.concurrency * second.total_s
-    return weighed / total_s if total_s else 0.0
+    weighted = first.concurrency * first.total_s + second.concurrency * second.total_s
+    return weighted / total_s if total_s else 0.0
 
 
 REPORT_HEADER = (
@@ -194,7 +198,7 @@ REPORT_RIGHT = (1, 3, 4, 5, 6, 7)
 
 
 def report_rows(report: Report) -> list[tuple[str, ...]]:
-    """Returns the cells of a report's table, one row per migration, as in `REPORT_HEADER`."""
+    """Returns the cells of a report's table: one row per migration, columns as `REPORT_HEADER`."""
     return [
         (
             step.line,
@@ -221,9 +225,11 @@ def _versions(tables: object) -> str:
 
 
 def report_summary(report: Report) -> str:
-    """Returns a run in one line."""
+    """Returns a one-line summary of a run."""
     if not report.steps:
-        left = f" but for {len(report.deferred)} in the background" if report.deferred else ""
+        count = len(report.deferred)
+        noun = "migration" if count == 1 else "migrations"
+        left = f" except for {count} background {noun}" if count else ""
         return f"{report.database} is at target{left}: nothing to do ({duration(report.total_s)})."
     undone = sum(step.outcome is Outcome.ROLLED_BACK for step in report.steps)
     parts = [f"{undone} rolled back"] if undone else [f"{len(report.applied)} applied"]
@@ -237,7 +243,7 @@ def report_summary(report: Report) -> str:
 
 
 def report_text(report: Report) -> str:
-    """Returns a run as a table of timings and a summary; one line when nothing was pending."""
+    """Returns a table of timings and a summary; only the summary if nothing was pending."""
     if not report.steps:
         return report_summary(report)
     out = [table(REPORT_HEADER, report_rows(report), REPORT_RIGHT)]

@@ -1,6 +1,6 @@
-"""What is told of a run while it goes on, to a tracer; by default nothing.
+"""The interface through which a run reports spans and results to a tracer. The default is a no-op.
 
-The events of the log are `events`; an implementation for OpenTelemetry is `otel`.
+Log events are in `events`; `otel` implements the interface for OpenTelemetry.
 """
 
 from __future__ import annotations
@@ -20,32 +20,40 @@ LEDGER = "aiomigrate.ledger"
 
 
 class Span(Protocol):
-    """Something that takes time, while it does."""
+    """An open span."""
 
     def failed(self, why: str) -> None:
-        """Tells that it failed, where no exception passes through."""
+        """Marks the span as failed, where no exception leaves it.
+
+        Args:
+            why: The error as text.
+        """
 
 
 class Telemetry:
-    """Told of everything that takes time; does nothing. Subclass it, or use `aiomigrate.otel`."""
+    """Receives the spans and results of runs and ignores them.
+
+    Subclass it, or use `aiomigrate.otel.OpenTelemetry`.
+    """
 
     def span(
         self, name: str, attributes: Mapping[str, str | int]
     ) -> contextlib.AbstractContextManager[Span]:
-        """Is entered when something begins and left when it ends.
+        """Returns a context manager that is entered when a span starts and left when it ends.
 
         Args:
-            name: What it is, as named above.
-            attributes: Facts about it, by names as OpenTelemetry's.
+            name: The name of the span: `RUN`, `LEASE`, `TABLE`, `MIGRATION`, `OPERATION` or
+                `LEDGER`.
+            attributes: Attributes of the span, named as in OpenTelemetry.
         """
         del name, attributes
-        return _NOTHING
+        return _NO_SPAN
 
     def ended(self, step: StepReport) -> None:
-        """Is called with what came of each migration."""
+        """Receives the result of each migration that ended."""
 
 
-class _Nothing(contextlib.AbstractContextManager["_Nothing"]):
+class _NoSpan(contextlib.AbstractContextManager["_NoSpan"]):
     def __exit__(self, *_: object) -> None:
         return None
 
@@ -53,4 +61,4 @@ class _Nothing(contextlib.AbstractContextManager["_Nothing"]):
         pass
 
 
-_NOTHING = _Nothing()
+_NO_SPAN = _NoSpan()
