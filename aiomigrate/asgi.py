@@ -1,11 +1,11 @@
-"""Migrations at the startup of an ASGI application, and probes that cost nothing.
+"""Runs migrations at the startup of an ASGI application, and answers health probes.
 
-`lifespan(...)` is what Starlette, FastAPI and Litestar take as a lifespan: it brings the database
-to its target before the first request, runs what is marked for the background in a task of its
-own, and drains that on shutdown. Its `around` does so for any other framework. Its `health` is an
-ASGI application that answers from memory.
+`lifespan(...)` returns a lifespan for Starlette, FastAPI and Litestar. It brings the database to
+its target before the first request, runs background migrations in a separate task, and drains that
+task on shutdown. Its `around` does the same for any other framework. Its `health` is an ASGI
+application that answers from memory.
 
-Not for looking at a database that others migrate: that is `MigrationManager.health`.
+To inspect a database that another process migrates, use `MigrationManager.health`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ Inner = Callable[[App], AbstractAsyncContextManager[Any]]
 
 
 class Lifespan:
-    """A lifespan that migrates first. Made by `lifespan`; one instance serves one application.
+    """A lifespan that migrates before it starts an application. Created by `lifespan`.
+
+    One instance serves one application.
 
     Attributes:
-        manager: The manager.
-        report: What the start did, `None` before it has ended.
+        manager: The manager of the database.
+        report: The report of the start, extended by that of background work when it has ended;
+            `None` until the start has ended.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Lifespan:
         then: Inner | None,
         log: Any,
     ) -> None:
-        """Does nothing yet. See `lifespan`."""
+        """Stores the options; connects to nothing. See `lifespan` for the arguments."""
         self.manager = manager
         self.report: Report | None = None
         self._on_pending = on_pending
@@ -62,17 +65,17 @@ class Lifespan:
         self._log = log
         self._state = "starting"
         self._error = ""
-        self._left: set[tuple[str, int]] = set()
-        self._going: dict[str, Progress] = {}
+        self._deferred: set[tuple[str, int]] = set()
+        self._progress: dict[str, Progress] = {}
         self._handles: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # ---- handles --------------------------------------------------------------------------------
 
     def keep_fresh(self, *tables: Any) -> None:
-        """Remembers open `AsyncTable`s, to bring them to the latest version after migrations.
+        """Registers open `AsyncTable`s, to update them to the latest version after migrations.
 
-        A handle stays at the version it was opened at, or first read. Handles that are no longer
-        used are forgotten.
+        A handle stays at the version at which it was opened or first read. Only weak references
+        are kept.
 
         Args:
             *tables: Open `AsyncTable`s.
@@ -80,10 +83,10 @@ class Lifespan:
         self._handles.update(tables)
 
     async def refresh(self) -> None:
-        """Brings the handles given to `keep_fresh` to the latest version now.
+        """Updates the handles registered with `keep_fresh` to the latest version now.
 
         Raises:
-            Exception: LanceDB's own, where a table is gone.
+            Exception: LanceDB's own exception, if a table no longer exists.
         """
         for table in list(self._handles):
             await table.checkout_latest()
@@ -91,24 +94,25 @@ class Lifespan:
     # ---- health ---------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns what is known without asking the store, as JSON values.
+        """Returns the known state as JSON values, without a call to the store.
 
         `state` is `starting`, `ready`, `failed` (the start failed) or `stopping`. `background`
-        tells, by table, what is left there and how far it is; `background_error` why it stopped.
+        contains, by line, the migrations left for the background with their progress;
+        `background_error` is the error that stopped them, or empty.
         """
         background = {}
-        for line, version in sorted(self._left):
-            told = self._going.get(line)
-            going = StepProgress(
+        for line, version in sorted(self._deferred):
+            last = self._progress.get(line)
+            step = StepProgress(
                 line=line,
                 version=version,
-                done=told.done if told else 0,
-                total=told.total if told else None,
+                done=last.done if last else 0,
+                total=last.total if last else None,
             )
             background[line] = {
                 "version": version,
-                "state": told.state if told else "pending",
-                "percent": None if going.percent is None else round(going.percent, 1),
+                "state": last.state if last else "pending",
+                "percent": None if step.percent is None else round(step.percent, 1),
             }
         return {
             "state": self._state,
@@ -120,76 +124,82 @@ class Lifespan:
         }
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers probes from memory: an ASGI application to mount, say at `/health`.
+        """Answers health probes from memory: an ASGI application to mount, such as at `/health`.
 
-        `GET .../live` is 200 while the process runs; any other path is 200 once the application
-        may serve, and 503 before. The body is `snapshot()` as JSON.
+        `GET .../live` returns 200 while the process runs. Any other path returns 200 while the
+        application is ready to serve, else 503. The body is `snapshot()` as JSON. Connections
+        other than HTTP are ignored.
         """
         if scope["type"] != "http":
             return
-        told = self.snapshot()
+        state = self.snapshot()
         is_live = str(scope["path"]).rstrip("/").endswith("/live")
-        body = json.dumps(told).encode()
+        body = json.dumps(state).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"cache-control", b"no-store"),
         ]
-        status = 200 if is_live or told["ready"] else 503
+        status = 200 if is_live or state["ready"] else 503
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    # ---- at work --------------------------------------------------------------------------------
+    # ---- startup and background work ------------------------------------------------------------
 
     def around(self, application: Application) -> Application:
-        """Returns an ASGI application that migrates before another one starts.
+        """Returns an ASGI application that migrates before it starts another one.
 
-        In place of the framework's own `lifespan=`: for frameworks that have none, and for a start
-        that fails to be told in our two lines alone, without the framework's traceback.
+        Use it instead of the framework's `lifespan=` if the framework has none, or if a failed
+        start should be reported in two lines, without the framework's traceback.
 
         Args:
-            application: Any ASGI application, of any framework; it need not know lifespans.
+            application: Any ASGI application; it need not support lifespans.
         """
 
-        async def migrated(scope: Scope, receive: Receive, send: Send) -> None:
+        async def wrapper(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "lifespan":
                 await application(scope, receive, send)
                 return
             startup = await receive()
-            begun = False
+            started = False
             try:
                 async with self(application) as state:
                     if isinstance(state, Mapping) and "state" in scope:
                         scope["state"].update(state)
-                    begun = True
-                    await _live(application, scope, startup, receive, send)
+                    started = True
+                    await _run_application(application, scope, startup, receive, send)
             except AiomigrateError as exc:
-                if begun:
+                if started:
                     raise
-                told = f"{exc.what}\n{exc.remedy}"
-                await send({"type": "lifespan.startup.failed", "message": told})
+                message = f"{exc.what}\n{exc.remedy}"
+                await send({"type": "lifespan.startup.failed", "message": message})
 
-        return migrated
+        return wrapper
 
     @asynccontextmanager
     async def __call__(self, app: App) -> AsyncIterator[Any]:
-        """Is the context of an application, as frameworks ask for it.
+        """Migrates, then keeps the application's context open. Called by the framework.
+
+        The lease is held only while migrations run. Leaving the context, also by a cancellation,
+        cancels the background work: calls in flight have their `drain_s` to end, and the next
+        start continues the work.
 
         Args:
-            app: The application, for `then`.
+            app: The application, passed to `then`.
 
         Yields:
-            What `then` yields, `None` without.
+            The value that `then` yields; `None` without `then`.
 
         Raises:
-            AiomigrateError: The database could not be brought to its target; nothing is served.
+            AiomigrateError: The database could not be brought to its target. The application does
+                not start.
         """
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.manager)
-            await self._start()
-            if self._left and self._background and self._on_pending is OnPending.MIGRATE:
+            await self._initialize()
+            if self._deferred and self._background and self._on_pending is OnPending.MIGRATE:
                 group = await stack.enter_async_context(anyio.create_task_group())
-                group.start_soon(self._work)
+                group.start_soon(self._run_background)
                 stack.callback(group.cancel_scope.cancel)
             inner = None
             if self._then is not None:
@@ -197,66 +207,66 @@ class Lifespan:
             yield inner
             self._state = "stopping"
 
-    async def _start(self) -> None:
+    async def _initialize(self) -> None:
         try:
             self.report = await self.manager.initialize(on_pending=self._on_pending)
         except AiomigrateError as exc:
             self._state, self._error = "failed", exc.what
             raise
-        self._left = set(self.report.deferred)
+        self._deferred = set(self.report.deferred)
         self._state = "ready"
         await self.refresh()
 
-    async def _work(self) -> None:
-        """Does what is left for the background; after a failure the application serves on."""
+    async def _run_background(self) -> None:
+        """Runs the background migrations. After a failure the application continues to serve."""
         with self.manager.progress() as stream:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._listen, stream)
+                group.start_soon(self._follow_progress, stream)
                 try:
                     later = await self.manager.run_background()
                 except AiomigrateError as exc:
                     self._error = exc.what
                     self._log.error(ev.BACKGROUND_FAILED, error=exc.what)
                 else:
-                    self._left.clear()
+                    self._deferred.clear()
                     if self.report is not None:
                         self.report = self.report.followed_by(later)
                 group.cancel_scope.cancel()
         await self.refresh()
 
-    async def _listen(self, stream: AsyncIterable[Progress]) -> None:
+    async def _follow_progress(self, stream: AsyncIterable[Progress]) -> None:
         async for progress in stream:
-            self._going[progress.line] = progress
+            self._progress[progress.line] = progress
             if progress.state == Outcome.APPLIED:
-                self._left.discard((progress.line, progress.version))
+                self._deferred.discard((progress.line, progress.version))
                 await self.refresh()
 
 
-async def _live(
+async def _run_application(
     application: Application,
     scope: Scope,
     startup: Mapping[str, Any],
     receive: Receive,
     send: Send,
 ) -> None:
-    """Lets an application live from its startup, which was received already, to its shutdown."""
-    waiting = [startup]
-    spoke = False
+    """Runs an application's lifespan. Its startup message was already received."""
+    unread = [startup]
+    has_sent = False
 
-    async def receiving() -> Mapping[str, Any]:
-        return waiting.pop() if waiting else await receive()
+    async def receive_next() -> Mapping[str, Any]:
+        return unread.pop() if unread else await receive()
 
-    async def sending(message: Mapping[str, Any]) -> None:
-        nonlocal spoke
-        spoke = True
+    async def send_tracked(message: Mapping[str, Any]) -> None:
+        nonlocal has_sent
+        has_sent = True
         await send(message)
 
     try:
-        await application(scope, receiving, sending)
+        await application(scope, receive_next, send_tracked)
     except Exception:
-        if spoke:
+        if has_sent:
             raise
-    if not spoke:  # it knows no lifespan, which ASGI has it tell by returning or raising
+    if not has_sent:  # in ASGI, an application without lifespan support returns or raises
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await send({"type": "lifespan.shutdown.complete"})
@@ -273,31 +283,31 @@ def lifespan(
 ) -> Lifespan:
     """Returns a lifespan that brings a database to its target before the first request is served.
 
-    `FastAPI(lifespan=lifespan("./data/app.lancedb"))`, `Starlette(lifespan=...)`,
-    `Litestar(lifespan=[...])`. Start as many workers as you like: one migrates, the others wait.
-    Where it fails the server stops with the error; what a killed worker leaves, the next one
-    recovers.
+    Use it as `FastAPI(lifespan=lifespan("./data/app.lancedb"))`, `Starlette(lifespan=...)` or
+    `Litestar(lifespan=[...])`. Any number of workers may start: one takes the lease and migrates,
+    the others wait. If the migration fails, the server stops with the error. If a worker is killed,
+    the next one recovers its migrations.
 
     Args:
-        database: A path or URI, or a manager that was made already.
-        on_pending: What a start does where migrations are pending.
-        background: Whether to run, while serving, what is marked for the background. It stops
-            when the application does: calls in flight have their `drain_s` to end, and the next
-            start goes on.
-        then: The application's own lifespan, entered at target and left first; what it yields
-            is yielded.
+        database: A path or URI, or an existing manager.
+        on_pending: What to do at the start if migrations are pending.
+        background: Whether to run background migrations while the application serves. They stop
+            with the application: calls in flight have their `drain_s` to end, and the next start
+            continues the work.
+        then: The application's own lifespan. It is entered when the database is at target, and
+            left first; the value it yields is yielded.
         logger: A structlog logger; by default `structlog.get_logger("aiomigrate")`.
-        **options: Of the `MigrationManager`, where a path or URI is given.
+        **options: Options of the `MigrationManager`, if `database` is a path or URI.
 
     Raises:
-        ConfigurationError: An option cannot be.
+        ConfigurationError: An option is invalid, or options are given besides a manager.
     """
     log = logger or structlog.get_logger("aiomigrate")
     if isinstance(database, MigrationManager):
         if options:
             raise ConfigurationError(
-                f"A manager was given, and options of one ({', '.join(sorted(options))}).",
-                "Give the options to the manager.",
+                f"lifespan() got a manager and manager options ({', '.join(sorted(options))}).",
+                "Pass the options to the manager.",
             )
         manager = database
     else:

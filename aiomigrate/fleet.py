@@ -1,7 +1,8 @@
-"""Many databases of one application, as of many tenants: each brought to the target, some at once.
+"""Migrates many databases of one application, such as one per tenant, several at a time.
 
-Each database has its own lease and ledger, so nothing here is atomic over several: a failure of
-one holds up no other. Run it again to go on; what is at target costs one small read.
+Each database has its own lease and ledger. Nothing here is atomic over several databases: if one
+fails, the others still run. Run it again to continue; a database at target costs one small read.
+`manager` migrates a single database.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from aiomigrate.manager import MigrationManager
 from aiomigrate.migration import loader
 from aiomigrate.results import Report
 
-_LASTING = (ConfigurationError, PlanError, ScriptError)
-"""Errors that are the same when it is tried again."""
+_PERMANENT_ERRORS = (ConfigurationError, PlanError, ScriptError)
+"""Errors that another attempt cannot fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseReport:
-    """What came of one database.
+    """The result of migrating one database.
 
     Attributes:
-        database: Its URI, without secrets.
-        report: What was done; `None` where it failed before a run.
-        error: What stopped it, `None` when it is at target.
-        attempts: How often it was tried.
-        total_s: Seconds, all attempts together.
+        database: The URI of the database, without secrets.
+        report: The report of the last run; `None` if the last attempt failed without one.
+        error: The error of the last attempt; `None` if the database is at target.
+        attempts: The number of attempts.
+        total_s: Seconds spent in all attempts.
     """
 
     database: str
@@ -44,11 +45,11 @@ class DatabaseReport:
 
     @property
     def is_ok(self) -> bool:
-        """Whether it is at target."""
+        """Whether the database is at target."""
         return self.error is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as a JSON-ready dictionary."""
+        """Returns the report as a dictionary of JSON values."""
         error = self.error
         return {
             "database": self.database,
@@ -65,10 +66,10 @@ class DatabaseReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManyReport:
-    """What came of all of them. `str()` is a summary, with a line for each that failed.
+    """The result of migrating many databases. `str()` lists the failures and a summary.
 
     Attributes:
-        databases: One report for each, in the order given.
+        databases: One report for each database, in the given order.
         total_s: Seconds from start to end.
     """
 
@@ -77,11 +78,11 @@ class ManyReport:
 
     @property
     def failed(self) -> tuple[DatabaseReport, ...]:
-        """Those that are not at target."""
+        """The databases that are not at target."""
         return tuple(one for one in self.databases if not one.is_ok)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as a JSON-ready dictionary."""
+        """Returns the report as a dictionary of JSON values."""
         return {
             "databases": [one.to_dict() for one in self.databases],
             "ok": len(self.databases) - len(self.failed),
@@ -113,69 +114,73 @@ async def migrate_all(
     on_done: Callable[[DatabaseReport], None] | None = None,
     **options: Any,
 ) -> ManyReport:
-    """Brings many databases to their target, some at a time. Failures are collected, not raised.
+    """Upgrades many databases to their target. Collects failures of databases, raises none.
 
-    Scripts are loaded once. Those that failed are tried again after all others, but for errors
-    that would be the same again. Cancelling it undoes or finishes what is in hand, everywhere;
-    it may be run again at any time, also beside itself: each migration is applied once.
+    The scripts are loaded once. Failed databases are tried again after all others, except after
+    errors that another attempt cannot fix. Each database is migrated under its own lease.
+
+    A cancellation undoes or finishes the running migrations of every database. After a crash, the
+    next call recovers each database. Several calls may run at the same time, in one process or
+    many: each migration is applied once.
 
     Args:
-        databases: Paths and URIs; of equal ones the first counts.
+        databases: Paths and URIs. Duplicates are ignored.
         migrations: As for `MigrationManager`.
         params: As for `MigrationManager`.
-        at_once: How many databases are worked on at once; each also has its `concurrency`.
-        attempts: How often a database is tried.
-        background: Whether to do what is marked for the background, too.
-        on_done: Called in the event loop with what came of each, when it has ended for good.
-        **options: Of each `MigrationManager`.
+        at_once: The maximum number of databases migrated at the same time; `concurrency` applies
+            to each of them.
+        attempts: The maximum number of attempts for each database.
+        background: Whether to also run migrations marked for the background.
+        on_done: Called in the event loop with the report of each database after its last attempt.
+        **options: Options of each `MigrationManager`.
 
     Returns:
-        A report for each; none for no databases.
+        A report for each database; empty without databases.
 
     Raises:
-        ConfigurationError: An option cannot be, or there is no migrations folder.
-        ScriptError: A script is wrong; nothing was written.
+        ConfigurationError: An option is invalid, or there is no migrations folder.
+        ScriptError: A script is invalid; nothing was written.
     """
     for name, value in (("at_once", at_once), ("attempts", attempts)):
         if value < 1:
-            raise ConfigurationError(f"{name} is {value}.", "Pass a positive number.")
-    begun = time.monotonic()
+            raise ConfigurationError(f"{name} is {value}.", "Pass a number of 1 or more.")
+    started = time.monotonic()
     scripts = await anyio.to_thread.run_sync(loader.load, migrations, dict(params or {}))
     managers = [
         MigrationManager(database, migrations=scripts, params=params, **options)
         for database in dict.fromkeys(str(database) for database in databases)
     ]
     results: dict[int, DatabaseReport] = {}
-    places = anyio.CapacityLimiter(at_once)
+    limiter = anyio.CapacityLimiter(at_once)
 
-    async def one(number: int, is_last: bool) -> None:  # noqa: FBT001 - the task group's
-        async with places:
+    async def migrate(number: int, is_last: bool) -> None:  # noqa: FBT001 - start_soon's arguments
+        async with limiter:
             result = await _migrate(managers[number], results.get(number), background=background)
         results[number] = result
-        if on_done is not None and (is_last or not _may_be_tried_again(result)):
+        if on_done is not None and (is_last or not _is_retryable(result)):
             on_done(result)
 
     for attempt in range(1, attempts + 1):
-        left = [
-            n for n in range(len(managers)) if n not in results or _may_be_tried_again(results[n])
+        remaining = [
+            n for n in range(len(managers)) if n not in results or _is_retryable(results[n])
         ]
         async with anyio.create_task_group() as group:
-            for number in left:
-                group.start_soon(one, number, attempt == attempts)
+            for number in remaining:
+                group.start_soon(migrate, number, attempt == attempts)
     return ManyReport(
         databases=tuple(results[number] for number in range(len(managers))),
-        total_s=time.monotonic() - begun,
+        total_s=time.monotonic() - started,
     )
 
 
-def _may_be_tried_again(result: DatabaseReport) -> bool:
-    return result.error is not None and not isinstance(result.error, _LASTING)
+def _is_retryable(result: DatabaseReport) -> bool:
+    return result.error is not None and not isinstance(result.error, _PERMANENT_ERRORS)
 
 
 async def _migrate(
-    manager: MigrationManager, before: DatabaseReport | None, *, background: bool
+    manager: MigrationManager, previous: DatabaseReport | None, *, background: bool
 ) -> DatabaseReport:
-    begun = time.monotonic()
+    started = time.monotonic()
     report: Report | None = None
     error: AiomigrateError | None = None
     try:
@@ -187,29 +192,30 @@ async def _migrate(
         database=manager.database,
         report=report,
         error=error,
-        attempts=1 if before is None else before.attempts + 1,
-        total_s=time.monotonic() - begun + (0.0 if before is None else before.total_s),
+        attempts=1 if previous is None else previous.attempts + 1,
+        total_s=time.monotonic() - started + (0.0 if previous is None else previous.total_s),
     )
 
 
 def expand_glob(pattern: str) -> Sequence[str]:
-    """Returns the local folders that a pattern names, sorted.
+    """Returns the local folders that match a pattern, sorted.
 
     Args:
-        pattern: Such as `tenants/*/app.lancedb`; `**` is any depth.
+        pattern: A pattern such as `tenants/*/app.lancedb`; `**` matches any depth.
 
     Raises:
-        ConfigurationError: It names none, or is no pattern for paths.
+        ConfigurationError: No folder matches, or the pattern is a URI.
     """
     path = Path(pattern)
     if "://" in pattern:
         raise ConfigurationError(
-            "--glob is for local paths.", "List URIs of object stores in a file for --uris-from."
+            "--glob matches local paths only.",
+            "List URIs of object stores in a file, and pass it with --uris-from.",
         )
     root = Path(path.anchor or ".")
     found = sorted(
         str(one) for one in root.glob(str(path.relative_to(path.anchor))) if one.is_dir()
     )
     if not found:
-        raise ConfigurationError(f"No folder is named by {pattern!r}.", "Check the pattern.")
+        raise ConfigurationError(f"No folder matches {pattern!r}.", "Check the pattern.")
     return found

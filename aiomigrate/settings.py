@@ -1,9 +1,9 @@
-"""Settings of the command: from pyproject.toml, the environment and the command line.
+"""Reads the settings of the command from pyproject.toml, the environment and the command line.
 
-The command line wins over `AIOMIGRATE_*`, that over `[tool.aiomigrate]`, that over the defaults.
-Not for the library: `MigrationManager` takes its options by keyword and reads neither files nor
-the environment. No error here ever repeats a URI, a storage option or a parameter: they may hold
-secrets.
+The command line overrides `AIOMIGRATE_*`, which override `[tool.aiomigrate]`, which overrides the
+defaults. The library does not use this module: `MigrationManager` takes its options by keyword and
+reads neither files nor the environment. No error here repeats a URI, a storage option or a
+parameter, since they may contain secrets.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
     "on_unsafe_store": ("error", "warn"),
 }
 _MAPPINGS = ("params", "storage_options")
-_MIN_SECRET = 4  # shorter texts occur in ordinary words
+_MIN_SECRET_LENGTH = 4  # shorter texts occur in ordinary words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the command works with.
+    """The settings of one call of the command.
 
     Attributes:
         uri: Path or URI of the database.
         migrations: Folder of the migration files.
         ledger: Name of the head table.
-        concurrency: How many migrations may run at once.
-        lease_ttl: Seconds after which a silent process may be succeeded.
+        concurrency: Maximum number of migrations that run at the same time.
+        lease_ttl: Seconds without renewal after which another process may take over a lease.
         lease_wait: Seconds to wait for another process that is migrating.
-        timeout: Seconds one migration may take, `None` for no limit.
-        on_ahead: Whether a database newer than the code is an `error` or a reason to `warn`.
-        on_destructive: Whether to `keep` savepoints of destructive steps, `allow` them without, or
-            `refuse` them.
-        keep_savepoints: Seconds for which such savepoints are kept.
-        on_unsafe_store: Whether a store that loses commits is an `error` or a reason to `warn`.
+        timeout: Seconds that one migration may take; `None` for no limit.
+        on_ahead: What to do if the database is newer than the code: `error` or `warn`.
+        on_destructive: What to do about destructive steps: `keep` a savepoint, `allow` them
+            without one, or `refuse` them.
+        keep_savepoints: Seconds for which savepoints of destructive steps are kept.
+        on_unsafe_store: What to do if the object store loses commits: `error` or `warn`.
         params: Parameters of the migrations.
-        storage_options: As for `lancedb.connect_async`.
+        storage_options: Passed to `lancedb.connect_async`.
     """
 
     uri: str = field(default="./data/app.lancedb", repr=False)
@@ -66,21 +66,26 @@ class Settings:
     storage_options: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def secrets(self) -> tuple[str, ...]:
-        """Returns the texts that must never be shown, longest first."""
+        """Returns the texts that must never be shown, longest first; empty without any.
+
+        These are the user information and the query of the URI, and the storage options other
+        than flags and endpoints.
+        """
         found = {
             value
             for value in self.storage_options.values()
             if value not in ("true", "false", "auto") and not value.startswith(("http:", "https:"))
         }
         found |= set(_uri_secrets(self.uri))
-        return tuple(sorted((t for t in found if len(t) >= _MIN_SECRET), key=len, reverse=True))
+        long_enough = (text for text in found if len(text) >= _MIN_SECRET_LENGTH)
+        return tuple(sorted(long_enough, key=len, reverse=True))
 
 
 KEYS = tuple(item.name for item in fields(Settings))
-"""Every setting, as it is called in pyproject.toml."""
+"""The names of the settings in pyproject.toml."""
 
 Layer = Mapping[str, Any]
-"""Checked settings from one source, by key; what the source does not say is absent."""
+"""Checked settings from one source, by key. Settings that the source does not set are absent."""
 
 
 def _uri_secrets(uri: str) -> Iterable[str]:
@@ -88,7 +93,7 @@ def _uri_secrets(uri: str) -> Iterable[str]:
         return
     try:
         parts = urlsplit(uri)
-    except ValueError:  # such as an unfinished [IPv6] address
+    except ValueError:  # such as an unclosed [IPv6 address
         yield uri
         return
     user, at, _ = parts.netloc.rpartition("@")
@@ -96,19 +101,19 @@ def _uri_secrets(uri: str) -> Iterable[str]:
     yield from (text for text in (parts.username, parts.password, parts.query) if text)
 
 
-# ---- from the three sources ---------------------------------------------------------------------
+# ---- reading the three sources ------------------------------------------------------------------
 
 
 def load(given: Layer, *, cwd: Path, env: Mapping[str, str]) -> Settings:
-    """Returns the settings of one command.
+    """Returns the settings of one call of the command. Without any source, the defaults.
 
     Args:
-        given: From the command line, checked here.
+        given: Settings from the command line, not yet checked.
         cwd: The folder from which pyproject.toml is searched upwards.
-        env: The environment.
+        env: The environment variables.
 
     Raises:
-        ConfigurationError: A source holds an unknown key or a value that cannot be.
+        ConfigurationError: A source has an unknown key or an invalid value.
     """
     found = find_table(cwd)
     layers: list[Layer] = []
@@ -120,12 +125,15 @@ def load(given: Layer, *, cwd: Path, env: Mapping[str, str]) -> Settings:
 
 
 def option_name(key: str) -> str:
-    """Returns how a setting is called on the command line."""
+    """Returns the command-line option of a setting."""
     return {"params": "-x", "storage_options": "-o"}.get(key, "--" + key.replace("_", "-"))
 
 
 def merge(layers: Iterable[Layer]) -> Settings:
-    """Returns settings from layers, later ones winning; the two mappings are merged key by key."""
+    """Returns the settings of several layers.
+
+    A later layer overrides an earlier one; `params` and `storage_options` are merged key by key.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -134,10 +142,13 @@ def merge(layers: Iterable[Layer]) -> Settings:
 
 
 def find_table(start: Path) -> tuple[Mapping[str, Any], Path] | None:
-    """Returns the nearest `[tool.aiomigrate]` of a folder and its parents, with its file.
+    """Returns the nearest `[tool.aiomigrate]` in a folder or its parents, with the file's path.
+
+    Returns `None` if no pyproject.toml has that table.
 
     Raises:
-        ConfigurationError: A pyproject.toml on the way is not TOML or cannot be read.
+        ConfigurationError: A pyproject.toml on the way cannot be read or is not TOML, or
+            `tool.aiomigrate` is not a table.
     """
     for folder in (start, *start.parents):
         path = folder / "pyproject.toml"
@@ -155,7 +166,7 @@ def find_table(start: Path) -> tuple[Mapping[str, Any], Path] | None:
             if not isinstance(table, Mapping):
                 raise ConfigurationError(
                     f"{path}: tool.aiomigrate is not a table.",
-                    "Write [tool.aiomigrate] and the settings beneath it.",
+                    "Write the settings under the header [tool.aiomigrate].",
                     path=path,
                 )
             return table, path
@@ -163,38 +174,44 @@ def find_table(start: Path) -> tuple[Mapping[str, Any], Path] | None:
 
 
 def from_table(table: Mapping[str, Any], path: Path) -> Layer:
-    """Returns the settings of a `[tool.aiomigrate]`, its paths taken from the file's folder.
+    """Returns the settings of a `[tool.aiomigrate]` table.
+
+    Relative paths are resolved against the folder of the file; URIs are returned unchanged.
+
+    Args:
+        table: The content of the table.
+        path: The path of its pyproject.toml.
 
     Raises:
-        ConfigurationError: An unknown key, or a value that cannot be.
+        ConfigurationError: A key is unknown or a value is invalid.
     """
     layer: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{path}: tool.aiomigrate.{key}"
         if key not in KEYS:
             raise ConfigurationError(
-                f"{where} is no setting.",
-                _known(key, KEYS, "Settings"),
+                f"{where} is not a setting.",
+                _suggestion(key, KEYS, "Settings"),
                 path=path,
             )
         layer[key] = check(key, value, where)
     for key in ("uri", "migrations"):
         if key in layer:
-            layer[key] = _relative_to(path.parent, layer[key])
+            layer[key] = _resolve(path.parent, layer[key])
     return layer
 
 
-def _relative_to(folder: Path, path: str) -> str:
+def _resolve(folder: Path, path: str) -> str:
     if "://" in path or path.startswith(("~", "db:")):
         return path
     return str(folder / path)
 
 
 def from_env(env: Mapping[str, str]) -> Layer:
-    """Returns the settings of `AIOMIGRATE_*`; an empty variable counts as unset.
+    """Returns the settings of the variables `AIOMIGRATE_*`. An empty variable counts as unset.
 
     Raises:
-        ConfigurationError: An unknown variable, or a value that cannot be.
+        ConfigurationError: A variable is unknown or its value is invalid.
     """
     layer: dict[str, Any] = {}
     names = {ENV_PREFIX + key.upper(): key for key in KEYS}
@@ -204,8 +221,8 @@ def from_env(env: Mapping[str, str]) -> Layer:
         key = names.get(name)
         if key is None:
             raise ConfigurationError(
-                f"The environment variable {name} is no setting.",
-                _known(name, names, "Variables"),
+                f"The environment variable {name} is not a setting.",
+                _suggestion(name, names, "Variables"),
             )
         if text:
             layer[key] = check(key, _from_text(key, text, name), name)
@@ -218,35 +235,35 @@ def _from_text(key: str, text: str, where: str) -> object:
             return json.loads(text)
         except ValueError:
             raise ConfigurationError(
-                f"{where} is not JSON.", f"""Write an object: {where}='{{"key": "value"}}'."""
+                f"{where} is not JSON.", f"""Write a JSON object: {where}='{{"key": "value"}}'."""
             ) from None
     convert: Callable[[str], object] = NUMERIC_OPTIONS.get(key, str)
     try:
         return convert(text)
     except ValueError:
-        return text  # `check` says what is wrong with it
+        return text  # `check` raises the error
 
 
-def _known(name: str, names: Iterable[str], what: str) -> str:
+def _suggestion(name: str, names: Iterable[str], what: str) -> str:
     known = list(names)
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
     hint = f"Did you mean {close[0]}? " if close else ""
     return f"{hint}{what}: {', '.join(known)}."
 
 
-# ---- one value ----------------------------------------------------------------------------------
+# ---- checking one value -------------------------------------------------------------------------
 
 
 def check(key: str, value: object, where: str) -> object:
-    """Returns a setting's value if it can be.
+    """Returns the value of a setting if it is valid.
 
     Args:
         key: The setting.
-        value: What a source says.
-        where: What that source calls it, for the error.
+        value: The value from a source. The values of `storage_options` are converted to text.
+        where: The name of the setting in that source, for the error.
 
     Raises:
-        ConfigurationError: It cannot be.
+        ConfigurationError: The value is invalid.
     """
     if key in _MAPPINGS:
         return _check_mapping(key, value, where)
@@ -255,55 +272,62 @@ def check(key: str, value: object, where: str) -> object:
     if key in POLICIES:
         if value not in POLICIES[key]:
             raise ConfigurationError(
-                f"{where}: {value!r} is no policy.", f"Use one of {', '.join(POLICIES[key])}."
+                f"{where}: {value!r} is not a valid policy.",
+                f"Use one of {', '.join(POLICIES[key])}.",
             )
         return value
     if not isinstance(value, str) or not value.strip():
-        raise ConfigurationError(f"{where} is not a text, or empty.", "Give it as text.")
+        raise ConfigurationError(f"{where} is not text, or is empty.", "Pass a non-empty text.")
     return value
 
 
 def _check_mapping(key: str, value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ConfigurationError(
-            f"{where} is not a table of keys and values.", "Give it as key = value."
+            f"{where} is not a table of keys and values.", "Write each entry as key = value."
         )
     if key == "params":
         return dict(value)
     for name, item in value.items():
         if not isinstance(item, str | bool | int | float):
-            raise ConfigurationError(f"{where}.{name} is not a text.", "Give it as text.")
+            raise ConfigurationError(f"{where}.{name} is not text.", "Write the value as text.")
     return {
         name: str(item).lower() if isinstance(item, bool) else str(item)
         for name, item in value.items()
     }
 
 
-# ---- what only the command line has -------------------------------------------------------------
+# ---- parsing command-line values ----------------------------------------------------------------
 
 
 def parse_pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """Returns the pairs of a repeatable `key=value` option.
+    """Returns the pairs of a repeatable `key=value` option; empty without any.
+
+    Args:
+        texts: The values of the option.
+        option: The option, for the error.
 
     Raises:
-        ConfigurationError: One has no `=` or no key. Its text is not repeated: it may be secret.
+        ConfigurationError: A value has no `=` or no key. The error does not repeat the value, which
+            may be secret.
     """
     pairs: dict[str, str] = {}
     for number, text in enumerate(texts, 1):
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigurationError(
-                f"{option} number {number} is not key=value.", f"Write {option} key=value."
+                f"{option} number {number} is not of the form key=value.",
+                f"Write {option} key=value.",
             )
         pairs[key] = value
     return pairs
 
 
 def parse_params(texts: Sequence[str]) -> dict[str, Any]:
-    """Returns parameters: JSON scalars where the value is one, else text.
+    """Returns the parameters of `-x`. A value that is a JSON scalar is decoded, others are text.
 
     Raises:
-        ConfigurationError: One is not `key=value`.
+        ConfigurationError: A text is not of the form `key=value`.
     """
     return {key: _scalar(value) for key, value in parse_pairs(texts, "-x").items()}
 
@@ -317,10 +341,10 @@ def _scalar(text: str) -> object:
 
 
 def parse_target(texts: Sequence[str]) -> int | dict[str, int] | None:
-    """Returns what `--to` asks: one version, versions by line, or `None` for the newest.
+    """Returns the target of `--to`: one version, versions by line, or `None` for the newest.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: A text is neither a version, nor `LINE=VERSION`, nor a single `latest`.
     """
     if not texts or list(texts) == ["latest"]:
         return None
@@ -331,8 +355,8 @@ def parse_target(texts: Sequence[str]) -> int | dict[str, int] | None:
         line, equals, version = text.rpartition("=")
         if not equals or not line:
             raise ConfigurationError(
-                f"--to {text} names no line.",
-                "Give one version, or for each line --to LINE=VERSION.",
+                f"--to {text} does not name a line.",
+                "Pass one version, or --to LINE=VERSION for each line.",
             )
         result[line] = _version(version)
     return result
@@ -341,6 +365,6 @@ def parse_target(texts: Sequence[str]) -> int | dict[str, int] | None:
 def _version(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ConfigurationError(
-            f"--to: {text!r} is no version.", "Use a whole number, LINE=VERSION, or latest."
+            f"--to: {text!r} is not a version.", "Pass a whole number, LINE=VERSION, or latest."
         )
     return int(text)

@@ -117,7 +117,7 @@ class TestRefused:
         with pytest.raises(ConfigurationError) as caught:
             load({}, cwd=tmp_path, env={})
 
-        assert "lease-tll is no setting" in caught.value.what
+        assert "lease-tll is not a setting" in caught.value.what
         assert "Did you mean lease_ttl?" in caught.value.remedy
 
     def test_unknown_variable_names_the_nearest(self) -> None:

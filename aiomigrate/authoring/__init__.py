@@ -1,1 +1,1 @@
-"""Writing migration scripts: the scaffold of a new one."""
+"""Helps to write migration scripts: `scaffold` generates new files."""

@@ -1,7 +1,7 @@
-"""The next migration file, as `aiomigrate new` writes it.
+"""Generates the next migration file, as written by `aiomigrate new`.
 
-From file names only: nothing is imported, so that a broken script does not keep one from writing
-the next. Not for loading them: that is `discovery`.
+Reads only the names of existing files and imports none of them, so that a broken script does not
+prevent writing the next one. `migration.loader` loads scripts.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from aiomigrate.errors import ConfigurationError
 
 DEFAULT_TABLE = "app"
 MAX_VERSION = 2**31 - 1
-_MAX_SLUG = 60
+_MAX_SLUG_LENGTH = 60
 _FILE = re.compile(r"^(\d+)(?:[-_].*)?\.py$")
-_TABLE_IN_WORDS = (
+_TABLE_PATTERNS = (
     re.compile(r"\b(?:to|from|of|on|in|into)\s+(?:the\s+)?([A-Za-z_]\w*)\s*$", re.IGNORECASE),
     re.compile(r"^\s*create\s+(?:table\s+)?([A-Za-z_]\w*)\s*$", re.IGNORECASE),
 )
@@ -25,13 +25,13 @@ _TABLE_IN_WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A migration file to be written.
+    """The name and content of a migration file that is not yet written.
 
     Attributes:
-        name: The file's name.
-        version: Its number, and the version in it.
-        table: The table it is for.
-        text: Its content.
+        name: The name of the file.
+        version: The number in the file's name, and the version of its migration.
+        table: The table of the migration.
+        text: The content of the file.
     """
 
     name: str
@@ -41,22 +41,23 @@ class Draft:
 
 
 def draft(names: Iterable[str], description: str, *, table: str | None = None) -> Draft:
-    """Returns the migration file that follows some others.
+    """Returns the migration file that follows the existing ones. Writes nothing.
 
     Args:
-        names: Names of the files that are there.
-        description: A few words: the file's name and the migration's description.
-        table: The table it is for; by default taken from words such as "create users" or
-            "add tags to memos", else `app`.
+        names: Names of the existing files.
+        description: A few words, used for the file's name and as the migration's description.
+        table: The table of the migration; by default taken from a description such as
+            "create users" or "add tags to memos", else `app`.
 
     Raises:
-        ConfigurationError: The description or the table cannot be, or there is no number left.
+        ConfigurationError: The description or the table name is invalid, or there is no higher
+            version.
     """
     words = " ".join(description.split())
     slug = slug_of(words)
     name = table_in(words) if table is None else table
     if not name or name[0] == ":" or not name.isprintable():
-        raise ConfigurationError(f"{name!r} is no name of a table.", "Pass --table NAME.")
+        raise ConfigurationError(f"{name!r} is not a valid table name.", "Pass --table NAME.")
     version = next_version(names)
     return Draft(
         name=f"{version:03d}_{slug}.py",
@@ -67,54 +68,64 @@ def draft(names: Iterable[str], description: str, *, table: str | None = None) -
 
 
 def slug_of(description: str) -> str:
-    """Returns a description as part of a file's name.
+    """Returns a description as part of a file's name: lower case, with `_` between words.
 
     Raises:
-        ConfigurationError: It is a path, or nothing would be left of it.
+        ConfigurationError: The description contains a slash, a backslash or an unprintable
+            character, or neither a letter nor a digit.
     """
     if any(c in "/\\" or not c.isprintable() for c in description):
         raise ConfigurationError(
-            f"{description!r} would leave the migrations folder.",
+            f"{description!r} contains a slash, a backslash or an unprintable character.",
             'Describe the change in a few words: aiomigrate new "add tags".',
         )
-    slug = re.sub(r"\W+", "_", description.lower())[:_MAX_SLUG].strip("_")
+    slug = re.sub(r"\W+", "_", description.lower())[:_MAX_SLUG_LENGTH].strip("_")
     if not slug:
         raise ConfigurationError(
-            f"{description!r} has no letter or digit to name a file by.",
+            f"{description!r} contains no letter or digit, so no file can be named after it.",
             'Describe the change in a few words: aiomigrate new "add tags".',
         )
     return slug
 
 
 def table_in(description: str) -> str:
-    """Returns the table a description names, or a neutral name."""
-    for pattern in _TABLE_IN_WORDS:
+    """Returns the table that a description names, or `DEFAULT_TABLE`."""
+    for pattern in _TABLE_PATTERNS:
         if match := pattern.search(description):
             return match[1]
     return DEFAULT_TABLE
 
 
 def next_version(names: Iterable[str]) -> int:
-    """Returns the number above the highest of some files.
+    """Returns the version above the highest one in the file names; 1 if there is none.
 
     Raises:
-        ConfigurationError: There is no number left.
+        ConfigurationError: The highest version is the largest possible one.
     """
     taken = [int(match[1]) for name in names if (match := _FILE.match(name))]
     version = max(taken, default=0) + 1
     if version > MAX_VERSION:
         raise ConfigurationError(
-            f"The highest number of the folder is {version - 1}: there is no number above it.",
+            f"The highest version in the folder is {version - 1}; no higher one is possible.",
             "Versions are 32-bit integers: renumber the files.",
         )
     return version
 
 
 def write(folder: Path, description: str, *, table: str | None = None) -> tuple[Path, Draft]:
-    """Writes the next migration file; makes the folder if it is missing, overwrites nothing.
+    """Writes the next migration file. Creates the folder if needed; never overwrites a file.
+
+    Args:
+        folder: The folder of the migration files.
+        description: See `draft`.
+        table: See `draft`.
+
+    Returns:
+        The path of the file and its content.
 
     Raises:
-        ConfigurationError: The description cannot be, or the folder cannot be written.
+        ConfigurationError: The description or the table name is invalid, there is no higher
+            version, or the folder cannot be written.
     """
     try:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -126,7 +137,7 @@ def write(folder: Path, description: str, *, table: str | None = None) -> tuple[
     except OSError as exc:
         raise ConfigurationError(
             f"{folder} cannot be written: {exc.strerror}.",
-            "Check the folder, or pass another with --migrations.",
+            "Check the folder, or pass another one with --migrations.",
             path=folder,
         ) from exc
     return path, new
@@ -150,11 +161,11 @@ def _literal(text: str) -> str:
 
 _TEMPLATE = '''"""{title}
 
-`aiomigrate plan` shows what this would do, `aiomigrate upgrade` does it, once. Do not edit it
-after it was applied anywhere: write a new one.
+`aiomigrate plan` shows what this migration does; `aiomigrate upgrade` applies it once. Do not edit
+this file after it was applied anywhere: write a new one.
 
-Functions must be idempotent: a migration that was interrupted is run again. Import nothing from
-your application's live models: what they are today must not change what this did.
+Functions must be idempotent: an interrupted migration is run again. Import nothing from your
+application's models: later changes to them must not change this migration.
 """
 
 from aiomigrate import Context, Migration
@@ -163,17 +174,17 @@ TABLE = {table}
 
 
 async def up(ctx: Context) -> None:
-    """Does nothing yet. Must be idempotent: it may be run again after a crash."""
+    """Does nothing yet. Must be idempotent: it may run again after a crash."""
     table = ctx.table()
     ctx.log.info("nothing to do yet", exists=table.exists)
-    # Every write is one commit, so write many rows at once:
+    # Every write is one commit, so write many rows in one call:
     # await table.update({{"nickname": "-"}}, where="nickname IS NULL")
 
 
 migration = Migration(table=TABLE, version={version}, description={description}, up=up)
 
-# Declarative is better where it can say it: it is checked before anything is written, and undone
-# or taken up again after a crash. Instead of `up`:
+# Prefer declarative operations where possible: they are checked before anything is written, and
+# are undone or resumed after a crash. Instead of `up`:
 #
 # import pyarrow as pa
 # from aiomigrate import op

@@ -39,7 +39,7 @@ class TestName:
 
     def test_no_number_left(self) -> None:
         """Versions are 32-bit: above the last there is none."""
-        with pytest.raises(ConfigurationError, match="no number above"):
+        with pytest.raises(ConfigurationError, match="no higher one is possible"):
             next_version([f"{2**31 - 1}_x.py"])
 
     @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ class TestTable:
     @pytest.mark.parametrize("table", ["", ":run", "a\nb"])
     def test_no_table(self, table: str) -> None:
         """A name no table can have is refused."""
-        with pytest.raises(ConfigurationError, match="no name of a table"):
+        with pytest.raises(ConfigurationError, match="not a valid table name"):
             draft([], "add tags", table=table)
 
 
