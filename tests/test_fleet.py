@@ -172,5 +172,5 @@ async def test_ctrl_c_says_how_far_it_is(tmp_path: Path) -> None:
     said = await anyio.to_thread.run_sync(lambda: last.communicate(timeout=60)[0])
 
     assert ran.returncode == 130
-    assert "Interrupted: 2 of 6 databases had ended." in errors
+    assert "Interrupted: 2 of 6 databases were finished." in errors
     assert "6 of 6 databases at target, 4 migrations applied" in said

@@ -1,1 +1,1 @@
-"""The `aiomigrate` command. `app` has its verbs and `run`; importing this package is light."""
+"""The `aiomigrate` command: `app` defines its verbs and `run`. Importing this package is cheap."""

@@ -1,4 +1,7 @@
-"""What every verb of the command shares: options, settings, exit codes, and error output."""
+"""The parts shared by the verbs of the command: options, settings, exit codes, error output.
+
+The verbs themselves are in `migrate` and `inspect`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Exit(enum.IntEnum):
-    """What the command's exit codes mean."""
+    """The exit codes of the command."""
 
     OK = 0
     FAILED = 1
@@ -35,7 +38,7 @@ class Exit(enum.IntEnum):
     TERMINATED = 143
 
 
-# ---- options, in groups that verbs share --------------------------------------------------------
+# ---- groups of options that verbs share ---------------------------------------------------------
 
 
 def database_options(
@@ -62,7 +65,7 @@ def database_options(
         ),
     ] = None,
 ) -> None:
-    """Which database."""
+    """The options that select the database."""
 
 
 def folder_options(
@@ -72,7 +75,7 @@ def folder_options(
         typer.Option(metavar="FOLDER", help="Folder of the migrations. Default: ./migrations."),
     ] = None,
 ) -> None:
-    """Which migrations."""
+    """The option that selects the migrations."""
 
 
 def param_options(
@@ -84,7 +87,7 @@ def param_options(
         ),
     ] = None,
 ) -> None:
-    """What the migrations are given."""
+    """The option for the parameters of the migrations."""
 
 
 def ahead_options(
@@ -92,11 +95,12 @@ def ahead_options(
     on_ahead: Annotated[
         str | None,
         typer.Option(
-            metavar="error|warn", help="When the database is newer than the code. Default: error."
+            metavar="error|warn",
+            help="What to do if the database is newer than the code. Default: error.",
         ),
     ] = None,
 ) -> None:
-    """What to make of a newer database."""
+    """The option for a database that is newer than the code."""
 
 
 def destructive_options(
@@ -105,8 +109,8 @@ def destructive_options(
         str | None,
         typer.Option(
             metavar="keep|allow|refuse",
-            help="Steps that discard what is there: keep a savepoint, allow without, or refuse. "
-            "Default: keep.",
+            help="For steps that discard data: keep a savepoint, allow them without one, or refuse "
+            "them. Default: keep.",
         ),
     ] = None,
     allow_destructive: Annotated[
@@ -123,7 +127,7 @@ def destructive_options(
         typer.Option(metavar="SECONDS", help="How long savepoints are kept. Default: a week."),
     ] = None,
 ) -> None:
-    """What to make of destructive steps."""
+    """The options for destructive steps."""
 
 
 def lease_options(
@@ -131,7 +135,8 @@ def lease_options(
     lease_ttl: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="Silence after which a process is succeeded. Default: 30."
+            metavar="SECONDS",
+            help="Time without renewal after which another process may take over. Default: 30.",
         ),
     ] = None,
     lease_wait: Annotated[
@@ -141,40 +146,48 @@ def lease_options(
     on_unsafe_store: Annotated[
         str | None,
         typer.Option(
-            metavar="error|warn", help="When the object store loses commits. Default: error."
+            metavar="error|warn",
+            help="What to do if the object store loses commits. Default: error.",
         ),
     ] = None,
 ) -> None:
-    """How the lease is taken."""
+    """The options of the lease."""
 
 
 def running_options(
     *,
     concurrency: Annotated[
-        int | None, typer.Option(metavar="N", help="Migrations at work at once. Default: 16.")
+        int | None,
+        typer.Option(metavar="N", help="Migrations that run at the same time. Default: 16."),
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Limit for each migration. Default: none."),
+        typer.Option(metavar="SECONDS", help="Time limit of each migration. Default: none."),
     ] = None,
 ) -> None:
-    """How migrations are run."""
+    """The options of a run."""
 
 
 def output_options(
     *,
     as_json: Annotated[
         bool,
-        typer.Option("--json", metavar="", help="One JSON document on stdout.", show_default=False),
+        typer.Option(
+            "--json", metavar="", help="Print one JSON document on stdout.", show_default=False
+        ),
     ] = False,
     verbose: Annotated[
         bool,
         typer.Option(
-            "-v", "--verbose", metavar="", help="Debug logs and tracebacks.", show_default=False
+            "-v",
+            "--verbose",
+            metavar="",
+            help="Show debug logs and tracebacks.",
+            show_default=False,
         ),
     ] = False,
 ) -> None:
-    """What is shown."""
+    """The options of the output."""
 
 
 Tables = Annotated[
@@ -186,12 +199,12 @@ To = Annotated[
     typer.Option(
         "--to",
         metavar="VERSION",
-        help="To a version, or LINE=VERSION (repeatable). Default: the newest.",
+        help="Target version, or LINE=VERSION (repeatable). Default: the newest.",
     ),
 ]
 Check = Annotated[
     bool,
-    typer.Option("--check", metavar="", help="Exit with 3 when not at target.", show_default=False),
+    typer.Option("--check", metavar="", help="Exit with 3 if not at target.", show_default=False),
 ]
 
 
@@ -200,11 +213,12 @@ Check = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call of the command: its settings, and where its output goes.
+    """One call of the command: its settings and its output.
 
     Attributes:
-        settings: Merged from all sources.
-        output: Where everything goes.
+        settings: The settings, merged from all sources.
+        output: Writes everything that is shown.
+        tracker: Receives the progress of the run.
     """
 
     settings: Settings
@@ -215,7 +229,7 @@ class Call:
         object.__setattr__(self, "tracker", Tracker(self.output))
 
     def options(self) -> dict[str, Any]:
-        """Returns the settings as options of a manager, all but the database."""
+        """Returns the settings as options of a manager, without the database."""
         from aiomigrate.ledger.founding import OnUnsafeStore
         from aiomigrate.planning.preflight import OnDestructive
         from aiomigrate.planning.reconcile import OnAhead
@@ -237,20 +251,20 @@ class Call:
         }
 
     def manager(self) -> MigrationManager:
-        """Returns a manager for the settings.
+        """Returns a manager for the settings. It is not yet connected.
 
         Raises:
-            ConfigurationError: A setting cannot be.
+            ConfigurationError: A setting is invalid.
         """
-        with _uncollected():
+        with _paused_collection():
             from aiomigrate.manager import MigrationManager
 
         return MigrationManager(self.settings.uri, on_progress=self.tracker, **self.options())
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Loads modules without looking for garbage: they stay, and the looks take an eighth of it."""
+def _paused_collection() -> Iterator[None]:
+    """Pauses Python's garbage collector, which takes an eighth of the time to import modules."""
     is_collecting = gc.isenabled()
     gc.disable()
     try:
@@ -261,7 +275,12 @@ def _uncollected() -> Iterator[None]:
 
 
 def verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callable[..., None]]:
-    """Makes a function of a `Call` a command that also takes the options of some groups."""
+    """Returns a decorator that turns a function of a `Call` into a command.
+
+    Args:
+        *groups: The groups of options that the command takes besides the function's own and those
+            of `output_options`.
+    """
 
     def decorate(body: Callable[..., Exit]) -> Callable[..., None]:
         own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
@@ -273,7 +292,7 @@ def verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callab
 
         def command(**values: Any) -> None:
             given = {parameter.name: values.pop(parameter.name) for parameter in shared}
-            raise typer.Exit(guarded(body, given, values))
+            raise typer.Exit(run_verb(body, given, values))
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -284,8 +303,14 @@ def verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callab
     return decorate
 
 
-def guarded(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[str, Any]) -> Exit:
-    """Runs a verb; every failure becomes two lines on stderr and an exit code."""
+def run_verb(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[str, Any]) -> Exit:
+    """Runs a verb and returns its exit code. A failure prints two lines on stderr.
+
+    Args:
+        body: The function of the verb.
+        given: The values of the shared options, by parameter name.
+        values: The values of the verb's own options.
+    """
     output = Output(as_json=given.pop("as_json"), verbose=given.pop("verbose"))
     call: Call | None = None
     try:
@@ -293,24 +318,33 @@ def guarded(body: Callable[..., Exit], given: dict[str, Any], values: Mapping[st
         output = Output(as_json=output.as_json, verbose=output.verbose, secrets=settings.secrets())
         configure_logs(output)
         call = Call(settings=settings, output=output)
-        with output.alone():
+        with output.reserve_stdout():
             return body(call, **values)
     except KeyboardInterrupt:
-        begun = call is not None and bool(call.tracker.seen)
-        what = "Interrupted." if begun else "Interrupted before anything was begun."
+        started = call is not None and bool(call.tracker.seen)
+        what = "Interrupted." if started else "Interrupted before any migration started."
+        remedy = (
+            "Run `aiomigrate status` to see the state of the database."
+            if started
+            else "Run the command again."
+        )
         output.document(lambda: {"interrupted": "SIGINT", "what": what})
-        output.error(what, "`aiomigrate status` tells where it is." if begun else "Run it again.")
+        output.error(what, remedy)
         return Exit.INTERRUPTED
     except AiomigrateError as exc:
         show_error(output, exc)
         return Exit.USAGE if isinstance(exc, ConfigurationError) else Exit.FAILED
-    except Exception as exc:  # noqa: BLE001 - the edge of the program: never a traceback
-        show_defect(output, exc)
+    except Exception as exc:  # noqa: BLE001 - the command never ends with a traceback
+        show_unexpected(output, exc)
         return Exit.FAILED
 
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
-    """Returns the settings of a call: its options, then the environment, then pyproject.toml."""
+    """Returns the settings of a call: options override the environment and pyproject.toml.
+
+    Raises:
+        ConfigurationError: A source has an unknown key or an invalid value.
+    """
     layer = {key: value for key, value in given.items() if value not in (None, [])}
     if layer.pop("allow_destructive", False):
         layer["on_destructive"] = "allow"
@@ -321,17 +355,17 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
     return settings.load(layer, cwd=Path.cwd(), env=os.environ)
 
 
-def show_defect(output: Output, exc: Exception) -> None:
-    """Shows an exception that is a defect of aiomigrate."""
+def show_unexpected(output: Output, exc: Exception) -> None:
+    """Shows an exception that is not an `AiomigrateError`, as a bug of aiomigrate."""
     what = f"Unexpected {type(exc).__name__}: {exc}."
-    remedy = "Run it again with -v for the traceback, and report it as a defect."
+    remedy = "Run the command again with -v for the traceback, and report it as a bug."
     facts = {"type": type(exc).__name__, "what": what, "remedy": remedy}
     output.document(lambda: {"error": facts})
     output.error(what, remedy, trace=exc)
 
 
 def show_error(output: Output, exc: AiomigrateError) -> None:
-    """Shows an error of aiomigrate: what happened, and what to do next."""
+    """Shows an `AiomigrateError`: what happened, and what to do next."""
 
     def document() -> object:
         facts = {"type": type(exc).__name__, "what": exc.what, "remedy": exc.remedy}
@@ -340,6 +374,6 @@ def show_error(output: Output, exc: AiomigrateError) -> None:
         return {**report, "error": {**facts, **{k: v for k, v in where.items() if v is not None}}}
 
     output.document(document)
-    # Where a migration failed is in the journal, and shown from there.
+    # The traceback of a failed migration is read from the journal instead (`show_traces`).
     trace = None if isinstance(exc, MigrationFailedError) else exc
     output.error(exc.what, exc.remedy, trace=trace)

@@ -1,4 +1,7 @@
-"""The verbs that change no database: those that look at it, and `new` and `version`."""
+"""The verbs that write to no database: those that read it, and `new` and `version`.
+
+The verbs that change a database are in `migrate`.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,12 @@ if TYPE_CHECKING:
     from aiomigrate.reporting.timing import RunTiming
 
 
-# ---- verbs that only look -----------------------------------------------------------------------
+# ---- verbs that read a database -----------------------------------------------------------------
 
 
 @verb(database_options, folder_options, param_options, ahead_options, destructive_options)
 def plan(call: Call, *, table: Tables = None, to: To = None, check: Check = False) -> Exit:
-    """Show what upgrade would do. Writes nothing.
+    """Show what `upgrade` would do. Writes nothing.
 
     Example: aiomigrate plan --table memos --to 3
     """
@@ -55,7 +58,21 @@ async def show_plan(
     *,
     check: bool = False,
 ) -> Exit:
-    """Prints what an upgrade would do."""
+    """Shows what an upgrade would do. Takes no lease and writes nothing.
+
+    Args:
+        call: The call of the command.
+        manager: The manager of the database.
+        tables: The lines to plan; `None` for all.
+        to: The target.
+        check: Whether to return `Exit.NOT_AT_TARGET` unless there is nothing to do.
+
+    Raises:
+        PlanError: The scripts do not fit the database.
+        ScriptError: A script is invalid.
+        LedgerError: The metadata tables cannot be trusted.
+        StoreError: A LanceDB call failed.
+    """
     planned = await manager.plan(tables=tables or None, to=to)
     call.output.say(manager.database)
     call.output.say(str(planned))
@@ -65,7 +82,7 @@ async def show_plan(
 
 @verb(database_options, folder_options, param_options)
 def status(call: Call, *, check: Check = False) -> Exit:
-    """Show where every line is, and who holds the lease. Writes nothing.
+    """Show the version of every line and the holder of the lease. Writes nothing.
 
     Example: aiomigrate status --check
     """
@@ -81,10 +98,10 @@ def status(call: Call, *, check: Check = False) -> Exit:
 
 @verb(database_options, folder_options, param_options)
 def health(call: Call) -> Exit:
-    """Say whether the database may be used, and if not, why. For containers and jobs.
+    """Report whether the database is ready for use and, if not, why. For containers and jobs.
 
-    Exits with 0 when it is at target (work in the background aside), 3 when it is not, 1 when the
-    last attempt failed.
+    Exits with 0 if the database is at target (background migrations excepted), 3 if it is not, 1
+    if the last attempt failed.
 
     Example: aiomigrate health --json
     """
@@ -102,9 +119,10 @@ def health(call: Call) -> Exit:
 
 @verb(database_options, folder_options, param_options, ahead_options)
 def validate(call: Call, *, check: Check = False) -> Exit:
-    """Compare scripts, ledger and live tables. Writes nothing.
+    """Compare the scripts, the ledger and the tables. Writes nothing.
 
-    Exits with 1 when something is wrong; lines that are merely behind count with --check.
+    Exits with 1 if they differ. Pending migrations are no difference; with --check they exit with
+    3.
 
     Example: aiomigrate validate --check
     """
@@ -140,9 +158,9 @@ def history(
         str | None, typer.Argument(metavar="LINE", help="Only this line.", show_default=False)
     ] = None,
 ) -> Exit:
-    """Show what was done to the database, from its journal. Writes nothing.
+    """Show the journal: what was done to the database. Writes nothing.
 
-    With -v every event is shown, and errors with their tracebacks.
+    With -v every event is shown, and errors include their tracebacks.
 
     Example: aiomigrate history memos
     """
@@ -161,10 +179,10 @@ def _history_text(
 ) -> str:
     from aiomigrate.text import table
 
-    inner = ("advanced", "intended")  # how a migration got on; for whoever asks with -v
-    shown = [e for e in events if call.output.verbose or (e.line and e.kind not in inner)]
+    only_verbose = ("advanced", "intended")  # the progress of a migration, shown with -v
+    shown = [e for e in events if call.output.verbose or (e.line and e.kind not in only_verbose)]
     if not shown:
-        what = f"Nothing is recorded of {line!r}" if line else "Nothing is recorded yet"
+        what = f"Nothing is recorded for {line!r}" if line else "Nothing is recorded yet"
         return f"{what} in {manager.database}."
     text = table(HISTORY_HEADER, history_rows(shown), HISTORY_RIGHT)
     if call.output.verbose:
@@ -175,7 +193,7 @@ def _history_text(
 
 
 class _Format(enum.StrEnum):
-    """How a timing report is shown."""
+    """The formats of `report`."""
 
     TABLE = "table"
     JSON = "json"
@@ -191,7 +209,7 @@ def report(
         str | None,
         typer.Argument(
             metavar="RUN",
-            help="The run, by (the beginning of) its id. Default: the last.",
+            help="The run, by its id or the start of it. Default: the last run.",
             show_default=False,
         ),
     ] = None,
@@ -199,19 +217,19 @@ def report(
         _Format,
         typer.Option(
             "--format",
-            help="A table; JSON; one HTML page with a timeline; or a trace for Perfetto.",
+            help="A table, JSON, one HTML page with a timeline, or a trace for Perfetto.",
         ),
     ] = _Format.TABLE,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", metavar="FILE", help="File to write; default: stdout.", show_default=False
+            "--output", metavar="FILE", help="File to write. Default: stdout.", show_default=False
         ),
     ] = None,
 ) -> Exit:
-    """Show where the time of a run went.
+    """Show how long the migrations of a run took, and what they waited for.
 
-    What waited for what, what was slow. Writes nothing.
+    Writes nothing to the database.
 
     Example: aiomigrate report --format html --output report.html
     """
@@ -219,7 +237,7 @@ def report(
     async def work(manager: MigrationManager) -> Exit:
         if call.output.as_json and form not in (_Format.TABLE, _Format.JSON):
             raise ConfigurationError(
-                f"--json is --format json; --format {form} is something else.", "Pass one of them."
+                f"--json and --format {form} contradict each other.", "Pass one of them."
             )
         runs = await manager.timings()
         chosen = _chosen_run(runs, run)
@@ -230,34 +248,34 @@ def report(
         elif form is _Format.HTML:
             from aiomigrate.reporting.html import report_html
 
-            others = [other for other in runs if other is not chosen]
-            text = report_html(chosen, others, database=manager.database)
+            other_runs = [other for other in runs if other is not chosen]
+            text = report_html(chosen, other_runs, database=manager.database)
         else:
             text = str(chosen)
-        call.output.deliver(text, output)
+        call.output.write_result(text, output)
         return Exit.OK
 
     return run_async(call, work)
 
 
 def _chosen_run(runs: Collection[RunTiming], wanted: str | None) -> RunTiming:
-    """Returns the run of an id's beginning, the last one for none.
+    """Returns the run whose id starts with `wanted`; the last run if that is `None`.
 
     Raises:
-        ConfigurationError: There is none, or several begin so.
+        ConfigurationError: No run has such an id, or several have.
     """
     if not runs:
         raise ConfigurationError(
-            "The history tells of no run in which a migration ended.",
+            "The journal contains no run that ended a migration.",
             "Run `aiomigrate upgrade` first, or check --uri.",
         )
-    fitting = [run for run in runs if run.run_id.startswith(wanted or "")]
-    if wanted is None or len(fitting) == 1:
-        return fitting[-1]
+    matching = [run for run in runs if run.run_id.startswith(wanted or "")]
+    if wanted is None or len(matching) == 1:
+        return matching[-1]
     named = ", ".join(f"{run.run_id} ({run.started_at:%Y-%m-%d %H:%M})" for run in list(runs)[-5:])
     raise ConfigurationError(
-        f"{'No run begins' if not fitting else 'Several runs begin'} with {wanted!r}.",
-        f"The last ones are {named}.",
+        f"{'No run id starts' if not matching else 'Several run ids start'} with {wanted!r}.",
+        f"Pass the id of one run. The latest runs are {named}.",
     )
 
 
@@ -273,10 +291,10 @@ def new(
     ],
     table: Annotated[
         str | None,
-        typer.Option(metavar="TABLE", help="The table it is for.", show_default=False),
+        typer.Option(metavar="TABLE", help="The table of the migration.", show_default=False),
     ] = None,
 ) -> Exit:
-    """Write the next migration file, which runs as it is.
+    """Write the next migration file. The file can be run unchanged.
 
     Example: aiomigrate new "add tags" --table memos
     """
@@ -284,7 +302,7 @@ def new(
 
     path, draft = scaffold.write(Path(call.settings.migrations), description, table=table)
     call.output.say(f"Wrote {path}: version {draft.version} of {draft.table!r}.")
-    call.output.say("Edit it, look with `aiomigrate plan`, run it with `aiomigrate upgrade`.")
+    call.output.say("Edit it, check it with `aiomigrate plan`, apply it with `aiomigrate upgrade`.")
     call.output.document(
         lambda: {"path": str(path), "version": draft.version, "table": draft.table}
     )

@@ -1,4 +1,7 @@
-"""The verbs that change a database: `upgrade`, `rollback`, `prune`, `stamp`, `unlock`."""
+"""The verbs that change a database: `upgrade`, `rollback`, `prune`, `stamp`, `unlock`.
+
+The verbs that only read a database are in `inspect`.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,6 @@ if TYPE_CHECKING:
     from aiomigrate.planning.plan import Plan
 
 
-# ---- verbs that change the database -------------------------------------------------------------
-
-
 @verb(
     database_options,
     folder_options,
@@ -61,7 +61,7 @@ def upgrade(
         typer.Option(
             "--skip-background",
             metavar="",
-            help="Leave out what is marked to run in the background, and what comes after it.",
+            help="Leave out background migrations and those that come after them.",
             show_default=False,
         ),
     ] = False,
@@ -70,7 +70,7 @@ def upgrade(
         typer.Option(
             "--background-only",
             metavar="",
-            help="Do only what --skip-background leaves out.",
+            help="Run only what --skip-background leaves out.",
             show_default=False,
         ),
     ] = False,
@@ -79,7 +79,7 @@ def upgrade(
         typer.Option(
             "--uris-from",
             metavar="FILE",
-            help="Many databases: one path or URI on each line ('-' for stdin).",
+            help="Upgrade many databases: a file with one path or URI per line ('-' for stdin).",
             show_default=False,
         ),
     ] = None,
@@ -88,19 +88,24 @@ def upgrade(
         typer.Option(
             "--glob",
             metavar="PATTERN",
-            help="Many databases: the folders that it names, such as 'tenants/*/app.lancedb'.",
+            help="Upgrade many databases: the folders that match, as in 'tenants/*/app.lancedb'.",
             show_default=False,
         ),
     ] = None,
     at_once: Annotated[
         int,
-        typer.Option("--at-once", metavar="N", min=1, help="How many of many databases at once."),
+        typer.Option(
+            "--at-once",
+            metavar="N",
+            min=1,
+            help="Databases that are upgraded at the same time.",
+        ),
     ] = 8,
 ) -> Exit:
-    """Bring the database to its target, each migration once.
+    """Upgrade the database to its target. Each migration is applied once.
 
-    With --uris-from or --glob many databases, of which one that fails holds up no other; run it
-    again to go on.
+    With --uris-from or --glob, upgrade many databases. If one fails, the others are still
+    upgraded; run the command again to continue.
 
     Example: aiomigrate upgrade --uri ./data/app.lancedb -x dimension=1536
     """
@@ -108,9 +113,9 @@ def upgrade(
     if uris_from is not None or glob is not None:
         if dry_run or table or to or background_only:
             raise ConfigurationError(
-                "Many databases go to their target, without --dry-run, --table, --to or "
+                "--uris-from and --glob cannot be combined with --dry-run, --table, --to or "
                 "--background-only.",
-                "Leave those out, or name one database with --uri.",
+                "Remove those options, or name one database with --uri.",
             )
         uris = _uris(uris_from, glob)
         return _run_many(call, uris, at_once, background=not skip_background)
@@ -156,10 +161,15 @@ async def _upgrade(
 
 
 def _uris(file: Path | None, pattern: str | None) -> list[str]:
-    """Returns the databases that a file and a pattern name.
+    """Returns the databases listed in a file, then those that match a pattern.
+
+    Args:
+        file: A text file with one path or URI per line, or `-` for stdin. Blank lines and lines
+            that start with `#` are ignored.
+        pattern: A pattern for local folders.
 
     Raises:
-        ConfigurationError: The file cannot be read, or they name none.
+        ConfigurationError: The file cannot be read, or no database is named.
     """
     from aiomigrate.fleet import expand_glob
 
@@ -169,36 +179,36 @@ def _uris(file: Path | None, pattern: str | None) -> list[str]:
             text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigurationError(
-                f"{file} cannot be read.", "Pass a text file with one path or URI on each line."
+                f"{file} cannot be read.", "Pass a text file with one path or URI per line."
             ) from exc
         lines = (line.strip() for line in text.splitlines())
         found += [line for line in lines if line and not line.startswith("#")]
     if pattern is not None:
         found += expand_glob(pattern)
     if not found:
-        raise ConfigurationError(f"{file} names no database.", "Write one path or URI on a line.")
+        raise ConfigurationError(f"{file} lists no database.", "Write one path or URI per line.")
     return found
 
 
 def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) -> Exit:
-    """Upgrades many databases until all have ended or a signal comes."""
+    """Upgrades many databases until all are finished or a signal interrupts the run."""
     import anyio
 
     from aiomigrate.fleet import DatabaseReport, ManyReport, migrate_all
 
     output, done = call.output, 0
 
-    def told(one: DatabaseReport) -> None:
+    def show_database(one: DatabaseReport) -> None:
         nonlocal done
         done += 1
         applied = len(one.report.applied) if one.report else 0
-        came = f"{applied} applied" if one.error is None else f"failed: {one.error.what}"
+        result = f"{applied} applied" if one.error is None else f"failed: {one.error.what}"
         if applied or not one.is_ok:
-            output.say(f"[{done}/{len(uris)}] {one.database}: {came}")
+            output.say(f"[{done}/{len(uris)}] {one.database}: {result}")
 
     async def work() -> ManyReport:
         return await migrate_all(
-            uris, at_once=at_once, background=background, on_done=told, **call.options()
+            uris, at_once=at_once, background=background, on_done=show_database, **call.options()
         )
 
     async def main() -> Exit:
@@ -206,9 +216,9 @@ def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) ->
         report = await until_signal(work, caught, output)
         if report is None:
             ignore_signals()
-            what = f"Interrupted: {done} of {len(uris)} databases had ended."
+            what = f"Interrupted: {done} of {len(uris)} databases were finished."
             output.document(lambda: {"interrupted": caught[0].name, "what": what})
-            output.note(f"{what}\nRun it again to go on: those at target cost next to nothing.")
+            output.note(f"{what}\nRun the command again to continue with the others.")
             return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
         output.say(str(report))
         output.document(report.to_dict)
@@ -218,14 +228,14 @@ def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) ->
 
 
 def _at_target(manager: MigrationManager, planned: Plan) -> str:
-    left = ", ".join(f"{line} {version}" for line, version in planned.deferred)
-    but = f" but for work in the background ({left})" if left else ""
-    lines = [f"Everything is at target{but}: nothing to do. ({manager.database})"]
+    deferred = ", ".join(f"{line} {version}" for line, version in planned.deferred)
+    suffix = f" except for background migrations ({deferred})" if deferred else ""
+    lines = [f"Everything is at target{suffix}: nothing to do. ({manager.database})"]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in planned.warnings)])
 
 
 async def show_traces(call: Call, manager: MigrationManager, exc: MigrationFailedError) -> None:
-    """Shows, with `-v`, the tracebacks of the migrations that failed, from the journal."""
+    """Shows the tracebacks of failed migrations, read from the journal; does so only with `-v`."""
     if not call.output.verbose:
         return
     last = {(e.line, e.version): e for e in await manager.history() if e.kind == "failed"}
@@ -247,7 +257,7 @@ def rollback(
         typer.Option(
             "--to",
             metavar="VERSION",
-            help="Back to a version of LINE, or LINE=VERSION (repeatable). Default: one step back.",
+            help="Version of LINE to go back to, or LINE=VERSION (repeatable). Default: one back.",
         ),
     ] = None,
     give_up: Annotated[
@@ -255,7 +265,7 @@ def rollback(
         typer.Option(
             "--allow-destructive",
             metavar="",
-            help="Give up what others committed since, where nothing else undoes a migration.",
+            help="Discard later commits of other writers if a migration cannot be undone without.",
             show_default=False,
         ),
     ] = False,
@@ -263,17 +273,20 @@ def rollback(
         bool, typer.Option("--dry-run", metavar="", help="Show the plan only.", show_default=False)
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.", show_default=False)
+        bool,
+        typer.Option(
+            "--yes", "-y", metavar="", help="Do not ask for confirmation.", show_default=False
+        ),
     ] = False,
 ) -> Exit:
     """Undo applied migrations, the newest first.
 
-    By their inverses, or by returning tables to where they were. Shows the plan, and asks. Refuses
-    what would discard commits of others.
+    Runs the inverses of the migrations, or restores earlier versions of their tables. Shows the
+    plan and asks for confirmation. Refuses to discard commits of other writers.
 
     Example: aiomigrate rollback memos --to 3
     """
-    targets = _going_back(line, to or ())
+    targets = _rollback_targets(line, to or ())
     return run_async(
         call,
         lambda manager: _rollback(
@@ -282,18 +295,19 @@ def rollback(
     )
 
 
-def _going_back(line: str | None, to: Collection[str]) -> str | dict[str, int]:
-    # What is no LINE=VERSION is the version of LINE, also beside those of others.
+def _rollback_targets(line: str | None, to: Collection[str]) -> str | dict[str, int]:
+    # A bare VERSION belongs to LINE, also next to LINE=VERSION of other lines.
     target = settings.parse_target([t if "=" in t or line is None else f"{line}={t}" for t in to])
     if isinstance(target, dict):
         if line is not None and line not in target:
             raise ConfigurationError(
-                f"--to names other lines than {line}.", "Leave the line out, or name it in --to."
+                f"--to does not include the line {line}.",
+                f"Remove the argument {line}, or add --to {line}=VERSION.",
             )
         return target
     if line is None:
         raise ConfigurationError(
-            "rollback was not told which line.", "Pass LINE, or --to LINE=VERSION."
+            "rollback needs the line to undo.", "Pass LINE, or --to LINE=VERSION."
         )
     return line
 
@@ -317,8 +331,8 @@ async def _rollback(
     output.say("")
     if ask and (output.as_json or not sys.stdin.isatty()):
         raise ConfigurationError(
-            "rollback asks before it undoes anything, and there is no terminal to ask on.",
-            "Pass --yes once the plan is what you want (--dry-run shows it).",
+            "rollback asks for confirmation, which needs a terminal and no --json.",
+            "Check the plan with --dry-run, then pass --yes.",
         )
     if ask and not typer.confirm("Undo this?"):
         output.say("Nothing was changed.")
@@ -340,12 +354,13 @@ def prune(
     call: Call,
     *,
     older_than: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Only of migrations applied so long ago.")
+        float,
+        typer.Option(metavar="SECONDS", help="Minimum time since their migration was applied."),
     ] = 0.0,
 ) -> Exit:
-    """Delete the savepoints kept of destructive migrations.
+    """Delete the savepoints of destructive migrations, to free their disk space.
 
-    They hold disk space. Each run does so with those that are a week old.
+    Each run also deletes savepoints, by default those older than a week.
 
     Example: aiomigrate prune --older-than 86400
     """
@@ -371,15 +386,16 @@ def prune(
 
 @verb(database_options, folder_options, param_options, lease_options)
 def stamp(call: Call, *, table: Tables = None, to: To = None) -> Exit:
-    """Record lines at versions without running anything.
+    """Record versions of lines without running any migration.
 
-    The baseline of a database. Say which: --table, --to, or `--to latest` for everything.
+    Use it to set the baseline of an existing database. Pass --table, --to, or `--to latest` for
+    every line.
 
     Example: aiomigrate stamp --table memos --to 3
     """
     if not table and not to:
         raise ConfigurationError(
-            "stamp records migrations as applied without running them; it was not told which.",
+            "stamp records migrations as applied without running them, and needs to know which.",
             "Pass --table LINE, --to VERSION, or --to latest for all lines.",
         )
     target = settings.parse_target(to or ())
@@ -405,26 +421,26 @@ def unlock(
         typer.Option(
             "--background",
             metavar="",
-            help="The lease of work in the background.",
+            help="Release the lease of background migrations instead.",
             show_default=False,
         ),
     ] = False,
 ) -> Exit:
-    """Free the lease of a process that is dead. It is watched first: a live one is left alone.
+    """Release the lease of a crashed process. A holder that still renews its lease keeps it.
 
-    Rarely needed: the next run does the same by itself.
+    Rarely needed: the next run takes over an expired lease by itself.
 
     Example: aiomigrate unlock
     """
 
     async def work(manager: MigrationManager) -> Exit:
         if not call.output.as_json:
-            call.output.note("Looking; a lease that is held is watched for its time to live.")
+            call.output.note("Checking the lease. A held lease is watched for its time to live.")
         holder = await manager.unlock(background=background)
         if holder is None:
             call.output.say(f"The lease of {manager.database} is free.")
         else:
-            call.output.say(f"The lease of {holder} was dead and has been removed.")
+            call.output.say(f"Removed the lease of {holder}, which no longer renewed it.")
         call.output.document(lambda: {"removed": str(holder) if holder else None})
         return Exit.OK
 

@@ -1,6 +1,6 @@
-"""What the command shows: text or JSON on stdout, errors and logs on stderr, live progress.
+"""Writes the output of the command: text or JSON on stdout, errors and logs on stderr.
 
-Not for deciding or running anything (that is `cli`), and not for the library, which never prints.
+Live progress is in `progress`; the verbs are in `migrate` and `inspect`. The library never prints.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ if TYPE_CHECKING:
     from aiomigrate.results import Report
 
 
-_TOLD = (ev.STEP_FAILED, ev.STEP_SKIPPED, ev.STEP_UNRESOLVED, ev.RUN_FAILED, ev.LINE_AHEAD)
-"""Events whose content the command shows itself."""
-_MOST_TABLES = 2  # named in one cell of the journal's table
+_SHOWN_AS_TEXT = (
+    ev.STEP_FAILED, ev.STEP_SKIPPED, ev.STEP_UNRESOLVED, ev.RUN_FAILED, ev.LINE_AHEAD,
+)  # fmt: skip
+"""Events that are not logged without `-v`, since the command shows their content as text."""
+_MAX_TABLES = 2
+"""The maximum number of tables named in one cell of the journal's table."""
 
 
 class Output:
-    """Where everything goes. With `--json` stdout holds one document and nothing else."""
+    """Writes everything the command shows. With `--json`, stdout contains only one document."""
 
     def __init__(self, *, as_json: bool, verbose: bool, secrets: Sequence[str] = ()) -> None:
-        """Chooses what to show.
+        """Creates the output.
 
         Args:
-            as_json: Whether stdout is for one JSON document.
-            verbose: Whether logs of all levels and tracebacks are shown.
-            secrets: Texts that are never shown, longest first.
+            as_json: Whether to print one JSON document on stdout instead of text.
+            verbose: Whether to show tracebacks and logs of all levels.
+            secrets: Texts that are replaced by `***` wherever they occur, longest first.
         """
         self.as_json = as_json
         self.verbose = verbose
@@ -49,23 +52,31 @@ class Output:
         self._hidden = [(text, json.dumps(text)[1:-1]) for text in secrets]
 
     def scrub(self, text: str) -> str:
-        """Returns a text without the secrets."""
+        """Returns a text with every secret replaced by `***`."""
         for plain, escaped in self._hidden:
             text = text.replace(plain, "***").replace(escaped, "***")
         return text
 
     def say(self, text: str) -> None:
-        """Shows a text to people; not with `--json`."""
+        """Writes a text to stdout; does nothing with `--json`."""
         if not self.as_json:
             self._write(self.scrub(text))
 
     def document(self, value: Callable[[], object]) -> None:
-        """Shows the one JSON document; only with `--json`."""
+        """Writes the JSON document to stdout; does nothing without `--json`.
+
+        Args:
+            value: Called with `--json` only; returns the content of the document.
+        """
         if self.as_json:
             self._write(self.scrub(json_text(value())))
 
-    def deliver(self, text: str, path: Path | None) -> None:
-        """Shows a text that was asked for in a form of its own, or writes it to a file.
+    def write_result(self, text: str, path: Path | None) -> None:
+        """Writes a text to a file, or to stdout, also with `--json`.
+
+        Args:
+            text: The text.
+            path: The file, which is overwritten; `None` for stdout.
 
         Raises:
             ConfigurationError: The file cannot be written.
@@ -79,46 +90,55 @@ class Output:
             raise ConfigurationError(
                 f"{path} cannot be written: {exc.strerror}.", "Choose another --output."
             ) from exc
-        self.note(f"Written: {path}")
+        self.note(f"Wrote {path}.")
 
-    def alone(self) -> AbstractContextManager[object]:
-        """With `--json`, sends what scripts print to stderr: stdout is for the document."""
+    def reserve_stdout(self) -> AbstractContextManager[object]:
+        """Redirects what scripts print to stderr with `--json`: stdout is for the document."""
         return redirect_stdout(sys.stderr) if self.as_json else nullcontext()
 
     def _write(self, text: str) -> None:
         _echo(text, self._out if self.as_json else sys.stdout)
 
     def note(self, text: str) -> None:
-        """Says something on stderr."""
+        """Writes a text to stderr."""
         _echo(self.scrub(text), sys.stderr)
 
     def error(self, what: str, remedy: str, *, trace: BaseException | None = None) -> None:
-        """Says what happened and what to do, in two lines; with `-v` the traceback first."""
+        """Writes an error to stderr in two lines: what happened, and what to do.
+
+        Args:
+            what: What happened.
+            remedy: What to do next.
+            trace: An exception whose traceback is shown first with `-v`.
+        """
         if trace is not None and self.verbose:
             self.note("".join(traceback.format_exception(trace)).rstrip())
         self.note(f"Error: {_one_line(what)}\n{_one_line(remedy)}")
 
 
 def json_text(value: object) -> str:
-    """Returns a value as a JSON document, escaped where stdout cannot hold every character."""
+    """Returns a value as a JSON document, in ASCII unless stdout is encoded as UTF."""
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     return json.dumps(value, ensure_ascii=not encoding.startswith("utf"), default=str)
 
 
 def _echo(text: str, stream: TextIO) -> None:
-    """Writes a line; without a reader it is dropped, for no migration fails by that."""
+    """Writes a line. If the reader of the stream is gone, the line is dropped without an error.
+
+    A migration does not fail for want of a reader.
+    """
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
     except BrokenPipeError:
-        silence(stream)
+        discard_writes(stream)
 
 
-def silence(stream: TextIO) -> None:
-    """Sends what is still written to a stream whose reader has gone, such as `head`, nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def discard_writes(stream: TextIO) -> None:
+    """Redirects a stream whose reader is gone, such as `head`, to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _one_line(text: str) -> str:
@@ -129,26 +149,26 @@ def _one_line(text: str) -> str:
 
 
 class _Stderr:
-    """The stderr of the moment, which a live display may have replaced."""
+    """Writes to the current `sys.stderr`, which a live view may have replaced."""
 
     def write(self, text: str) -> int:
         try:
             return sys.stderr.write(text)
         except BrokenPipeError:
-            silence(sys.stderr)
+            discard_writes(sys.stderr)
             return len(text)
 
     def flush(self) -> None:
-        pass  # a line is written at once
+        pass  # lines are not buffered
 
 
 def configure_logs(output: Output) -> None:
-    """Sends structlog's events to stderr: pretty on a terminal, JSON lines elsewhere.
+    """Configures structlog to write to stderr: formatted on a terminal, JSON lines elsewhere.
 
-    Warnings and errors, less what the command tells itself; with `--json`, where it tells
-    nothing, all that is worth knowing; with `-v` everything.
+    By default warnings and errors are logged, except those that the command shows as text. With
+    `--json`, all events of level info and above are logged; with `-v`, all events.
     """
-    import structlog  # takes as long as all of `--help`
+    import structlog  # the import takes as long as all of `--help`
 
     level = "debug" if output.verbose else "info"
 
@@ -158,10 +178,10 @@ def configure_logs(output: Output) -> None:
         name = event["event"]
         if name == ev.LEASE_WAITING:
             output.note(
-                f"Waiting up to {event['wait_s']:g} s for {event['holder']}; "
-                "if it is dead, this goes on once its lease has run out."
+                f"Waiting up to {event['wait_s']:g} s for {event['holder']}. "
+                "If that process has crashed, this one continues when the lease expires."
             )
-        elif method in ("warning", "error", "critical") and name not in _TOLD:
+        elif method in ("warning", "error", "critical") and name not in _SHOWN_AS_TEXT:
             return event
         raise structlog.DropEvent
 
@@ -205,7 +225,7 @@ def _renderer() -> Callable[..., Any]:
 
 
 def show_report(output: Output, report: Report) -> None:
-    """Shows a run: the table of timings, why others did not run, and a summary."""
+    """Shows a run: the table of timings, the failed and skipped migrations, and a summary."""
     from aiomigrate.results import REPORT_HEADER, REPORT_RIGHT, report_summary
     from aiomigrate.text import table
 
@@ -222,14 +242,17 @@ def show_report(output: Output, report: Report) -> None:
     for step in report.skipped:
         output.say(f"skipped  {step.line} {step.version}: {_one_line(step.error)}")
     if report.failed:
-        output.say(f"Its traceback: aiomigrate history {report.failed[0].line} -v")
+        output.say(f"For the traceback, run: aiomigrate history {report.failed[0].line} -v")
     if report.adopted:
-        output.say(f"Adopted what another system had recorded: {', '.join(report.adopted)}.")
+        output.say(f"Adopted the records of another system: {', '.join(report.adopted)}.")
     output.say(report_summary(report))
 
 
 def timing_rows(report: Report) -> list[tuple[str, ...]]:
-    """Returns the cells of the table of timings; each of several tables gets a row of its own."""
+    """Returns the cells of the table of timings.
+
+    Each migration is one row; if it changed several tables, one more row follows for each.
+    """
     from aiomigrate.results import report_rows
 
     rows: list[tuple[str, ...]] = []
@@ -253,14 +276,15 @@ def _rich_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
     console = Console(highlight=False, markup=False, emoji=False)
     table = [tuple(header), *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    gap = 1 if sum(widths) + 2 * len(header) <= console.width else 0  # besides the one of the box
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
-    columns = _fitting(header, widths, console.width)
+    # The box adds one more space between columns.
+    padding = 1 if sum(widths) + 2 * len(header) <= console.width else 0
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, padding, 0, 0))
+    columns = _visible_columns(header, widths, console.width)
     for position in columns:
         shown.add_column(
             header[position],
             justify="right" if position in right else "left",
-            no_wrap=position > 0,  # in a narrow terminal only the line's name is folded
+            no_wrap=position > 0,  # in a narrow terminal only the line's name wraps
             overflow="fold",
         )
     for row in table[1:]:
@@ -269,15 +293,15 @@ def _rich_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Seq
     console.print(shown)
 
 
-_SPARED = ("ledger", "waited", "commits", "table_version", "rows")
-"""What a narrow terminal is not shown of a run, first what says least; `report` has it all."""
+_OPTIONAL_COLUMNS = ("ledger", "waited", "commits", "table_version", "rows")
+"""The columns hidden in a narrow terminal, least important first; `report` shows them all."""
 
 
-def _fitting(header: Sequence[str], widths: Sequence[int], room: int) -> list[int]:
-    """Returns the columns that fit beside a folded name of the line."""
+def _visible_columns(header: Sequence[str], widths: Sequence[int], total_width: int) -> list[int]:
+    """Returns the indexes of the columns that fit, given that the line's name may wrap."""
     columns = list(range(len(header)))
-    for name in _SPARED:
-        if min(widths[0], 12) + sum(widths[i] + 1 for i in columns[1:]) + 2 <= room:
+    for name in _OPTIONAL_COLUMNS:
+        if min(widths[0], 12) + sum(widths[i] + 1 for i in columns[1:]) + 2 <= total_width:
             break
         columns.remove(header.index(name))
     return columns
@@ -290,7 +314,7 @@ HISTORY_RIGHT = (2, 5)
 
 
 def history_rows(events: Iterable[Event]) -> list[tuple[str, ...]]:
-    """Returns the cells of the journal's table, one row per event."""
+    """Returns the cells of the journal's table: one row per event, columns as `HISTORY_HEADER`."""
     from aiomigrate.text import duration
 
     return [
@@ -318,7 +342,7 @@ def _table_versions(tables: Mapping[str, Any]) -> str:
             cells.append(f"{name} {before} -> {after}")
         elif before is not None:
             cells.append(f"{name} {before}")
-    return ", ".join(cells) if len(cells) <= _MOST_TABLES else f"{len(cells)} tables"
+    return ", ".join(cells) if len(cells) <= _MAX_TABLES else f"{len(cells)} tables"
 
 
 STYLES: Mapping[str, str] = {

@@ -1,4 +1,7 @@
-"""The progress of a run on a terminal or in a log."""
+"""Shows the progress of a run on a terminal or in a log.
+
+The timings after a run are shown by `output`.
+"""
 
 from __future__ import annotations
 
@@ -18,44 +21,57 @@ if TYPE_CHECKING:
 _PLAIN_EVERY_S = 10.0
 
 
-# ---- progress -----------------------------------------------------------------------------------
-
-
 class Tracker:
-    """Remembers how far each migration is, and shows it while it is entered."""
+    """Stores the progress of each migration, and shows it inside `showing()`.
+
+    Attributes:
+        seen: The last progress of each migration, by line and version.
+    """
 
     def __init__(self, output: Output) -> None:
-        """Shows nothing yet."""
+        """Creates a tracker that shows nothing yet.
+
+        Args:
+            output: Where progress is shown.
+        """
         self._output = output
         self._view: PlainView | LiveView | None = None
         self.seen: dict[Key, Progress] = {}
 
     def __call__(self, progress: Progress) -> None:
-        """Takes one `Progress`: the manager's `on_progress`."""
+        """Stores and shows one `Progress`. Passed to the manager as `on_progress`."""
         self.seen[progress.line, progress.version] = progress
         if self._view is not None:
-            self._view.tell(progress)
+            self._view.update(progress)
 
     def showing(self) -> AbstractContextManager[object]:
-        """Shows progress within: live on a terminal, a line for each change elsewhere."""
+        """Returns a context manager that shows progress.
+
+        On a terminal the view is live; elsewhere each change is a line. With `--json` nothing is
+        shown.
+        """
         if self._output.as_json:
             return nullcontext()
         self._view = LiveView() if sys.stdout.isatty() else PlainView(self._output)
         return self._view
 
     def in_state(self, *states: str) -> list[Key]:
-        """Returns the migrations last seen in some states."""
+        """Returns the migrations whose last progress has one of the states."""
         return [key for key, progress in self.seen.items() if progress.state in states]
 
 
 class PlainView:
-    """Progress as lines of text, for logs and pipes."""
+    """Shows progress as lines of text, for logs and pipes."""
 
     def __init__(self, output: Output) -> None:
-        """Writes to some output."""
+        """Creates the view.
+
+        Args:
+            output: Where the lines are written.
+        """
         self._output = output
-        self._begun: dict[Key, float] = {}
-        self._told: dict[Key, float] = {}
+        self._started: dict[Key, float] = {}
+        self._printed: dict[Key, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -63,25 +79,25 @@ class PlainView:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def tell(self, progress: Progress) -> None:
-        """Writes a line when a migration begins, ends, or has gone on for a while."""
+    def update(self, progress: Progress) -> None:
+        """Writes a line when a migration starts or ends, and every 10 s while it runs."""
         key, now = (progress.line, progress.version), time.monotonic()
         if progress.state == "waiting":
             return
-        if progress.state == "running" and key not in self._begun:
-            self._begun[key] = self._told[key] = now
+        if progress.state == "running" and key not in self._started:
+            self._started[key] = self._printed[key] = now
         elif progress.state == "running":
-            if now - self._told[key] < _PLAIN_EVERY_S:
+            if now - self._printed[key] < _PLAIN_EVERY_S:
                 return
-            self._told[key] = now
-        self._output.say(step_line(progress, now - self._begun.get(key, now)))
+            self._printed[key] = now
+        self._output.say(step_line(progress, now - self._started.get(key, now)))
 
 
 class LiveView:
-    """Progress on a terminal: a row for each migration at work, lines for those that ended."""
+    """Shows progress on a terminal: a row per running migration, a line per ended one."""
 
     def __init__(self) -> None:
-        """Shows nothing before it is entered."""
+        """Creates the view. It shows nothing before it is entered."""
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -94,7 +110,7 @@ class LiveView:
         from rich.table import Column
 
         self._rows: dict[Key, Any] = {}
-        self._begun: dict[Key, float] = {}
+        self._started: dict[Key, float] = {}
         self._ended = 0
         self._known: set[Key] = set()
         self._live = Progress(
@@ -112,7 +128,7 @@ class LiveView:
             transient=True,
             expand=True,
             redirect_stdout=False,
-            redirect_stderr=sys.stderr.isatty(),  # else a file, which is to stay one
+            redirect_stderr=sys.stderr.isatty(),  # a stderr that is a file is not redirected
         )
         self._all = self._live.add_task("migrations", total=None, doing="")
 
@@ -128,8 +144,8 @@ class LiveView:
     ) -> None:
         self._live.stop()
 
-    def tell(self, progress: Progress) -> None:
-        """Updates the row of a migration, or replaces it by a line when it ended."""
+    def update(self, progress: Progress) -> None:
+        """Updates the row of a migration, or replaces it with a line when the migration ended."""
         key = (progress.line, progress.version)
         self._known.add(key)
         if progress.state == "running":
@@ -143,11 +159,11 @@ class LiveView:
 
     def _advance(self, key: Key, progress: Progress) -> None:
         if key not in self._rows:
-            self._begun[key] = time.monotonic()
+            self._started[key] = time.monotonic()
             self._rows[key] = self._live.add_task(f"{key[0]} {key[1]}", total=None, doing="")
         counted = progress.total if progress.total and progress.total > 1 else None
         count = f"{progress.done}/{counted} " if counted else ""
-        elapsed_s = time.monotonic() - self._begun[key]
+        elapsed_s = time.monotonic() - self._started[key]
         if counted and progress.done and elapsed_s > 1:
             count += f"({progress.done / elapsed_s:.0f}/s) "
         self._live.update(
@@ -164,7 +180,7 @@ class LiveView:
         self._ended += 1
         now = time.monotonic()
         self._live.console.print(
-            step_line(progress, now - self._begun.get(key, now)),
+            step_line(progress, now - self._started.get(key, now)),
             style=STYLES.get(progress.state),
             no_wrap=True,
             overflow="ellipsis",
@@ -172,7 +188,12 @@ class LiveView:
 
 
 def step_line(progress: Progress, elapsed_s: float) -> str:
-    """Returns how far a migration is, in one line."""
+    """Returns the progress of a migration as one line.
+
+    Args:
+        progress: The progress.
+        elapsed_s: Seconds since the migration started.
+    """
     from aiomigrate.text import duration
 
     parts = [f"{progress.state:<8} {progress.line} {progress.version}"]

@@ -1,4 +1,8 @@
-"""Runs a verb's coroutine, and ends it in order on SIGINT and SIGTERM."""
+"""Runs the coroutine of a verb, and cancels it on SIGINT and SIGTERM.
+
+After an interruption it shows the state of the database. Undoing or finishing the running
+migrations is done by `runs` and `execution`.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-# ---- running it, and being interrupted ----------------------------------------------------------
-
-
 def run_async(call: Call, work: Callable[[MigrationManager], Awaitable[Exit]]) -> Exit:
-    """Runs a verb's coroutine until it ends or a signal does, which is then explained."""
+    """Runs the coroutine of a verb and returns its exit code.
+
+    On SIGINT or SIGTERM the coroutine is cancelled, and the state of the database is shown.
+
+    Args:
+        call: The call of the command.
+        work: The coroutine function of the verb; called with an open manager.
+
+    Raises:
+        Exception: The exception that `work` raised.
+    """
     import anyio
 
     async def main() -> Exit:
@@ -35,38 +46,43 @@ def run_async(call: Call, work: Callable[[MigrationManager], Awaitable[Exit]]) -
             if result is not None:
                 return result
             ignore_signals()
-            await _explain(call, manager, caught[0])
+            await _show_interruption(call, manager, caught[0])
             return Exit.INTERRUPTED if caught[0] is signal.SIGINT else Exit.TERMINATED
 
     return anyio.run(main)
 
 
 def ignore_signals() -> None:
-    """Lets further signals pass: the process only explains the first one, and ends."""
+    """Ignores further signals, while the process shows the state and ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-_PATIENCE_S = 2.0
-"""After an interruption, silence that looks like a command that hangs."""
+_STOPPING_NOTE_AFTER_S = 2.0
+"""Seconds after an interruption until a note says that the command has not hung."""
 
 
 async def until_signal(
     work: Callable[[], Awaitable[T]], caught: list[signal.Signals], output: Output
 ) -> T | None:
-    """Returns what `work` returns, or `None` when a signal cancelled it first.
+    """Returns the result of `work`, or `None` if a signal cancelled it first.
+
+    Args:
+        work: The coroutine function.
+        caught: Receives every signal that arrives, in order.
+        output: Where notes about the interruption are shown.
 
     Raises:
-        Exception: What `work` raises.
+        Exception: The exception that `work` raised.
     """
     import anyio
 
     error: Exception | None = None
     result: T | None = None
 
-    async def reassure() -> None:
-        await anyio.sleep(_PATIENCE_S)
-        output.note("Stopping: what is in hand is being ended or undone.")
+    async def note_stopping() -> None:
+        await anyio.sleep(_STOPPING_NOTE_AFTER_S)
+        output.note("Stopping: running migrations are being finished or undone.")
 
     async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
         try:
@@ -78,10 +94,10 @@ async def until_signal(
                     caught.append(number)
                     scope.cancel()
                     if again:
-                        output.note("Still undoing what was in hand; nothing is lost by waiting.")
+                        output.note("Still finishing or undoing running migrations; please wait.")
                     else:
-                        group.start_soon(reassure)
-        except NotImplementedError:  # Windows: Ctrl-C cancels everything, as asyncio does it
+                        group.start_soon(note_stopping)
+        except NotImplementedError:  # Windows: asyncio cancels everything on Ctrl-C
             task_status.started()
 
     async with anyio.create_task_group() as group:
@@ -90,7 +106,7 @@ async def until_signal(
         with scope:
             try:
                 result = await work()
-            except Exception as exc:  # noqa: BLE001 - carried out of the group as it is
+            except Exception as exc:  # noqa: BLE001 - raised outside of the task group
                 error = exc
         group.cancel_scope.cancel()
     if error is not None:
@@ -98,8 +114,8 @@ async def until_signal(
     return result
 
 
-async def _explain(call: Call, manager: MigrationManager, number: signal.Signals) -> None:
-    """Says what an interruption left, read from the database rather than remembered."""
+async def _show_interruption(call: Call, manager: MigrationManager, number: signal.Signals) -> None:
+    """Shows the state after an interruption, as read from the database within 10 s."""
     import anyio
 
     from aiomigrate.ledger.lease import HOST
@@ -113,46 +129,46 @@ async def _explain(call: Call, manager: MigrationManager, number: signal.Signals
         except AiomigrateError as exc:
             if call.tracker.seen:
                 call.output.note(f"The state could not be read: {exc.what}")
-    what = interruption(call.tracker, events, status, process=(HOST, os.getpid()))
+    what = interruption_text(call.tracker, events, status, process=(HOST, os.getpid()))
     call.output.document(lambda: {"interrupted": number.name, "what": what})
-    remedy = "Run `aiomigrate upgrade` to go on." if call.tracker.seen else "Run it again to go on."
-    call.output.note(f"Interrupted. {what}\n{remedy}")
+    verb = "`aiomigrate upgrade`" if call.tracker.seen else "the command again"
+    call.output.note(f"Interrupted. {what}\nRun {verb} to continue.")
 
 
-def interruption(
+def interruption_text(
     tracker: Tracker, events: Collection[Event], status: Status | None, *, process: tuple[str, int]
 ) -> str:
-    """Returns in words what state an interrupted run left things in. Pure.
+    """Returns the state in which an interrupted run left the database, as text. Pure.
 
     Args:
-        tracker: What the run told while it ran.
-        events: The journal afterwards.
-        status: Lines and lease afterwards, `None` if they could not be read.
-        process: Host and id of this process.
+        tracker: The progress of the run.
+        events: The journal after the interruption.
+        status: Lines and lease after the interruption; `None` if they could not be read.
+        process: Host and process id of this process.
     """
-    ours = [event for event in events if (event.host, event.pid) == process]
-    epoch = max((event.epoch for event in ours), default=0)
-    mine = [event for event in ours if event.epoch == epoch]
+    own = [event for event in events if (event.host, event.pid) == process]
+    epoch = max((event.epoch for event in own), default=0)
+    of_run = [event for event in own if event.epoch == epoch]
     holder = status.holder if status is not None else None
     held = holder is not None and (holder.host, holder.pid) == process
-    parts = [] if tracker.seen else ["No migration was begun."]
+    parts = [] if tracker.seen else ["No migration was started."]
     parts += [
         f"{word.capitalize()}: {_list_of(keys)}."
         for word in ("applied", "rolled back", "failed", "skipped")
         if (keys := tracker.in_state(word))
     ]
     parts += [
-        f"{key[0]} {key[1]} was in hand: {_fate(key, mine, unresolved=held)}."
+        f"{key[0]} {key[1]} was running: {_result_text(key, of_run, unresolved=held)}."
         for key in tracker.in_state("running")
     ]
     if waiting := tracker.in_state("waiting"):
-        parts.append(f"Not begun: {_list_of(waiting)}.")
+        parts.append(f"Not started: {_list_of(waiting)}.")
     if status is None:
-        parts.append("Who holds the lease could not be read.")
+        parts.append("The holder of the lease could not be read.")
     elif holder is None:
-        parts.append("Nothing is locked.")
+        parts.append("The lease is free.")
     elif held:
-        parts.append("A commit did not end: the lease is left to expire by itself.")
+        parts.append("A commit did not finish, so the lease was kept until it expires.")
     else:
         parts.append(f"The lease is held by {holder}.")
     return " ".join(parts)
@@ -164,20 +180,21 @@ def _list_of(keys: Collection[tuple[str, int]], most: int = 6) -> str:
     return ", ".join(named[:most]) + more
 
 
-def _fate(key: tuple[str, int], events: Collection[Event], *, unresolved: bool) -> str:
-    mine = [event for event in events if (event.line, event.version) == key]
+def _result_text(key: tuple[str, int], events: Collection[Event], *, unresolved: bool) -> str:
+    """Returns what became of a migration that was running, from its journal entries."""
+    entries = [event for event in events if (event.line, event.version) == key]
     if unresolved:
-        return "the next run looks how far it came, and goes on from there"
-    if not mine:
+        return "the next run checks how far it got and continues from there"
+    if not entries:
         return "it had changed nothing"
-    last = mine[-1]
+    last = entries[-1]
     if last.kind == "applied":
         return "it was applied"
     if last.kind == "failed":
         if foreign := last.detail.get("unresolved"):
             return f"it could not be undone ({foreign})"
-        if any(e.kind == "restored" and e.epoch == last.epoch for e in mine):
+        if any(e.kind == "restored" and e.epoch == last.epoch for e in entries):
             return "it was undone"
         changed = any(t.get("before") != t.get("after") for t in last.tables.values())
-        return "the next run goes on with it" if changed else "it had changed nothing"
+        return "the next run continues it" if changed else "it had changed nothing"
     return "the next run recovers it"

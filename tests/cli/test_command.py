@@ -22,10 +22,10 @@ import structlog
 from aiomigrate import settings
 from aiomigrate.cli import app, signals
 from aiomigrate.cli.command import Call as CommandCall
-from aiomigrate.cli.command import Exit, guarded
+from aiomigrate.cli.command import Exit, run_verb
 from aiomigrate.cli.output import Output
 from aiomigrate.cli.progress import Tracker
-from aiomigrate.cli.signals import interruption
+from aiomigrate.cli.signals import interruption_text
 from aiomigrate.ledger.records import Event, Holder, Kind
 from aiomigrate.reporting.status import Status
 from aiomigrate.runs.progress import Progress
@@ -476,7 +476,7 @@ class TestVerbs:
 
         result = call("upgrade", "--skip-background")
 
-        assert "at target but for work in the background (memos 2)" in result.out
+        assert "at target except for background migrations (memos 2)" in result.out
         assert result.out.count("\n") == 1
 
     def test_history(self, call: Call, scripts: Callable[..., None]) -> None:
@@ -491,7 +491,7 @@ class TestVerbs:
         )
         assert "memos" not in users
         nobody, elsewhere = call("history", "nobody").out, call("history", "--uri", "./typo").out
-        assert "Nothing is recorded of 'nobody' in " in nobody
+        assert "Nothing is recorded for 'nobody' in " in nobody
         assert "Nothing is recorded yet in " in elsewhere
         assert elsewhere.endswith("typo.\n")
 
@@ -708,9 +708,9 @@ class TestSignals:
             assert result.code == code
             what, remedy = result.err.splitlines()
             assert "memos 1" in what.partition("Applied: ")[2].partition(".")[0]
-            assert "memos 2 was in hand: it was undone." in what
-            assert "Not begun: users 2." in what
-            assert "Nothing is locked." in what
+            assert "memos 2 was running: it was undone." in what
+            assert "Not started: users 2." in what
+            assert "The lease is free." in what
             assert "aiomigrate upgrade" in remedy
             status = call("status", "--json", "--uri", f"./{number.name}").json
             assert status["holder"] is None
@@ -739,8 +739,8 @@ class TestSignals:
         assert process.returncode == 130
         told = json.loads(out)
         assert told["interrupted"] == "SIGINT"
-        assert "memos 2 was in hand: it was undone." in told["what"]
-        assert "Nothing is locked." in told["what"]
+        assert "memos 2 was running: it was undone." in told["what"]
+        assert "The lease is free." in told["what"]
         assert "Traceback" not in err
         assert self._rows("./db", "memos") == 0
 
@@ -749,13 +749,13 @@ class TestSignals:
     ) -> None:
         """Where stopping takes a while, the first Ctrl-C is answered before it is over."""
         scripts(CREATE, STUBBORN)
-        monkeypatch.setattr(signals, "_PATIENCE_S", 0.1)
+        monkeypatch.setattr(signals, "_STOPPING_NOTE_AFTER_S", 0.1)
 
         result = call("upgrade")
 
         assert result.code == 130
         stopping, what, _ = result.err.splitlines()
-        assert stopping == "Stopping: what is in hand is being ended or undone."
+        assert stopping == "Stopping: running migrations are being finished or undone."
         assert what.startswith("Interrupted. ")
 
     def _start(self, name: str) -> subprocess.Popen[str]:
@@ -812,13 +812,13 @@ class TestInterruption:
         tracker = Tracker(Output(as_json=True, verbose=False))
         tracker(progress("memos", 2, "running"))
         status = Status(database="x", exists=True, holder=holder)
-        return interruption(tracker, events, status, process=PROCESS)
+        return interruption_text(tracker, events, status, process=PROCESS)
 
     def test_undone(self) -> None:
         """A migration whose tables were restored was undone."""
         told = self._told([event(Kind.STARTED), event(Kind.RESTORED), event(Kind.FAILED)])
 
-        assert told == "memos 2 was in hand: it was undone. Nothing is locked."
+        assert told == "memos 2 was running: it was undone. The lease is free."
 
     def test_nothing_had_happened(self) -> None:
         """A migration that had committed nothing had changed nothing."""
@@ -831,7 +831,7 @@ class TestInterruption:
         """A recovery that was interrupted again is gone on with by the next run."""
         told = self._told([event(Kind.FAILED, tables={"memos": {"before": 1, "after": 2}})])
 
-        assert "the next run goes on with it" in told
+        assert "the next run continues it" in told
 
     def test_foreign_commit(self) -> None:
         """What could not be undone is told with the reason."""
@@ -843,8 +843,8 @@ class TestInterruption:
         """A lease left behind on purpose is said to expire by itself."""
         told = self._told([event(Kind.STARTED)], holder=Holder(host="host", pid=7))
 
-        assert "the next run looks how far it came" in told
-        assert "left to expire by itself" in told
+        assert "the next run checks how far it got" in told
+        assert "the lease was kept until it expires" in told
 
     def test_older_runs_do_not_count(self) -> None:
         """Events of an older run are not taken for this one's, even with the same process id."""
@@ -858,15 +858,15 @@ class TestInterruption:
         tracker = Tracker(Output(as_json=True, verbose=False))
         status = Status(database="x", exists=True, holder=Holder(host="other", pid=7))
 
-        told = interruption(tracker, [], status, process=PROCESS)
+        told = interruption_text(tracker, [], status, process=PROCESS)
 
-        assert told.startswith("No migration was begun. The lease is held by process 7 on other")
+        assert told.startswith("No migration was started. The lease is held by process 7 on other")
 
     def test_unreadable(self) -> None:
         """When the database cannot be read afterwards, that is said."""
         tracker = Tracker(Output(as_json=True, verbose=False))
 
-        assert "could not be read" in interruption(tracker, [], None, process=PROCESS)
+        assert "could not be read" in interruption_text(tracker, [], None, process=PROCESS)
 
     @pytest.mark.parametrize("begun", [False, True])
     def test_does_not_deny_what_was_begun(
@@ -879,11 +879,11 @@ class TestInterruption:
                 call.tracker(progress("memos", 2, "running"))
             raise KeyboardInterrupt
 
-        code = guarded(body, {"as_json": True, "verbose": False}, {})
+        code = run_verb(body, {"as_json": True, "verbose": False}, {})
 
         out, err = capsys.readouterr()
         assert code == Exit.INTERRUPTED
-        assert ("before anything was begun" in json.loads(out)["what"]) is not begun
+        assert ("before any migration started" in json.loads(out)["what"]) is not begun
         assert ("aiomigrate status" in err) is begun
 
 
@@ -1052,10 +1052,10 @@ class TestRollback:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            ((), "was not told which line"),
-            (("memos", "--to", "users=1"), "--to names other lines than memos"),
+            ((), "rollback needs the line to undo"),
+            (("memos", "--to", "users=1"), "--to does not include the line memos"),
             (("memo", "--to", "1"), "Did you mean 'memos'"),
-            (("memos", "--to", "x"), "'x' is no version"),
+            (("memos", "--to", "x"), "'x' is not a version"),
             (("memos", "--to", "1", "--to", "user=0"), "Did you mean"),
         ],
     )
