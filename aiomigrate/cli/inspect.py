@@ -121,8 +121,8 @@ def health(call: Call) -> Exit:
 def validate(call: Call, *, check: Check = False) -> Exit:
     """Compare the scripts, the ledger and the tables. Writes nothing.
 
-    Exits with 1 if they differ. Pending migrations are no difference; with --check they exit with
-    3.
+    Exits with 1 if they differ. Migrations that are merely pending do not count as a difference;
+    with --check the command then exits with 3.
 
     Example: aiomigrate validate --check
     """

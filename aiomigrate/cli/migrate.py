@@ -98,7 +98,7 @@ def upgrade(
             "--at-once",
             metavar="N",
             min=1,
-            help="Databases that are upgraded at the same time.",
+            help="Maximum number of databases upgraded at the same time.",
         ),
     ] = 8,
 ) -> Exit:
@@ -257,7 +257,7 @@ def rollback(
         typer.Option(
             "--to",
             metavar="VERSION",
-            help="Version of LINE to go back to, or LINE=VERSION (repeatable). Default: one back.",
+            help="Version to return to, or LINE=VERSION (repeatable). Default: one step back.",
         ),
     ] = None,
     give_up: Annotated[
@@ -265,7 +265,7 @@ def rollback(
         typer.Option(
             "--allow-destructive",
             metavar="",
-            help="Discard later commits of other writers if a migration cannot be undone without.",
+            help="Discard other writers' later commits if a migration cannot be undone otherwise.",
             show_default=False,
         ),
     ] = False,
@@ -355,7 +355,7 @@ def prune(
     *,
     older_than: Annotated[
         float,
-        typer.Option(metavar="SECONDS", help="Minimum time since their migration was applied."),
+        typer.Option(metavar="SECONDS", help="Only for migrations applied at least so long ago."),
     ] = 0.0,
 ) -> Exit:
     """Delete the savepoints of destructive migrations, to free their disk space.
