@@ -1,1 +1,1 @@
-"""One table under change: every commit announced, counted, attributed, and undone by savepoint."""
+"""Announces, counts and attributes the commits of a migration, and returns to savepoints."""

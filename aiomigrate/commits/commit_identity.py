@@ -1,7 +1,8 @@
-"""Whether a commit that was found is one that a migration announced.
+"""Checks whether a commit is the one that a migration announced.
 
-Compares what a table_version holds with what the announced commit writes. Used after a crash,
-where the last commit may be ours and not recorded.
+Compares the content of a table_version with what the announced commit writes. Used by
+`execution.recovery` after a crash, when the last announced commit may or may not have been made.
+Restoring a table is not done here (`commits.savepoints`).
 """
 
 from __future__ import annotations
@@ -23,17 +24,23 @@ from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Commit, Table
 
 
-def foreign_among(made: Sequence[Commit], *, before: int, after: int, compacted: bool) -> list[int]:
-    """Returns which commits beside an optimization are not known to be its own. Pure.
+def foreign_commits(
+    made: Sequence[Commit], *, before: int, after: int, compacted: bool
+) -> list[int]:
+    """Returns the table_versions that an optimization is not known to have committed. Pure.
 
-    Its own change neither rows nor schema nor the list of indexes. One of them rewrites files, if
-    it compacted; where several did, an update of all rows may be among them.
+    The commits of an optimization change neither rows nor schema nor the list of indexes. At most
+    one of them rewrites files, and only if it compacted. If several commits rewrote files, one of
+    them may be an update of all rows by another writer, so all of them count as foreign.
 
     Args:
-        made: The commits that are still there, that before it included.
-        before: The table_version before it.
-        after: The table_version it ended with, which is its own.
+        made: The commits that still exist, including the one before the optimization.
+        before: The table_version before the optimization.
+        after: The table_version of its last commit, which is its own.
         compacted: Whether it rewrote files.
+
+    Returns:
+        The foreign table_versions in ascending order, empty if there are none.
     """
     by_version = {commit.version: commit for commit in made}
     foreign, rewrites = [], []
@@ -57,14 +64,28 @@ _WINDOW_ROWS = 20_000
 _REPLAY = "aiomigrate-replay-"
 
 
-# ---- was that commit ours? ----------------------------------------------------------------------
+# ---- is that commit the announced one? ----------------------------------------------------------
 
 
-async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any]) -> bool:
-    """Returns whether the commit after `base` is what an announced one would have written.
+async def matches_announcement(
+    store: Store, name: str, base: int, effect: Mapping[str, Any]
+) -> bool:
+    """Returns whether the commit after `base` has the effect that was announced.
 
-    Used after a crash, for the one commit that was announced but not confirmed. A commit with the
-    very same effect by someone else counts as ours: undoing and redoing it loses nothing.
+    Used after a crash, for a commit that was announced but not confirmed. A commit of another
+    writer with exactly the same effect also matches: undoing and redoing it loses nothing.
+
+    An update, a delete or a merge is repeated on a temporary branch of `base`, which is deleted
+    afterwards. A crash leaves that branch behind; the next call deletes it.
+
+    Args:
+        store: The database.
+        name: The table.
+        base: The table_version that the announced commit is based on, 0 if there was no table.
+        effect: What the announced commit does (see `commits.effects`).
+
+    Returns:
+        `False` also if the table or the table_version cannot be read.
     """
     try:
         after = await (await store.open(name)).at(base + 1)
@@ -79,8 +100,8 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
         match effect["do"]:
             case "shape":
                 found = shape_effect(await after.state())
-                told = {key: effect[key] for key in ("fields", "indexes")}
-                return told == {key: found[key] for key in told} and await same_content(
+                announced = {key: effect[key] for key in ("fields", "indexes")}
+                return announced == {key: found[key] for key in announced} and await same_content(
                     before, after, renames=effect["renames"], loose=effect["loose"]
                 )
             case "add":
@@ -95,7 +116,7 @@ async def is_ours(store: Store, name: str, base: int, effect: Mapping[str, Any])
                 same = (await before.state()).shape() == (await after.state()).shape()
                 return same and await _same_rows(before, after, effect["columns"])
             case _:
-                # Else someone else's change of the schema would be taken for our change of rows.
+                # Without this, another writer's schema change could pass as this change of rows.
                 same = (await before.state()).shape() == (await after.state()).shape()
                 return same and await _replays(store, name, base, effect, after)
     except StoreError:
@@ -116,9 +137,9 @@ async def _was_appended(before: Table, after: Table, effect: Mapping[str, Any]) 
 
 async def _was_inserted(before: Table, after: Table, effect: Mapping[str, Any]) -> bool:
     old = await before.count_rows()
-    told = set(effect["rows"])
+    announced = set(effect["rows"])
     async for rows in _windows(after, effect["columns"], start=old):
-        if not told.issuperset(row_digests(rows)):
+        if not announced.issuperset(row_digests(rows)):
             return False
     return True
 
@@ -127,10 +148,10 @@ async def _replays(
     store: Store, name: str, base: int, effect: Mapping[str, Any], after: Table
 ) -> bool:
     main = await store.open(name)
-    for left in await main.branches():  # by a process that died while it looked
+    for left in await main.branches():  # by a process that crashed during this check
         if left.startswith(_REPLAY):
             await main.delete_branch(left)
-    branch = _REPLAY + secrets.token_hex(6)  # a name whose creation crashed is unusable for ever
+    branch = _REPLAY + secrets.token_hex(6)  # a crash in creation makes a name unusable
     try:
         copy = await main.create_branch(branch, base)
         match effect["do"]:
@@ -150,7 +171,7 @@ async def _replays(
 
 
 async def _same(one: Table, other: Table) -> bool:
-    """Returns whether two versions have one shape and the same rows."""
+    """Returns whether two table_versions have the same shape and the same rows."""
     alike = (await one.state()).shape() == (await other.state()).shape()
     return alike and await same_content(one, other)
 
@@ -162,28 +183,31 @@ async def same_content(
     renames: Mapping[str, str] | None = None,
     loose: Collection[str] = (),
 ) -> bool:
-    """Returns whether two versions hold the same rows, in the columns both have.
+    """Returns whether two table_versions hold the same rows in the columns that both have.
 
     Args:
-        one: The first.
+        one: The first, as a table at that version.
         other: The second.
-        renames: What a column of the first is called in the second, where that differs.
+        renames: Names in the second by name in the first, for columns whose names differ.
         loose: Columns of the first that are not compared.
+
+    Raises:
+        StoreError: One of them cannot be read.
     """
     if await one.count_rows() != await other.count_rows():
         return False
     names = set((await other.state()).schema.names)
     have = [n for n in (await one.state()).schema.names if n not in loose]
     common = [n for n in have if (renames or {}).get(n, n) in names]
-    theirs = _windows(other, [(renames or {}).get(name, name) for name in common])
+    counterparts = _windows(other, [(renames or {}).get(name, name) for name in common])
     async for rows in _windows(one, common):
-        if digest(rows) != digest((await anext(theirs)).rename_columns(common)):
+        if digest(rows) != digest((await anext(counterparts)).rename_columns(common)):
             return False
     return True
 
 
 async def _same_rows(one: Table, other: Table, loose: Collection[str]) -> bool:
-    """Returns whether two versions hold the same rows in any order, but for some columns."""
+    """Returns whether two table_versions hold the same rows in any order, without some columns."""
     names = [n for n in (await one.state()).schema.names if n not in loose]
 
     async def total(table: Table) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""What one commit does to a table: its state afterwards, and how the journal tells it. Pure.
+"""Describes the effect of one commit: the state afterwards and the journal entry. Pure.
 
-Both who makes a commit and who foresees it ask here, so that they tell the same. Whether a commit
-that is there does what was told is for `savepoint`.
+`commits.table_target`, which makes commits, and `execution.lookahead`, which predicts them, both
+use these functions, so their journal entries are equal. Checking whether an existing commit has an
+announced effect is not done here (`commits.commit_identity`).
 """
 
 from __future__ import annotations
@@ -20,58 +21,64 @@ from aiomigrate.schema.sql import as_sql
 from aiomigrate.schema.state import Index, TableState, spell
 
 Effect = Mapping[str, Any]
-"""What a commit does, as the journal tells it: a JSON value."""
+"""What a commit does, as the journal stores it: a JSON object."""
 
 Change = tuple[TableState, Effect]
-"""The table after a commit, and what the commit does."""
+"""The state of the table after a commit, and the effect of the commit."""
 
 CREATE: Effect = {"do": "create"}
 
 
-def adding(state: TableState, fields: Sequence[pa.Field[Any]]) -> Change:
-    """Tells of nullable columns added; a struct that is there gets the fields it lacks."""
+def add_columns(state: TableState, fields: Sequence[pa.Field[Any]]) -> Change:
+    """Returns the state and the effect of adding nullable columns, or fields to a struct column."""
     after = state.with_schema(paths.merged(state.schema, fields))
     return after, shape_effect(after)
 
 
-def dropping(state: TableState, names: Sequence[str]) -> Change:
-    """Tells of columns dropped."""
+def drop_columns(state: TableState, names: Sequence[str]) -> Change:
+    """Returns the state and the effect of dropping columns."""
     gone: dict[str, paths.Change] = {name: lambda _: None for name in names}
     after = state.with_schema(paths.changed(state.schema, gone))
     return after, shape_effect(after)
 
 
-def altering(state: TableState, alterations: Sequence[Mapping[str, Any]]) -> Change:
-    """Tells of columns renamed, or of another nullability or type."""
-    schema = paths.changed(state.schema, {str(a["path"]): _altering(a) for a in alterations})
+def alter_columns(state: TableState, alterations: Sequence[Mapping[str, Any]]) -> Change:
+    """Returns the state and the effect of altering columns: name, nullability or type.
+
+    Args:
+        state: The table before.
+        alterations: One mapping per column: `path`, and the new `rename`, `nullable` or
+            `data_type`.
+    """
+    schema = paths.changed(state.schema, {str(a["path"]): _alteration(a) for a in alterations})
     names = {str(a["path"]): str(a["rename"]) for a in alterations if "rename" in a}
     after = TableState(schema, tuple(index.renamed(names) for index in state.indexes))
-    # What the content can be compared by, should we die right after it.
+    # After a crash, the content is compared by these names, without the loose columns.
     loose = {paths.root(str(a["path"])) for a in alterations if "data_type" in a}
     loose |= {paths.root(path) for path in names if "." in path}
     renames = {p: n for p, n in names.items() if "." not in p}
     return after, shape_effect(after, renames=renames, loose=loose)
 
 
-def indexing(state: TableState, index: Index) -> Change:
-    """Tells of an index built."""
+def create_index(state: TableState, index: Index) -> Change:
+    """Returns the state and the effect of building an index."""
     after = with_index(state, index)
     return after, shape_effect(after)
 
 
-def unindexing(state: TableState, name: str) -> Change:
-    """Tells of an index dropped."""
+def drop_index(state: TableState, name: str) -> Change:
+    """Returns the state and the effect of dropping an index."""
     after = TableState(state.schema, tuple(i for i in state.indexes if i.name != name))
     return after, shape_effect(after)
 
 
-def updating(values: Mapping[str, Any], sql: Mapping[str, str], where: str | None) -> Effect:
-    """Tells of columns set in the rows that match: as SQL alone, which JSON can hold.
+def update(values: Mapping[str, Any], sql: Mapping[str, str], where: str | None) -> Effect:
+    """Returns the effect of setting columns of the matching rows, as SQL, which JSON can hold.
 
     Args:
         values: Literals by column.
         sql: Expressions by column.
-        where: The rows, `None` for all.
+        where: SQL condition on the rows, `None` for all rows.
     """
     return {"do": "update", "sql": as_sql(values, sql), "where": where}
 
@@ -79,12 +86,12 @@ def updating(values: Mapping[str, Any], sql: Mapping[str, str], where: str | Non
 def shape_effect(
     state: TableState, *, renames: Mapping[str, str] | None = None, loose: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Describes a commit that changes schema or indexes.
+    """Returns the effect of a commit that changes the schema or the indexes.
 
     Args:
-        state: What is there after it.
-        renames: New name by old name: such columns hold what the old ones held.
-        loose: Columns (by their old names) whose values change their form.
+        state: The table after the commit.
+        renames: New name by old name, of columns that keep their values.
+        loose: Old names of columns whose values change their representation.
     """
     return {
         "do": "shape",
@@ -98,23 +105,23 @@ def shape_effect(
 
 
 def add_effect(data: pa.Table) -> dict[str, Any]:
-    """Describes an append."""
+    """Returns the effect of an append: row count, columns and a digest of the rows."""
     return {"do": "add", "rows": len(data), "columns": data.schema.names, "digest": digest(data)}
 
 
 def insert_effect(data: pa.Table) -> dict[str, Any]:
-    """Describes an insert of those rows that are missing: a short digest of each."""
+    """Returns the effect of inserting the missing ones of some rows: a short digest of each row."""
     return {"do": "insert", "columns": data.schema.names, "rows": row_digests(data)}
 
 
 def row_digests(data: pa.Table) -> list[str]:
-    """Returns a short digest of each row."""
+    """Returns a short digest of each row, in the order of the rows."""
     rows = zip(*(column.to_pylist() for column in data.columns), strict=True)
     return [hashlib.blake2b(repr(row).encode(), digest_size=6).hexdigest() for row in rows]
 
 
 def merge_effect(key: str, data: pa.Table) -> dict[str, Any]:
-    """Describes a merge, with its rows, so that it can be replayed."""
+    """Returns the effect of a merge, including its rows, so that it can be repeated."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, data.schema) as stream:
         stream.write_table(data)
@@ -136,7 +143,7 @@ def digest(data: pa.Table) -> str:
     return hasher.hexdigest()
 
 
-def _altering(alteration: Mapping[str, Any]) -> paths.Change:
+def _alteration(alteration: Mapping[str, Any]) -> paths.Change:
     def change(field: pa.Field[Any]) -> pa.Field[Any]:
         altered = field.with_name(str(alteration.get("rename", field.name)))
         altered = altered.with_type(alteration.get("data_type", field.type))

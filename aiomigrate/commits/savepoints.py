@@ -1,8 +1,10 @@
-"""Going back: fenced restores, savepoint branches, and telling our own commits from others'.
+"""Fenced restores and savepoint branches.
 
-LanceDB's `restore` never fails and silently discards what was committed meanwhile; version
-arithmetic on a pinned handle tells (facts: restore, measured 84 of 84). Everything here refuses to
-discard a commit that is not known to be ours. When to go back is for `executor`.
+LanceDB's `restore` never fails and silently discards concurrent commits; version arithmetic on a
+pinned handle detects that (facts: restore, measured: 84 of 84). Every function here refuses to
+discard a commit that the migration is not known to have made. When to restore is decided in
+`execution.executor` and `execution.recovery`; which commits a migration made is checked in
+`commits.commit_identity`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from aiomigrate.store.table import Table
 from aiomigrate.text import spell_spans
 
 Guard = Callable[[], Awaitable[None]]
-"""Raises unless the lease is safely ours."""
+"""Raises `LeaseLostError` unless this process safely holds the lease."""
 
 
 async def restore_fenced(
@@ -34,23 +36,26 @@ async def restore_fenced(
     script: Script,
     protected: bool = False,
 ) -> int:
-    """Returns a table to an older table_version, if its head is still the one we know.
+    """Restores an older table_version of a table if its latest version is the expected one.
 
     Args:
-        store: Where.
+        store: The database.
         name: The table.
-        to: The table_version to return to.
-        head: The latest table_version known to be ours (or the savepoint itself).
-        guard: Asked immediately before the restore.
+        to: The table_version to restore.
+        head: The latest table_version that the migration made, or the savepoint itself.
+        guard: Checks the lease immediately before the restore.
         script: The migration being undone, for the error.
-        protected: Whether it has a savepoint branch: a table without one is another table.
+        protected: Whether the table has a savepoint branch. If the branch is missing, the table
+            was dropped and created again.
 
     Returns:
         The table_version of the restore.
 
     Raises:
-        UnresolvedError: Someone else has committed; nothing of theirs is discarded, or, where two
-            commits crossed ours, what was covered is named.
+        LeaseLostError: Another process has taken over; nothing was written.
+        StoreError: LanceDB failed.
+        UnresolvedError: Another writer has committed. Its commits are not discarded; if two of
+            them conflicted with the restore, the error names the commits that are covered.
     """
     table = await store.open(name)
     found = await table.version()
@@ -58,27 +63,38 @@ async def restore_fenced(
         raise unresolved(script, name, to, [(head + 1, found)])
     if protected and not any(is_branch_of(b, script) for b in await table.branches()):
         raise UnresolvedError(
-            f"{script}: table {name!r} has lost its savepoint: it was dropped and made again by "
-            "someone else while the migration ran. It was left as it is.",
+            f"{script}: table {name!r} has lost its savepoint: another writer dropped and created "
+            "the table again while the migration ran. It was left as it is.",
             "Find out why, then correct the migration and run again.",
             line=script.line,
             version=script.version,
         )
     await guard()
-    return await _covering(table, await table.restore(to), name, to=to, head=head, script=script)
+    return await _confirm_commit(
+        table, await table.restore(to), name, to=to, head=head, script=script
+    )
 
 
 async def vacate(store: Store, name: str, *, head: int, guard: Guard, script: Script) -> int:
-    """Empties a table that a failed migration made, if its head is still the one we know.
+    """Empties a table that a failed migration created, if its version is the expected one.
 
-    A name is never dropped and used again (facts: 11): what is left is a mark, which counts as no
-    table and which `CreateTable` overwrites.
+    A table name is never dropped and used again (facts: 11). The table is overwritten by an empty
+    one with a marker column, which counts as no table and which `CreateTable` overwrites.
+
+    Args:
+        store: The database.
+        name: The table.
+        head: The latest table_version that the migration made.
+        guard: Checks the lease immediately before the commit.
+        script: The migration being undone, for the error.
 
     Returns:
-        The table_version of the mark.
+        The table_version of the marker.
 
     Raises:
-        UnresolvedError: Someone else has committed; nothing of theirs is discarded.
+        LeaseLostError: Another process has taken over; nothing was written.
+        StoreError: LanceDB failed.
+        UnresolvedError: Another writer has committed. Its commits are not discarded.
     """
     table = await store.open(name)
     found = await table.version()
@@ -87,23 +103,26 @@ async def vacate(store: Store, name: str, *, head: int, guard: Guard, script: Sc
     await guard()
     left = pa.schema([pa.field(LEFTOVER, pa.bool_())])
     mark = await store.create(name, left, overwrite=True)
-    return await _covering(mark, await mark.version(), name, to=0, head=head, script=script)
+    return await _confirm_commit(mark, await mark.version(), name, to=0, head=head, script=script)
 
 
-async def _covering(
-    table: Table, mine: int, name: str, *, to: int, head: int, script: Script
+async def _confirm_commit(
+    table: Table, made: int, name: str, *, to: int, head: int, script: Script
 ) -> int:
-    """Returns our commit if it followed the head we knew; else brings back what it covered."""
-    if mine == head + 1:
-        return mine
-    back = await table.restore(mine - 1)
-    covered = [(head + 1, mine - 1)]
-    if back != mine + 1:
+    """Returns the version of a commit that directly follows `head`.
+
+    Otherwise restores the foreign commits that it covered, and raises.
+    """
+    if made == head + 1:
+        return made
+    back = await table.restore(made - 1)
+    covered = [(head + 1, made - 1)]
+    if back != made + 1:
         raise UnresolvedError(
-            f"{script}: restoring table {name!r} crossed other writers twice: its head {back} "
-            f"holds their table_versions {head + 1} to {mine - 1} on top of this migration, but "
-            f"not {mine + 1} to {back - 1}.",
-            f"Inspect them with `table.checkout({mine + 1})`, merge by hand, then "
+            f"{script}: restoring table {name!r} conflicted with other writers twice: its head "
+            f"{back} holds their table_versions {head + 1} to {made - 1} on top of this migration, "
+            f"but not {made + 1} to {back - 1}.",
+            f"Inspect them with `table.checkout({made + 1})`, merge by hand, then "
             f"{_accept(script)}",
             line=script.line,
             version=script.version,
@@ -114,50 +133,69 @@ async def _covering(
 def unresolved(
     script: Script, table: str, savepoint: int, foreign: Sequence[tuple[int, int]]
 ) -> UnresolvedError:
-    """Builds the error that names the commits which undoing would discard."""
+    """Returns the error that names the foreign commits that undoing would discard.
+
+    Args:
+        script: The migration.
+        table: The table.
+        savepoint: The table_version that undoing would restore.
+        foreign: Ranges of foreign table_versions, first and last.
+    """
     spans = spell_spans(foreign)
     again = (
         ""
         if script.runs_code
-        else "Correct what made it fail, and run again: unchanged, it goes on where it was. Or, "
-        "to change the migration: "
+        else "Correct the cause of the failure and run again: an unchanged migration continues "
+        "where it stopped. Or, to change the migration: "
     )
     return UnresolvedError(
-        f"{script}: others committed to table {table!r} (table_version {spans}) since savepoint "
-        f"{savepoint}, so it was not undone and holds part of this migration.",
-        f"{again}To keep the data as it is, {_accept(script)} To go back instead, which discards "
-        f"those commits, `await table.restore({savepoint})` first, then the same.",
+        f"{script}: other writers committed to table {table!r} (table_version {spans}) since "
+        f"savepoint {savepoint}, so it was not undone and holds part of this migration.",
+        f"{again}To keep the data as it is, {_accept(script)} To return to the savepoint, which "
+        f"discards those commits, run `await table.restore({savepoint})` first, then the same.",
         line=script.line,
         version=script.version,
     )
 
 
-def crossed(
+def unresolved_overwrite(
     table: str, covered: tuple[int, int], lost: tuple[int, int], head: int
 ) -> UnresolvedError:
-    """Builds the error of an overwrite that was undone while yet others committed."""
+    """Returns the error for an overwrite that was undone while more foreign commits were made.
+
+    Args:
+        table: The table.
+        covered: First and last foreign table_version that the overwrite covered; restored.
+        lost: First and last foreign table_version that the restore covered.
+        head: The latest table_version.
+    """
     return UnresolvedError(
-        f"Rebuilding table {table!r} crossed other writers twice: its head {head} holds their "
-        f"table_versions {covered[0]} to {covered[1]}, but not {lost[0]} to {lost[1]}.",
+        f"Rebuilding table {table!r} conflicted with other writers twice: its head {head} holds "
+        f"their table_versions {covered[0]} to {covered[1]}, but not {lost[0]} to {lost[1]}.",
         f"Inspect those with `await table.checkout({lost[0]})`, write them again, then run again.",
     )
 
 
-async def uncover(
+async def restore_overwritten(
     store: Store, name: str, *, base: int, witness: str, guard: Guard, script: Script
 ) -> None:
-    """Brings back what an overwrite discarded whose process died before it could look.
+    """Restores what an overwrite covered if its process crashed before it checked.
+
+    Does nothing if the table does not exist, or if the overwrite was not made, covered nothing or
+    was undone already.
 
     Args:
-        store: Where.
+        store: The database.
         name: The table.
         base: The table_version that the overwrite was computed from.
-        witness: The column by which its commit is known.
-        guard: Asked immediately before the restore.
+        witness: The witness column that identifies its commit.
+        guard: Checks the lease immediately before the restore.
         script: The migration, for the error.
 
     Raises:
-        UnresolvedError: Others have committed on top of it; everything is still there.
+        LeaseLostError: Another process has taken over; nothing was written.
+        StoreError: LanceDB failed.
+        UnresolvedError: Other writers have committed on top of it; no commit is lost.
     """
     table = await store.find(name)
     if table is None:
@@ -173,13 +211,13 @@ async def uncover(
             made = version
             break
     if made in (0, base + 1) or not (await table.state()).has(witness):
-        return  # it was never made, it discarded nothing, or that was undone
+        return  # it was not made, covered nothing, or was undone
     if made != head:
         raise unresolved(script, name, base, [(base + 1, made - 1), (made + 1, head)])
     await guard()
     back = await table.restore(made - 1)
     if back != head + 1:
-        raise crossed(name, (base + 1, made - 1), (head + 1, back - 1), back)
+        raise unresolved_overwrite(name, (base + 1, made - 1), (head + 1, back - 1), back)
 
 
 def _accept(script: Script) -> str:
@@ -190,12 +228,20 @@ def _accept(script: Script) -> str:
 
 
 def branch_name(epoch: int, owner: str, script: Script) -> str:
-    """Returns a name no branch ever had: one whose creation crashed can never be used again."""
+    """Returns the name of a migration's savepoint branch, unique per lease and migration.
+
+    It is unique because a crash during creation makes a name unusable for ever.
+
+    Args:
+        epoch: The epoch of the lease.
+        owner: The owner of the lease.
+        script: The migration.
+    """
     return f"aiomigrate-{epoch}-{owner}-{_branch_end(script)}"
 
 
 def is_branch_of(name: str, script: Script) -> bool:
-    """Returns whether a branch is the savepoint of some attempt at a migration."""
+    """Returns whether a branch is the savepoint of any attempt of a migration."""
     return name.startswith("aiomigrate-") and name.endswith(f"-{_branch_end(script)}")
 
 
@@ -204,13 +250,17 @@ def _branch_end(script: Script) -> str:
 
 
 async def drop_branch(store: Store, table: str, name: str, known: Table | None = None) -> None:
-    """Deletes a savepoint branch if it is there.
+    """Deletes a savepoint branch; does nothing if the table or the branch does not exist.
 
     Args:
         store: The database.
-        table: The table that it is a branch of.
+        table: The table of the branch.
         name: The branch.
-        known: A handle of the table, if one is open: then it is opened anew only on failure.
+        known: An open handle of the table, if there is one. The table is opened again only if
+            deleting through it fails.
+
+    Raises:
+        StoreError: The branch exists and could not be deleted.
     """
     if known is not None:
         with contextlib.suppress(StoreError):
@@ -222,5 +272,5 @@ async def drop_branch(store: Store, table: str, name: str, known: Table | None =
     try:
         await handle.delete_branch(name)
     except StoreError:
-        if name in await handle.branches():  # else there was none, or another holder was faster
+        if name in await handle.branches():  # else there was none, or another holder deleted it
             raise

@@ -1,6 +1,8 @@
-"""A table as operations and functions change it: implements the `Target` protocol of `operations`.
+"""The table through which operations and functions act: implements `operations.target.Target`.
 
-Every method is made of commits that `tracked_table` announces, guards and attributes.
+Every commit goes through `commits.tracked_table`, which announces it, checks the lease and
+attributes it. A crash or a cancellation between two commits leaves the earlier ones, which
+`execution` undoes or continues from. Deciding that is not done here.
 """
 
 from __future__ import annotations
@@ -13,12 +15,11 @@ from typing import Any
 import anyio
 import pyarrow as pa
 
-from aiomigrate.backfill import caller
-from aiomigrate.backfill import engine as filling_of
+from aiomigrate.backfill import caller, engine
 from aiomigrate.backfill.ray import Transform as ClusterTransform
 from aiomigrate.backfill.ray import add_by_ray
 from aiomigrate.commits import effects
-from aiomigrate.commits.commit_identity import foreign_among
+from aiomigrate.commits.commit_identity import foreign_commits
 from aiomigrate.commits.effects import (
     Effect,
     add_effect,
@@ -41,48 +42,60 @@ from aiomigrate.store.table import Table
 
 
 class TableTarget(TrackedTable):
-    """One table whose columns, indexes and rows a migration changes."""
+    """A table whose columns, indexes and rows a migration changes.
+
+    Every writing method announces its commits and checks the lease before each of them. It raises
+    `OperationError` if the table does not exist or the migration has ended, `LeaseLostError` if
+    another process has taken over, and `StoreError` if LanceDB fails.
+    """
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
-        """Adds nullable columns; a struct that is there gets the fields it lacks."""
-        after, effect = effects.adding(self._known(), fields)
+        """Adds nullable columns, or missing fields of a struct column, in one commit."""
+        after, effect = effects.add_columns(self._current(), fields)
         await self._commit(effect, lambda t: t.add_columns(fields), after=after)
 
     async def drop_columns(self, names: Sequence[str]) -> None:
-        """Drops columns."""
-        after, effect = effects.dropping(self._known(), names)
-        # LanceDB drops the last column that holds data, and fails at the next look only.
-        await self._commit(effect, lambda t: t.drop_columns(names), look=True, after=after)
+        """Drops columns in one commit."""
+        after, effect = effects.drop_columns(self._current(), names)
+        # LanceDB drops even the last column that holds data, and fails only at the next read.
+        await self._commit(effect, lambda t: t.drop_columns(names), read_indexes=True, after=after)
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
         """Renames columns, changes their nullability or their type, in one commit."""
-        after, effect = effects.altering(self._known(), alterations)
+        after, effect = effects.alter_columns(self._current(), alterations)
         await self._commit(effect, lambda t: t.alter_columns(alterations), after=after)
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
-        """Sets entries of a column's metadata."""
-        await self._commit(shape_effect(self._known()), lambda t: t.set_metadata(column, metadata))
+        """Sets entries of a column's metadata in one commit; `None` removes an entry."""
+        await self._commit(
+            shape_effect(self._current()), lambda t: t.set_metadata(column, metadata)
+        )
 
     async def cover_key(self, key: str) -> None:
-        """Builds the index on a key anew, for all rows that are there."""
-        for index in self._known().indexes:
+        """Rebuilds the B-tree index on a key column for all rows; does nothing if there is none."""
+        for index in self._current().indexes:
             if index == Index("BTree", (key,)):
                 await self.create_index(index, index.options)
 
     async def cover(self, index: Index, timeout_s: float) -> None:
-        """Waits until an index covers the rows that are there, bringing it up to date.
+        """Updates an index until it covers the existing rows.
 
-        Under a writer new rows are uncovered again at once: what counts is that a pass covered
-        all that was there when it began. One just built does, if no other commit came between.
+        While other writers append rows, new rows are always uncovered, so at most `_INDEX_PASSES`
+        passes are made; each covers the rows that existed when it began. An index that was just
+        built covers all rows if no commit came between.
+
+        Args:
+            index: The index.
+            timeout_s: Seconds to wait.
 
         Raises:
-            MigrationTimeoutError: It did not within the time.
+            MigrationTimeoutError: The index did not cover the rows within the timeout.
         """
-        if self._covered == (index, self.version):
+        if self._built_index == (index, self.version):
             return
         with anyio.move_on_after(timeout_s):
             passes = 0
-            while await self.table.uncovered(index) and passes < _COVERING:
+            while await self.table.uncovered(index) and passes < _INDEX_PASSES:
                 self.progress(passes, None)
                 await self.optimize(None)
                 passes += 1
@@ -95,18 +108,21 @@ class TableTarget(TrackedTable):
     async def drop_index(self, name: str) -> None:
         """Drops an index.
 
-        LanceDB commits the drop of one that another program's `optimize` has just renewed, and
-        keeps it (measured): then it is dropped again.
+        If another program's `optimize` has just renewed the index, LanceDB commits the drop but
+        keeps the index (measured). The index is then dropped again.
+
+        Raises:
+            StaleHandleError: The index was renewed after each of `_DROP_ATTEMPTS` drops.
         """
-        for _ in range(_DROPS):
-            after, effect = effects.unindexing(self._known(), name)
+        for _ in range(_DROP_ATTEMPTS):
+            after, effect = effects.drop_index(self._current(), name)
             await self._commit(effect, lambda t: t.drop_index(name), after=after)
-            if all(index.name != name for index in self._known().indexes):
+            if all(index.name != name for index in self._current().indexes):
                 return
         raise StaleHandleError(
-            f"The index {name!r} of table {self.name!r} was renewed by others each time it was "
-            "dropped.",
-            "Run it again when nobody optimizes the table.",
+            f"The index {name!r} of table {self.name!r} was renewed by another program each time "
+            "it was dropped.",
+            "Run again when no other program optimizes the table.",
         )
 
     async def update(
@@ -117,35 +133,39 @@ class TableTarget(TrackedTable):
         where: str | None,
         unless_live: bool = False,
     ) -> int | None:
-        """Sets columns of the matching rows; returns how many.
+        """Sets columns of the matching rows in one commit.
 
-        Where none matches there is no commit, unless it was announced with an earlier one.
+        If no row matches, no commit is made, unless it was announced with an earlier commit.
 
         Args:
             values: Literals by column.
             sql: Expressions by column.
-            where: The rows, `None` for all.
-            unless_live: Do nothing, and return `None`, where that would hold up others.
+            where: SQL condition on the rows, `None` for all rows.
+            unless_live: Whether to do nothing and return `None` if the commit would block other
+                writers.
+
+        Returns:
+            The number of changed rows, 0 if none matched.
         """
-        effect = effects.updating(values, sql, where)
+        effect = effects.update(values, sql, where)
         count = await self.count_rows()
-        # One that is announced is made: to find out which rows match takes as long.
-        is_told = count < _LIVE_ROWS and self._announced[:1] == [effect]
-        if count and where is not None and not is_told:
+        # An announced update is made: counting the matching rows takes as long.
+        is_predicted = count < _LIVE_ROWS and self._announced[:1] == [effect]
+        if count and where is not None and not is_predicted:
             count = await self.count_rows(where)
         if not count:
-            self._announced.clear()  # what was foreseen after it is told anew, together
+            self._announced.clear()  # what was predicted after it is announced again
             return 0
         if unless_live and count >= _LIVE_ROWS and await self._is_committed_to():
             return None
-        return await self._updated(effect)
+        return await self._update_once(effect)
 
-    async def _updated(self, effect: Effect) -> int:
+    async def _update_once(self, effect: Effect) -> int:
         changed = 0
 
         async def run(table: Table) -> int:
             nonlocal changed
-            # What is announced, so that it can be done again to tell it.
+            # The announced SQL, so that the update can be repeated to check the commit.
             changed, version = await table.update(sql=effect["sql"], where=effect["where"])
             return version
 
@@ -161,15 +181,20 @@ class TableTarget(TrackedTable):
         where: str,
         batch_rows: int | None,
     ) -> int:
-        """Sets columns of the matching rows so that they match no more; returns how many.
+        """Sets columns of the matching rows so that they no longer match.
 
-        In one commit, or in batches beside other writers; passes go on until no row matches.
+        Makes one commit, or batches of rows while other writers commit, until no row matches (at
+        most `_PASSES` passes).
 
         Args:
             values: Literals by column.
             sql: Expressions by column.
-            where: The rows that are to do.
-            batch_rows: Rows of a commit; 0 for all, `None` to choose.
+            where: SQL condition on the rows that are still to be changed.
+            batch_rows: Rows per commit; 0 for one commit, `None` to choose batches only if
+                `is_live`.
+
+        Returns:
+            The number of changed rows, 0 if none matched.
         """
         if batch_rows is None:
             batch_rows = _BATCH_ROWS if await self.is_live() else 0
@@ -183,26 +208,32 @@ class TableTarget(TrackedTable):
             for start in range(0, len(todo), batch_rows):
                 chunk = todo[start : start + batch_rows]
                 within = f"({where}) AND _rowid >= {chunk[0]} AND _rowid <= {chunk[-1]}"
-                changed += await self._updated(effects.updating(values, sql, within))
+                changed += await self._update_once(effects.update(values, sql, within))
                 self.progress(start + len(chunk), len(todo))
             await self.reopen()
         return changed
 
     async def fill(self, filling: Filling) -> int:
-        """Fills a column by a function, in commits of many rows; returns how many it filled.
+        """Fills a column by calling a function, in commits of many rows (`backfill.engine`).
+
+        Returns:
+            The number of filled rows.
 
         Raises:
-            KeepsProgressError: It stopped, and goes on when it is run again.
+            KeepsProgressError: It stopped. The filled rows are kept; the next run continues.
         """
-        return await filling_of.fill(self, filling)
+        return await engine.fill(self, filling)
 
     async def ask(
         self, function: Callable[..., Any], values: Sequence[Any], kind: pa.DataType, pace: Pace
     ) -> list[Any]:
-        """Calls a function with values as `fill` would; returns what it gave, as Python values.
+        """Calls a function with values in the way that `fill` does; nothing is written.
+
+        Returns:
+            The results as Python values, in the order of `values`.
 
         Raises:
-            KeepsProgressError: It failed every time.
+            KeepsProgressError: Every attempt failed.
         """
         return await caller.call_with_retries(function, values, kind, pace)
 
@@ -217,11 +248,18 @@ class TableTarget(TrackedTable):
     ) -> None:
         """Adds columns that a Ray cluster computes, in one commit.
 
+        Args:
+            function: Computes the columns from a batch.
+            source: The column that the function reads.
+            fields: Name and Arrow type of each new column.
+            batch_rows: Rows per batch.
+            workers: Number of Ray workers.
+
         Raises:
-            KeepsProgressError: Others committed during every attempt.
+            KeepsProgressError: Other writers committed during every attempt; nothing was changed.
         """
         transform = ClusterTransform(function, source, fields)
-        after = self._known().with_schema(paths.merged(self._known().schema, fields))
+        after = self._current().with_schema(paths.merged(self._current().schema, fields))
 
         async def run(table: Table) -> int:
             version = await table.compute(
@@ -236,7 +274,7 @@ class TableTarget(TrackedTable):
             self.keeps_progress = True
             return version
 
-        for attempt in range(1, _COMPUTATIONS + 1):
+        for attempt in range(1, _COMPUTE_ATTEMPTS + 1):
             self.progress(0, None, f"on the cluster, attempt {attempt}")
             try:
                 await self._commit(shape_effect(after), run, after=after)
@@ -246,14 +284,24 @@ class TableTarget(TrackedTable):
             else:
                 return
         raise KeepsProgressError(
-            f"Table {self.name!r} was committed to by others during each of {_COMPUTATIONS} "
-            "attempts to compute its columns on the cluster; nothing of it was committed.",
-            "Run it again when nobody writes, or with engine=op.Engine.LOCAL, which works beside "
-            "writers.",
+            f"Other writers committed to table {self.name!r} during each of {_COMPUTE_ATTEMPTS} "
+            "attempts to compute its columns on the cluster; the columns were not added.",
+            "Run again when no other process writes, or use engine=op.Engine.LOCAL, which works "
+            "while other processes write.",
         )
 
     async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
-        """Returns some of the matching rows, the same for the same seed and rows."""
+        """Returns a random sample of the matching rows.
+
+        Args:
+            where: SQL condition on the rows.
+            columns: The columns to read.
+            rows: The size of the sample; fewer are returned if fewer match.
+            seed: The same seed and rows give the same sample.
+
+        Returns:
+            One Arrow table, empty if no row matches.
+        """
         ids = await self.table.row_ids(where)
         chosen = sorted(random.Random(seed).sample(ids, min(rows, len(ids))))  # noqa: S311
         if not chosen:
@@ -264,7 +312,15 @@ class TableTarget(TrackedTable):
     async def nearest(
         self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
     ) -> list[list[Any]]:
-        """Returns, for each vector, the keys of the rows nearest to it."""
+        """Returns the keys of the nearest rows for each vector.
+
+        Args:
+            column: The vector column.
+            vectors: The query vectors.
+            rows: How many rows to return per vector.
+            key: The key column.
+            where: SQL condition on the rows.
+        """
         found: list[list[Any]] = []
         for done, vector in enumerate(vectors):
             self.progress(done, len(vectors), "comparing neighbours")
@@ -272,34 +328,44 @@ class TableTarget(TrackedTable):
         return found
 
     async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> None:
-        """Sets entries of the schema's metadata."""
-        effect = shape_effect(self._known())
+        """Sets entries of the schema's metadata in one commit; `None` removes an entry."""
+        effect = shape_effect(self._current())
         await self._commit(effect, lambda table: table.set_schema_metadata(metadata))
 
     def free_bytes(self) -> int | None:
-        """Returns how much the disk still takes, `None` where that is not known."""
+        """Returns the free bytes of the disk, `None` if they are unknown."""
         return self._store.free_bytes()
 
     @property
     def schema(self) -> pa.Schema:
         """The table's Arrow schema as last read."""
-        return self._known().schema
+        return self._current().schema
 
     async def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows of the latest table_version, with `_rowid`, in its order."""
-        other = await self._store.open(self.name)  # ours moves on with each commit
+        """Yields the matching rows of the latest table_version in the table's order, with `_rowid`.
+
+        Args:
+            where: SQL condition on the rows.
+            columns: The columns to read besides `_rowid`.
+        """
+        other = await self._store.open(self.name)  # `table` moves to each new commit
         async for batch in other.scan(where, columns, _SCAN_ROWS):
             yield batch
 
     async def merge_columns(self, key: str, data: pa.Table, *, crowded: bool) -> int:
-        """Sets some columns of the rows of equal key; returns how many rows.
+        """Sets columns of the rows whose keys are given, in one commit.
 
-        Doing it twice is doing it once: it is tried again whatever the store says.
+        It is idempotent and therefore retried after any store error (up to `_MERGE_ATTEMPTS`
+        attempts).
 
         Args:
-            key: The key.
-            data: The key and the columns.
-            crowded: Whether others write, so that it should not be in their way.
+            key: The key column.
+            data: The key column and the columns to set.
+            crowded: Whether other writers commit to the table. Then the index is
+                not used, because with it each of their commits makes LanceDB begin again.
+
+        Returns:
+            The number of changed rows.
         """
         changed = 0
 
@@ -310,12 +376,12 @@ class TableTarget(TrackedTable):
             return version
 
         effect = {"do": "fill", "key": key, "columns": [n for n in data.schema.names if n != key]}
-        for attempt in range(_MERGES):
+        for attempt in range(_MERGE_ATTEMPTS):
             try:
                 await self._commit(effect, run)
                 break
             except StoreError:
-                if attempt == _MERGES - 1:
+                if attempt == _MERGE_ATTEMPTS - 1:
                     raise
                 self.retries += 1
                 crowded = True
@@ -325,11 +391,15 @@ class TableTarget(TrackedTable):
         return changed
 
     async def uncovered(self, index: Index) -> int:
-        """Returns how many rows an index does not cover."""
+        """Returns the number of rows that an index does not cover."""
         return await self.table.uncovered(index)
 
     async def is_live(self) -> bool:
-        """Returns whether others committed to a large table within the last minute."""
+        """Returns whether the table is large and under concurrent writes.
+
+        That is: at least `_LIVE_ROWS` rows, and at least `_LIVE_COMMITS` foreign commits within
+        the last `_LIVE_S` seconds.
+        """
         return await self.count_rows() >= _LIVE_ROWS and await self._is_committed_to()
 
     async def _is_committed_to(self) -> bool:
@@ -341,7 +411,7 @@ class TableTarget(TrackedTable):
         return any(first <= version <= last for first, last in self.foreign)
 
     async def insert_missing(self, key: str, rows: pa.Table) -> int:
-        """Inserts the rows whose key is not there; returns how many."""
+        """Inserts the rows whose keys do not exist, in one commit; returns their number."""
         inserted = 0
 
         async def run(table: Table) -> int:
@@ -354,7 +424,12 @@ class TableTarget(TrackedTable):
         return inserted
 
     async def optimize(self, cleanup_older_than_s: float | None) -> None:
-        """Compacts and brings indexes up to date: commits that change no row."""
+        """Compacts the table and updates its indexes; no commit changes a row.
+
+        Args:
+            cleanup_older_than_s: Also removes table_versions that are older than this many
+                seconds; `None` removes none.
+        """
         before, known = self.version, list(self.foreign)
         compacted = False
 
@@ -364,35 +439,39 @@ class TableTarget(TrackedTable):
             return version
 
         await self._commit({"do": "optimize"}, run)
-        # It makes up to three commits, and the last is ours: only those between are in question.
+        # It makes up to three commits, and the last is its own: only those between can be foreign.
         if self.version > before + 1:
             made = await self.table.commits(before, self.version)
-            others = foreign_among(made, before=before, after=self.version, compacted=compacted)
+            others = foreign_commits(made, before=before, after=self.version, compacted=compacted)
             self.foreign = [*known, *((version, version) for version in others)]
 
     async def batches(
         self, where: str | None, columns: Sequence[str] | None, rows: int
     ) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows, as they were when it was opened."""
+        """Yields the matching rows as of the start, in batches of at most `rows` rows."""
         async for batch in self.table.batches(where, columns, rows):
             yield batch
 
-    # ---- what functions do ----------------------------------------------------------------------
+    # ---- for functions only ---------------------------------------------------------------------
 
     async def add(self, data: pa.Table) -> None:
-        """Appends rows."""
+        """Appends rows in one commit."""
         await self._commit(add_effect(data), lambda t: t.add(data))
         self.rows += len(data)
 
     async def delete(self, where: str) -> int:
-        """Deletes the matching rows; returns how many there were."""
+        """Deletes the matching rows in one commit; returns their number."""
         count = await self.count_rows(where)
         await self._commit({"do": "delete", "where": where}, lambda t: t.delete(where))
         self.rows += count
         return count
 
     async def merge(self, key: str, data: pa.Table) -> int:
-        """Updates rows of equal key and inserts the others; returns how many."""
+        """Updates the rows whose keys exist and inserts the other rows, in one commit.
+
+        Returns:
+            The number of updated and inserted rows.
+        """
         changed = 0
 
         async def run(table: Table) -> int:
@@ -405,12 +484,12 @@ class TableTarget(TrackedTable):
         return changed
 
 
-_COMPUTATIONS = 3
+_COMPUTE_ATTEMPTS = 3
 _COMMITTED_FIRST = (CommitConflictError, StaleHandleError)
-_MERGES = 8
-_DROPS = 5
+_MERGE_ATTEMPTS = 8
+_DROP_ATTEMPTS = 5
 _SCAN_ROWS = 1024
-_COVERING = 3
+_INDEX_PASSES = 3
 _BATCH_ROWS = 20_000
 _PASSES = 20
 _LIVE_ROWS = 20_000

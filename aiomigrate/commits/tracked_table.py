@@ -1,7 +1,8 @@
-"""A table in the hands of one migration: every commit checked, announced, counted, attributed.
+"""Tracks one table during a migration: announces, checks, counts and attributes every commit.
 
-Implements the `Target` that operations act through. It knows which table_versions are ours and
-which are foreign; what to do about foreign ones is for `executor`.
+The base of `commits.table_target`: opening, announcing and committing, and whole-table changes. It
+knows which table_versions the migration made and which are foreign; how to handle foreign ones is
+decided in `execution.executor` and `execution.recovery`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,8 @@ import pyarrow as pa
 
 from aiomigrate.commits import effects
 from aiomigrate.commits.commit_identity import same_content
-from aiomigrate.commits.effects import (
-    CREATE,
-    Effect,
-)
-from aiomigrate.commits.savepoints import Guard, crossed
+from aiomigrate.commits.effects import CREATE, Effect
+from aiomigrate.commits.savepoints import Guard, unresolved_overwrite
 from aiomigrate.errors import (
     OperationError,
     OverwriteLostError,
@@ -34,30 +32,29 @@ from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Opened, Table
 
 Announce = Callable[[str, int, Sequence[Effect], Sequence[tuple[int, int]]], Awaitable[None]]
-"""Makes durable what is about to be committed: table, table_version it is based on, effects of
-that commit and of those foreseen after it, and the ranges of table_versions that others committed
-before it."""
+"""Announces commits durably: called with the table, the table_version that the first is based on,
+the effects of that commit and of those predicted after it, and ranges of foreign table_versions."""
 
 
 class TrackedTable:
-    """One table, open for the duration of a migration.
+    """A table that is open for the duration of a migration.
 
     Attributes:
         name: Its name.
         before: Its table_version when the migration began, 0 if it did not exist.
         was: Its state when the migration began, `None` if it did not exist.
-        version: The last table_version seen or made.
-        foreign: Ranges of table_versions since `before` that others committed.
-        commits: How many commits we made.
-        rows: How many rows they changed.
-        retries: How many commits were tried again.
-        witness: The column name that belongs to the operation in hand.
-        ended: Whether the migration has ended, so that nothing may be written any more.
-        keeps_progress: Whether it holds work that was paid for and must not be undone.
-        facts: What operations report of their work, JSON values by topic.
-        on_progress: Told how far the operation in hand is: done, total, and a few words.
-        protect: Makes its savepoint, once its first commit is announced.
-        ahead: What the next commits will do, as far as that can be foreseen: announced at once.
+        version: The last table_version read or made.
+        foreign: Ranges of foreign table_versions since `before`, first and last.
+        commits: Number of commits that the migration made.
+        rows: Number of rows that they changed.
+        retries: Number of commits that were retried.
+        witness: The witness column of the current operation, empty if it needs none.
+        ended: Whether the migration has ended; every later write is refused.
+        keeps_progress: Whether it holds results of paid work, which are never undone.
+        facts: What operations report about their work, JSON values by topic.
+        on_progress: Called with the progress of the current operation: done, total, a note.
+        protect: Creates the savepoint, once the first commit is announced; `None` if none is due.
+        predicted: Effects of the next commits (`execution.lookahead`), announced together.
     """
 
     def __init__(
@@ -69,14 +66,14 @@ class TrackedTable:
         announce: Announce,
         others: Mapping[str, Self],
     ) -> None:
-        """Prepares; `open` reads.
+        """Initializes without I/O; `open` reads the table.
 
         Args:
-            store: Where.
+            store: The database.
             name: The table.
-            guard: Asked before every commit.
-            announce: Makes durable what is about to be committed.
-            others: Every table the migration touches, by name.
+            guard: Checks the lease before every commit.
+            announce: Announces commits in the journal.
+            others: Every table that the migration touches, by name.
         """
         self.name = name
         self.before = 0
@@ -92,14 +89,14 @@ class TrackedTable:
         self.facts: dict[str, Any] = {}
         self.on_progress: Callable[[int, int | None, str], None] = lambda done, total, note: None
         self.protect: Callable[[], Awaitable[None]] | None = None
-        self.ahead: Sequence[Effect] = ()
+        self.predicted: Sequence[Effect] = ()
         self._protecting: anyio.Lock | None = None
         self._store = store
         self._guard = guard
         self._announce = announce
         self._others = others
         self._announced: list[Effect] = []
-        self._covered: tuple[Index, int] | None = None  # and since which table_version
+        self._built_index: tuple[Index, int] | None = None  # and its table_version
         self._table: Table | None = None
         self._state: TableState | None = None
 
@@ -107,39 +104,46 @@ class TrackedTable:
         """Opens the table at its latest version and reads its state; it may not exist.
 
         Args:
-            known: The same table as it was a moment ago, whose handle is taken over.
-            is_latest: Whether that is good enough as it is: a commit that others made since is
-                found by the next one of ours.
+            known: An open handle of the table with its last known version and state, if any.
+            is_latest: Whether to use `known` without checking that it is still the latest
+                version. The next commit detects foreign commits in between.
+
+        Raises:
+            StoreError: The table exists but cannot be read.
         """
         if known is None or not (is_latest or await _is_latest(known)):
-            await self._look()
+            await self._read()
         else:
             self._table, self.version, self._state = known.table, known.version, known.state
         self.before = 0 if self._state is None else self.version
         self.was = self._state
 
     async def resume_from(self, version: int) -> None:
-        """Takes the table as a migration found it which a dead process began."""
+        """Sets `before` and `was` to the start of an attempt whose process crashed.
+
+        Args:
+            version: The table_version at the start of that attempt, 0 if there was no table.
+        """
         self.before = version
         self.was = None
         if version and self._table is not None:
             with contextlib.suppress(TableVersionGoneError):
                 self.was = await (await self._table.at(version)).state()
 
-    async def _look(self) -> None:
+    async def _read(self) -> None:
         self._table = await self._store.find(self.name)
         self.version = 0 if self._table is None else await self._table.version()
         self._state = None if self._table is None else await self._table.state()
         if self._state is not None and self._state.is_leftover:
-            self._table = self._state = None  # the version stays: creating it is an overwrite
+            self._table = self._state = None  # keep the version: creating the table is an overwrite
 
     async def reopen(self) -> None:
-        """Moves to the latest version; what was committed since is not ours."""
+        """Moves to the latest version; all commits in between are recorded as foreign."""
         known = self.version
-        await self._look()
-        if self.version != known:  # lower: someone dropped it and made it again
+        await self._read()
+        if self.version != known:  # lower: the table was dropped and created again
             self.foreign.append((min(known, self.version) + 1, self.version))
-            del self._announced[1:]  # foreseen for another table_version
+            del self._announced[1:]  # predicted for another table_version
 
     @property
     def state(self) -> TableState | None:
@@ -166,14 +170,14 @@ class TrackedTable:
 
     @property
     def opened(self) -> Opened | None:
-        """The open handle and what was last read through it, `None` if there is no table."""
+        """The open handle with its last read version and state, `None` if there is no table."""
         if self._table is None or self._state is None:
             return None
         return Opened(self._table, self.version, self._state)
 
     @property
     def is_announced(self) -> bool:
-        """Whether the next commit may be announced already."""
+        """Whether an announced commit is not made yet."""
         return bool(self._announced)
 
     async def _commit(
@@ -182,42 +186,43 @@ class TrackedTable:
         run: Callable[[Table], Awaitable[int]],
         *,
         after: TableState | None = None,
-        look: bool = False,
+        read_indexes: bool = False,
     ) -> None:
-        """Makes one commit.
+        """Announces and makes one commit.
 
         Args:
-            effect: What it does, for the journal.
-            run: Makes it.
-            after: What the table should be afterwards; by default what it was before.
-            look: Whether to ask for indexes even where there were none before.
+            effect: The effect of the commit, for the journal.
+            run: Makes the commit; returns its table_version.
+            after: The expected state afterwards; by default the state before.
+            read_indexes: Whether to read the indexes even if there were none before.
         """
         table = self.table
-        # Not again when another commit came first: with a handle this fresh it may succeed, and
-        # since that commit is foreign, the base matters no more.
+        # Not announced again if a foreign commit came first: on this fresh handle the commit may
+        # succeed, and after a foreign commit the base is no longer used.
         if self._announced[:1] != [effect]:
             await self._announce_commit(self.version, effect)
         await self._may_write()
-        table.on_commit = self._note
+        table.on_commit = self._record_version
         base = self.version
         await run(table)
-        self._made(base)
-        indexed = bool(self._known().indexes) or look or self.version != base + 1
+        self._mark_made(base)
+        indexed = bool(self._current().indexes) or read_indexes or self.version != base + 1
         state = await table.state(indexed=indexed)
-        self._state = state.with_known_shape(self._known() if after is None else after)
+        self._state = state.with_known_shape(self._current() if after is None else after)
 
     async def _announce_commit(self, base: int, effect: Effect) -> None:
         self._refuse_if_ended()
-        ahead, self.ahead = self.ahead, ()
-        effects_ahead = list(ahead) if ahead and ahead[0] == effect else [effect]
-        await self._announce(self.name, base, effects_ahead, self.foreign)
-        self._announced = effects_ahead
+        predicted, self.predicted = self.predicted, ()
+        announced = list(predicted) if predicted and predicted[0] == effect else [effect]
+        await self._announce(self.name, base, announced, self.foreign)
+        self._announced = announced
 
-    def _made(self, base: int) -> None:
-        """Notes that the commit announced first was made."""
+    def _mark_made(self, base: int) -> None:
+        """Removes the commit just made from those announced; all if a foreign one came between."""
         del self._announced[: 1 if self.version == base + 1 else None]
 
     async def _may_write(self) -> None:
+        """Creates the savepoint if that is still to be done, and checks the lease."""
         self._refuse_if_ended()
         if self.protect is not None:
             self._protecting = self._protecting or anyio.Lock()
@@ -231,47 +236,55 @@ class TrackedTable:
     def _refuse_if_ended(self) -> None:
         if self.ended:
             raise OperationError(
-                f"Table {self.name!r} is written to by a migration that has ended.",
+                f"The migration that writes to table {self.name!r} has ended.",
                 "Await every task that the function starts before it returns.",
             )
 
-    def _note(self, version: int) -> None:
+    def _record_version(self, version: int) -> None:
         if version > self.version + 1:
             self.foreign.append((self.version + 1, version - 1))
-        self.commits += version != self.version  # there may have been nothing to optimize
+        self.commits += version != self.version  # an optimization may make no commit
         self.version = version
 
-    def _known(self) -> TableState:
+    def _current(self) -> TableState:
         assert self._state is not None  # noqa: S101 - every caller holds an open table
         return self._state
 
     # ---- whole tables ---------------------------------------------------------------------------
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
-        """Creates the table; one that another process created meanwhile is brought back."""
+        """Creates the table in one commit, empty by default.
+
+        Raises:
+            LeaseLostError: Another process has taken over; nothing was written.
+            StaleHandleError: Another process created the table at the same time; LanceDB
+                overwrote it, and it was restored.
+            UnresolvedError: Restoring it conflicted with another commit.
+        """
         base = self.version
         await self._announce_commit(base, CREATE)
         await self._may_write()
         making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
-        await self._store.settle(self.name, lambda: self._created(making))
-        self._made(base)
+        await self._store.settle(self.name, lambda: self._finish_create(making))
+        self._mark_made(base)
         self.rows += 0 if rows is None else len(rows)
 
-    async def _created(self, making: Awaitable[Table]) -> None:
+    async def _finish_create(self, making: Awaitable[Table]) -> None:
         table = await making
         version = await table.version()
         if version > self.version + 1:
-            # LanceDB overwrote a table that appeared meanwhile: its content is one version below.
-            mine = await table.restore(version - 1)
-            if mine != version + 1:
+            # LanceDB overwrote a table created concurrently: its content is one version below.
+            restored = await table.restore(version - 1)
+            if restored != version + 1:
                 raise UnresolvedError(
-                    f"Creating table {self.name!r} crossed others who created it: look at its "
-                    f"table_versions {version - 1} to {mine}.",
-                    f"Restore the right one with `await table.restore({version - 1})`, run again.",
+                    f"Creating table {self.name!r} conflicted with other writers who created it: "
+                    f"one of its table_versions {version - 1} to {restored} is the right one.",
+                    f"Inspect them, restore the right one (for example with "
+                    f"`await table.restore({version - 1})`), then run again.",
                 )
             raise StaleHandleError(
-                f"Table {self.name!r} was created by someone else at the same moment.",
-                "Look again.",
+                f"Table {self.name!r} was created by another process at the same time.",
+                "Run again.",
             )
         self._table = table
         self.version = version
@@ -279,7 +292,7 @@ class TrackedTable:
         self._state = await table.state(indexed=False)
 
     async def drop(self) -> None:
-        """Drops the table, or what a drop that was killed has left of it."""
+        """Drops the table, or the rest of it if an earlier drop was interrupted."""
         await self._announce_commit(self.version, {"do": "drop"})
         await self._may_write()
         await self._store.drop(self.name)
@@ -288,36 +301,44 @@ class TrackedTable:
         self.commits += 1
 
     async def overwrite(self, schema: pa.Schema, transform: Transform, *, batch_rows: int) -> None:
-        """Replaces all rows by what becomes of them, in one commit that discards nothing.
+        """Replaces all rows by transformed ones in one commit, without discarding foreign commits.
 
-        What others committed meanwhile is brought back, and the table overwritten again.
+        If another writer commits meanwhile, its commit is restored and the overwrite is retried.
+        A crash before that check is repaired by `commits.savepoints.restore_overwritten`.
+
+        Args:
+            schema: The new Arrow schema, including the witness column.
+            transform: Returns the new rows of a batch.
+            batch_rows: Rows per batch.
 
         Raises:
-            OverwriteLostError: Others came first every time.
-            StaleHandleError: Others changed the schema meanwhile, for which this one is not made.
-            UnresolvedError: Bringing it back crossed yet another commit.
+            LeaseLostError: Another process has taken over; nothing was written.
+            OverwriteLostError: Other writers committed during each of `_OVERWRITE_ATTEMPTS`
+                attempts.
+            StaleHandleError: Another writer changed the schema, so `schema` no longer fits.
+            UnresolvedError: Restoring a foreign commit conflicted with another commit.
         """
-        shape = self._known().shape()
-        for _ in range(_OVERWRITES):
+        shape = self._current().shape()
+        for _ in range(_OVERWRITE_ATTEMPTS):
             base, source = self.version, self.table
             effect = {"do": "overwrite", "witness": self.witness}
             await self._announce_commit(base, effect)
             await self._may_write()
-            if await self._overwritten(base, source, schema, transform, batch_rows):
+            if await self._try_overwrite(base, source, schema, transform, batch_rows):
                 return
             await self.reopen()
-            if self._known().shape() != shape:
+            if self._current().shape() != shape:
                 raise StaleHandleError(
-                    f"Others changed the schema of table {self.name!r} while it was rebuilt.",
-                    "Look again.",
+                    f"Another writer changed the schema of table {self.name!r} during the rebuild.",
+                    "Run again.",
                 )
         raise OverwriteLostError(
-            f"Table {self.name!r} was committed to by others during each of {_OVERWRITES} "
-            "attempts to rebuild it. Nothing of theirs was lost, and nothing of it was changed.",
-            "Run it again when fewer processes write, or stop them while it runs.",
+            f"Other writers committed to table {self.name!r} during each of {_OVERWRITE_ATTEMPTS} "
+            "attempts to rebuild it. Their commits were not lost, and the table was not rebuilt.",
+            "Run again when fewer processes write, or stop them during the migration.",
         )
 
-    async def _overwritten(
+    async def _try_overwrite(
         self,
         base: int,
         source: Table,
@@ -328,10 +349,11 @@ class TrackedTable:
         async def rows() -> AsyncIterator[pa.RecordBatch]:
             async for batch in source.batches(None, None, batch_rows):
                 yield await transform(batch)
-            # The last moment at which nothing is committed yet, and so nothing to be undone.
+            # Checked last, while nothing is committed yet and nothing has to be undone.
             if await (await self._store.open(self.name)).version() != base:
                 raise StaleHandleError(
-                    f"Table {self.name!r} was committed to while it was read.", "Read it again."
+                    f"Another writer committed to table {self.name!r} while it was read.",
+                    "Run again.",
                 )
 
         try:
@@ -339,7 +361,7 @@ class TrackedTable:
         except StaleHandleError:
             self.retries += 1
             return False
-        self._note(await table.version())
+        self._record_version(await table.version())
         if self.version == base + 1:
             self._table = table
             self._state = await table.state()
@@ -348,29 +370,34 @@ class TrackedTable:
         covered = (base + 1, self.version - 1)
         back = await table.restore(self.version - 1)
         if back != self.version + 1:
-            raise crossed(self.name, covered, (self.version + 1, back - 1), back)
+            raise unresolved_overwrite(self.name, covered, (self.version + 1, back - 1), back)
         self.version = back
         self.retries += 1
         return False
 
     async def copy_to(self, name: str) -> None:
-        """Copies the table to a new one: rows, schema and indexes, compared afterwards.
+        """Copies rows, schema and indexes to a new table, and compares them afterwards.
 
-        What others commit meanwhile is copied too. A copy that an interrupted run left is known
-        by its witness, and made good.
+        If another writer commits meanwhile, the table is copied again. The copy that an
+        interrupted run left is recognised by its witness column and completed.
+
+        Args:
+            name: The new table.
 
         Raises:
-            OperationError: There is a table of that name already.
-            OverwriteLostError: Others committed during every attempt.
+            LeaseLostError: Another process has taken over; nothing more was written.
+            OperationError: Another table of that name exists.
+            OverwriteLostError: Other writers committed during each of `_OVERWRITE_ATTEMPTS`
+                attempts.
         """
         copy = self.sibling(name)
         copy.witness = self.witness
         if copy.state is not None and not copy.state.has(self.witness):
             raise OperationError(
-                f"There is a table {name!r} already.", "Drop it first, or choose another name."
+                f"Table {name!r} already exists.", "Drop it first, or choose another name."
             )
-        for _ in range(_OVERWRITES):
-            state = self._known()
+        for _ in range(_OVERWRITE_ATTEMPTS):
+            state = self._current()
             is_copied = (
                 copy.state is not None
                 and copy.state.shape()["fields"] == state.shape()["fields"]
@@ -389,13 +416,18 @@ class TrackedTable:
             if self.version == base:
                 return
         raise OverwriteLostError(
-            f"Table {self.name!r} was committed to by others during each of {_OVERWRITES} "
+            f"Other writers committed to table {self.name!r} during each of {_OVERWRITE_ATTEMPTS} "
             f"attempts to copy it to {name!r}.",
-            "Stop its writers, then run it again.",
+            "Stop its writers, then run again.",
         )
 
     async def replace_by(self, other: TrackedTable, schema: pa.Schema) -> None:
-        """Makes this table the rows of another, in one commit."""
+        """Replaces the content of this table by the rows of another one, in one commit.
+
+        Args:
+            other: The table to copy; its progress callback is called.
+            schema: The Arrow schema; columns that `other` does not have are NULL.
+        """
 
         async def rows() -> AsyncIterator[pa.RecordBatch]:
             total, done = await other.count_rows(), 0
@@ -415,17 +447,17 @@ class TrackedTable:
         making = self._store.create_from(self.name, schema, rows(), overwrite=exists)
         if exists:
             self._table = await making
-            self._note(await self._table.version())
+            self._record_version(await self._table.version())
             self._state = await self._table.state()
         else:
-            await self._created(making)
+            await self._finish_create(making)
 
     def sibling(self, name: str) -> Self:
-        """Returns another table that the migration touches."""
+        """Returns another table that the migration touches, given by name."""
         return self._others[name]
 
     def progress(self, done: int, total: int | None, note: str = "") -> None:
-        """Tells how far the operation in hand is."""
+        """Reports the progress of the current operation, `total` being `None` if unknown."""
         self.on_progress(done, total, note)
 
     def add_fact(self, topic: str, what: Any) -> None:
@@ -433,19 +465,21 @@ class TrackedTable:
         self.facts[topic] = what
 
     async def count_rows(self, where: str | None = None) -> int:
-        """Returns how many rows match."""
+        """Returns the number of matching rows, of all rows by default."""
         return await self.table.count_rows(where)
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
-        """Builds an index."""
-        after, effect = effects.indexing(self._known(), index)
+        """Builds an index in one commit."""
+        after, effect = effects.create_index(self._current(), index)
         base = self.version
-        await self._commit(effect, lambda t: t.create_index(index, options), look=True, after=after)
-        self._covered = (index, self.version) if self.version == base + 1 else None
+        await self._commit(
+            effect, lambda t: t.create_index(index, options), read_indexes=True, after=after
+        )
+        self._built_index = (index, self.version) if self.version == base + 1 else None
 
 
 async def _is_latest(known: Opened) -> bool:
-    """Returns whether nobody has committed since; the handle moves on to what was."""
+    """Returns whether a handle is still at the latest version; moves it there."""
     try:
         await known.table.refresh()
         return await known.table.version() == known.version
@@ -453,5 +487,5 @@ async def _is_latest(known: Opened) -> bool:
         return False
 
 
-_OVERWRITES = 3
+_OVERWRITE_ATTEMPTS = 3
 _COPY_ROWS = 4096

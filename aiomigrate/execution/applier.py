@@ -33,7 +33,7 @@ from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Table
 
 _ATTEMPTS = 40
-_AGAIN = (CommitConflictError, StaleHandleError, WriterCongestionError, TableExistsError)
+_RETRYABLE = (CommitConflictError, StaleHandleError, WriterCongestionError, TableExistsError)
 
 Progress = Callable[[Script, str, int, int | None], None]
 """Told of a step's progress: script, what it is doing, done, total."""
@@ -55,19 +55,21 @@ def witness_name(script: Script, operation: Operation, earlier: Sequence[Operati
     """
     if not operation.witnessed:
         return ""
-    digest = _mark(operation)
-    same = sum(_mark(other) == digest for other in earlier if _may_equal(operation, other))
+    digest = _operation_key(operation)
+    same = sum(
+        _operation_key(other) == digest for other in earlier if _may_share_key(operation, other)
+    )
     return f"{WITNESS_PREFIX}{script.version}_{digest[:12]}" + (f"_{same}" if same else "")
 
 
-def _may_equal(one: Operation, other: Operation) -> bool:
+def _may_share_key(one: Operation, other: Operation) -> bool:
     """Returns whether two could have one mark; cheap, where a mark is not."""
     if one.identity is not None or other.identity is not None:
         return one.identity == other.identity
     return type(one) is type(other) and one.table == other.table
 
 
-def _mark(operation: Operation) -> str:
+def _operation_key(operation: Operation) -> str:
     if operation.identity is None:
         return operation_digest(operation)
     return hashlib.sha256(operation.identity.encode()).hexdigest()
@@ -116,7 +118,7 @@ class Applier:
             seen = len(target.foreign)
             try:
                 await operation.apply(target)
-            except _AGAIN as exc:
+            except _RETRYABLE as exc:
                 if attempt == _ATTEMPTS - 1:
                     raise
                 self._log.debug(ev.COMMIT_RETRIED, table=target.name, error=exc.what)
@@ -131,7 +133,7 @@ class Applier:
                     return
                 raise
             if len(target.foreign) == seen:
-                _compare(operation, expected, target)
+                _check_prediction(operation, expected, target)
             return
 
     async def clean(
@@ -170,7 +172,7 @@ class Applier:
             await self._check()
             await drop_branch(self._store, name, branches[name], (opened or {}).get(name))
 
-        await run_each(tables, lambda name: self._insist(name, drop_witnesses))
+        await run_each(tables, lambda name: self._retry_change(name, drop_witnesses))
         await run_each(branches, drop_savepoint)
         return cleaned
 
@@ -196,9 +198,9 @@ class Applier:
             await table.alter_columns([{"path": column, "rename": column}])
 
         for name in tables:
-            await self._insist(name, rename_to_itself)
+            await self._retry_change(name, rename_to_itself)
 
-    async def _insist(self, name: str, change: Callable[[Table], Awaitable[None]]) -> None:
+    async def _retry_change(self, name: str, change: Callable[[Table], Awaitable[None]]) -> None:
         """Changes a table if it exists, on a fresh handle each time another commit came first."""
         for attempt in range(_ATTEMPTS):
             table = await self._store.find(name)
@@ -206,7 +208,7 @@ class Applier:
                 return
             try:
                 await change(table)
-            except _AGAIN:
+            except _RETRYABLE:
                 if attempt == _ATTEMPTS - 1:
                     raise
                 await _pause(attempt)
@@ -218,7 +220,9 @@ async def _pause(attempt: int) -> None:
     await anyio.sleep(min(0.005 * 2**attempt, 0.25))
 
 
-def _compare(operation: Operation, expected: TableState | None, target: TableTarget) -> None:
+def _check_prediction(
+    operation: Operation, expected: TableState | None, target: TableTarget
+) -> None:
     """Compares a table with what the operation predicted.
 
     Raises:

@@ -82,7 +82,7 @@ class Attempt:
         return self.resumed or any(t.keeps_progress for t in self.tables.values())
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def operating(self) -> Iterator[None]:
         """Counts one more operation in hand, inside."""
         self.active_operations += 1
         try:
@@ -147,14 +147,14 @@ def event_of(script: Script, kind: Kind, **facts: Any) -> Event:
     return new_event(kind, line=script.line, version=script.version, **facts)
 
 
-def intended(
+def announcement(
     script: Script,
     table: str,
     base: int,
     effect: Effect,
     foreign: Sequence[tuple[int, int]] = (),
     *,
-    foreseen: bool = False,
+    predicted: bool = False,
 ) -> Event:
     """Returns the announcement of a commit.
 
@@ -162,12 +162,12 @@ def intended(
         script: The migration that makes it.
         table: The table.
         base: The table_version it is computed from.
-        effect: What it does, as `savepoint.is_ours` knows it again.
+        effect: What it does, as `savepoint.matches_announcement` knows it again.
         foreign: table_versions that others are known to have committed before.
-        foreseen: Whether it follows the one announced before it, if all goes as foreseen.
+        predicted: Whether it follows the one announced before it, if all goes as foreseen.
     """
     detail = {"table": table, "base": base, "effect": dict(effect), "foreign": list(foreign)}
-    if foreseen:
+    if predicted:
         detail["foreseen"] = True
     return event_of(script, Kind.INTENDED, detail=detail)
 
@@ -210,7 +210,7 @@ class Recorder:
         ) -> None:
             held_back, attempt.held_back = attempt.held_back, []
             events = [
-                intended(attempt.script, table, base + n, effect, foreign, foreseen=n > 0)
+                announcement(attempt.script, table, base + n, effect, foreign, predicted=n > 0)
                 for n, effect in enumerate(effects)
             ]
             await self.record(attempt, *held_back, *events)
@@ -228,12 +228,12 @@ def remedy_of(attempt: Attempt, exc: Exception | None, error: AiomigrateError | 
     return remedy
 
 
-def in_hand(words: str) -> str:
+def shorten(words: str) -> str:
     """Returns what an operation does, short enough to begin an error."""
-    return words if len(words) <= _WORDS else f"{words[:_WORDS]}..."
+    return words if len(words) <= _MAX_LENGTH else f"{words[:_MAX_LENGTH]}..."
 
 
-_WORDS = 80
+_MAX_LENGTH = 80
 
 
 def failure_text(exc: BaseException, store: Store, doing: str = "") -> str:

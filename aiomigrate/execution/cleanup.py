@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 
 from aiomigrate.clock import Clock
-from aiomigrate.commits.commit_identity import is_ours
+from aiomigrate.commits.commit_identity import matches_announcement
 from aiomigrate.commits.effects import shape_effect
 from aiomigrate.errors import (
     TableVersionGoneError,
@@ -28,7 +28,7 @@ from aiomigrate.store.table import Table
 
 
 @dataclass(frozen=True, slots=True)
-class _Uncleaned:
+class _PendingCleanup:
     """A migration that is done, and whose savepoint branches go once that is durable."""
 
     version: int
@@ -66,7 +66,7 @@ class Cleanup:
         self._tables = tables
         self._digest_at = digest_at
         self._clock = clock
-        self._uncleaned: dict[str, _Uncleaned] = {}
+        self._pending: dict[str, _PendingCleanup] = {}
 
     def postpone(
         self,
@@ -77,7 +77,7 @@ class Cleanup:
         is_durable: anyio.Event,
     ) -> None:
         """Keeps the branches of a migration until its end is durable (see `clean_line`)."""
-        self._uncleaned[line] = _Uncleaned(version, branches, opened, is_durable)
+        self._pending[line] = _PendingCleanup(version, branches, opened, is_durable)
 
     async def clean(
         self,
@@ -106,7 +106,7 @@ class Cleanup:
         Raises:
             LeaseLostError: Another process has taken over.
         """
-        left = self._uncleaned.pop(line, None)
+        left = self._pending.pop(line, None)
         if left is None or self._writer.error is not None:
             return
         with anyio.CancelScope(shield=True):
@@ -143,7 +143,7 @@ class Cleanup:
         except TableVersionGoneError:
             return False
         effect = shape_effect(state.with_fields(state.fields()))
-        return await is_ours(self._store, name, after, effect)
+        return await matches_announcement(self._store, name, after, effect)
 
     async def _record_cleaned(self, line: str, version: int, tables: Mapping[str, Any]) -> None:
         event = new_event(

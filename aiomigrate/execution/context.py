@@ -38,22 +38,22 @@ class RecordedTable:
 
     def __init__(self, target: TableTarget) -> None:
         """Wraps a table that the migration touches."""
-        self._touched = target
+        self._target = target
 
     @property
     def name(self) -> str:
         """The table's name."""
-        return self._touched.name
+        return self._target.name
 
     @property
     def state(self) -> TableState | None:
         """Schema and indexes, `None` if the table does not exist."""
-        return self._touched.state
+        return self._target.state
 
     @property
     def exists(self) -> bool:
         """Whether the table exists."""
-        return self._touched.state is not None
+        return self._target.state is not None
 
     @property
     def schema(self) -> pa.Schema:
@@ -62,11 +62,11 @@ class RecordedTable:
         Raises:
             OperationError: The table does not exist.
         """
-        if self._touched.state is None:
+        if self._target.state is None:
             raise OperationError(
                 f"Table {self.name!r} does not exist.", "Create it in an earlier migration."
             )
-        return self._touched.state.schema
+        return self._target.state.schema
 
     async def count_rows(self, where: str | None = None) -> int:
         """Returns how many rows match, all by default.
@@ -75,7 +75,7 @@ class RecordedTable:
             OperationError: The table does not exist.
             StoreError: LanceDB failed, or the condition is no SQL.
         """
-        return await self._touched.count_rows(where)
+        return await self._target.count_rows(where)
 
     async def read(
         self, where: str | None = None, columns: Sequence[str] | None = None
@@ -86,7 +86,7 @@ class RecordedTable:
             OperationError: The table does not exist.
             StoreError: LanceDB failed, or the condition is no SQL.
         """
-        return await self._touched.table.read(where, columns)
+        return await self._target.table.read(where, columns)
 
     async def batches(
         self,
@@ -101,7 +101,7 @@ class RecordedTable:
             OperationError: The table does not exist.
             StoreError: LanceDB failed, or the condition is no SQL.
         """
-        async for batch in self._touched.table.batches(where, columns, rows):
+        async for batch in self._target.table.batches(where, columns, rows):
             yield batch
 
     async def add(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> None:
@@ -117,7 +117,7 @@ class RecordedTable:
         """
         data = self._arrow(rows)
         if len(data):
-            await self._touched.add(data)
+            await self._target.add(data)
 
     async def merge(self, rows: pa.Table | Sequence[Mapping[str, Any]], *, on: str) -> int:
         """Updates the rows whose key is there and inserts the others, in one commit.
@@ -140,7 +140,7 @@ class RecordedTable:
                 f"merge into {self.name!r}: {data.nbytes} bytes in one call.",
                 f"Merge at most {MAX_MERGE_BYTES} bytes at a time.",
             )
-        return await self._touched.merge(on, data) if len(data) else 0
+        return await self._target.merge(on, data) if len(data) else 0
 
     async def update(
         self,
@@ -155,7 +155,7 @@ class RecordedTable:
             LeaseLostError: Another process has taken over; nothing was written.
             StoreError: LanceDB refused it.
         """
-        return await self._touched.update(values=values or {}, sql=sql or {}, where=where) or 0
+        return await self._target.update(values=values or {}, sql=sql or {}, where=where) or 0
 
     async def delete(self, where: str) -> int:
         """Deletes the matching rows in one commit; returns how many there were.
@@ -164,7 +164,7 @@ class RecordedTable:
             LeaseLostError: Another process has taken over; nothing was written.
             StoreError: LanceDB refused it.
         """
-        return await self._touched.delete(where)
+        return await self._target.delete(where)
 
     def _arrow(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> pa.Table:
         if isinstance(rows, pa.Table):
@@ -220,9 +220,9 @@ class Context:
         Raises:
             InvalidMigrationError: The migration does not declare that it touches the table.
         """
-        return RecordedTable(self._touched(name))
+        return RecordedTable(self._target_of(name))
 
-    def _touched(self, name: str | None) -> TableTarget:
+    def _target_of(self, name: str | None) -> TableTarget:
         wanted = name or self._script.table
         if wanted is None or wanted not in self._tables:
             raise InvalidMigrationError(
@@ -246,13 +246,13 @@ class Context:
         """
         bound = operation.on(self._script.table)
         for name in bound.tables:
-            self._touched(name)
+            self._target_of(name)
         if isinstance(bound, Run):
             raise OperationError(
                 "A function applies op.Run.", "Call that function with the context instead."
             )
         for simple in bound.expand():
-            await self._apply(simple, self._touched(simple.table))
+            await self._apply(simple, self._target_of(simple.table))
 
     def progress(self, done: int, total: int | None = None) -> None:
         """Tells how far the function is, in whatever it counts. Costs nothing."""

@@ -35,11 +35,11 @@ from aiomigrate.execution.attempt import (
     event_of,
     failure_text,
     failure_trace,
-    in_hand,
     remedy_of,
+    shorten,
 )
 from aiomigrate.execution.lookahead import (
-    advance,
+    advance_detail,
     chains,
     is_declarative,
     is_predictable,
@@ -139,12 +139,12 @@ class Executor:
                         await self._begin(attempt)
                     await run_each(
                         chains(script.operations, attempt.done),
-                        partial(self._operate, attempt, log),
+                        partial(self._run_chain, attempt, log),
                         at_once=self._concurrency,
                     )
                     # A function that swallowed its cancellation is not done.
                     await anyio.lowlevel.checkpoint_if_cancelled()
-            failure = self._too_slow(script) if limit.cancelled_caught else None
+            failure = self._timeout_error(script) if limit.cancelled_caught else None
         except anyio.get_cancelled_exc_class():
             if self._writer.error is not None:
                 raise  # not ours any more: hands off
@@ -168,7 +168,7 @@ class Executor:
                 result = await self._undo(attempt, failure, log)
         return result
 
-    def _too_slow(self, script: Script) -> Exception:
+    def _timeout_error(self, script: Script) -> Exception:
         return MigrationTimeoutError(
             f"{script} took longer than {self._timeout_s:g} s.",
             "Raise the timeout per migration, or make the migration smaller.",
@@ -181,29 +181,29 @@ class Executor:
     async def _begin(self, attempt: Attempt) -> None:
         await self._tables.open_for(attempt)
         if not attempt.resumed:
-            _check(attempt.script, attempt.tables)
+            _check_operations(attempt.script, attempt.tables)
             await self._start(attempt)
 
-    async def _operate(self, attempt: Attempt, log: Any, chain: Sequence[int]) -> None:
+    async def _run_chain(self, attempt: Attempt, log: Any, chain: Sequence[int]) -> None:
         """Runs some of a migration's operations, given by position, one after another."""
         script = attempt.script
-        with self._writer.working(), attempt.beside():
+        with self._writer.working(), attempt.operating():
             for number, position in enumerate(chain):
                 operation = script.operations[position]
                 words = operation.describe()
-                attempt.doing = in_hand(words)
+                attempt.doing = shorten(words)
                 await self._predict(attempt, chain[number:])
                 self._progress(script, words, len(attempt.done), len(script.operations))
                 try:
                     await self._apply(attempt, position, log)
                 except Exception:
-                    attempt.doing = in_hand(words)  # not what another chain has in hand
+                    attempt.doing = shorten(words)  # not what another chain has in hand
                     raise
                 attempt.done |= {position}
                 # Durable before the next commit of its table, with whose announcement it goes.
                 attempt.held_back = [e for e in attempt.held_back if e.kind != Kind.ADVANCED]
                 if len(attempt.done) < len(script.operations):
-                    done = event_of(script, Kind.ADVANCED, detail=advance(attempt.done))
+                    done = event_of(script, Kind.ADVANCED, detail=advance_detail(attempt.done))
                     attempt.held_back.append(done)
 
     async def _predict(self, attempt: Attempt, left: Sequence[int]) -> None:
@@ -219,7 +219,7 @@ class Executor:
         named = (
             (script.operations[position], _witness_of(script, position)) for position in of_table
         )
-        target.ahead = await predict_commits(named, target.state)
+        target.predicted = await predict_commits(named, target.state)
 
     async def _apply(self, attempt: Attempt, position: int, log: Any) -> None:
         script = attempt.script
@@ -291,7 +291,7 @@ class Executor:
         if not attempt.is_quick and any(t.version != t.before for t in attempt.tables.values()):
             with self._writer.working(), contextlib.suppress(StoreError):
                 there = [t for t in attempt.tables.values() if t.state is not None]
-                attempt.size = await _size(there)
+                attempt.size = await _total_size(there)
         report = attempt.report(Outcome.APPLIED, ran_s)
         made = attempt.made_branches()
         was = {t.name: t.was for t in attempt.tables.values()}
@@ -415,7 +415,7 @@ class Executor:
         remedy = remedy_of(attempt, exc, error)
         if unresolved_now and error is not None and exc is not error:
             why = f"{why} {error.what}"
-        if is_back and script.runs_code and (moved := await self._moved(attempt)):
+        if is_back and script.runs_code and (moved := await self._changed_elsewhere(attempt)):
             why = (
                 f"{why} (Table {', '.join(moved)} was changed meanwhile by others, or through "
                 "ctx.connection; that was left as it is.)"
@@ -425,7 +425,7 @@ class Executor:
             remedy = "Run again: the next run looks how far it came."
         return attempt.report(outcome, ran_s, error=why, remedy=remedy)
 
-    async def _moved(self, attempt: Attempt) -> list[str]:
+    async def _changed_elsewhere(self, attempt: Attempt) -> list[str]:
         """Returns the tables that were committed to since, though not by the migration."""
         found = []
         for target in attempt.tables.values():
@@ -440,7 +440,7 @@ def _witness_of(script: Script, position: int) -> str:
     return witness_name(script, script.operations[position], script.operations[:position])
 
 
-async def _size(tables: Iterable[TableTarget]) -> int:
+async def _total_size(tables: Iterable[TableTarget]) -> int:
     """Returns of how many bytes the data of some tables consists."""
     sizes: list[int] = []
 
@@ -451,7 +451,7 @@ async def _size(tables: Iterable[TableTarget]) -> int:
     return sum(sizes)
 
 
-def _check(script: Script, tables: Mapping[str, TableTarget]) -> None:
+def _check_operations(script: Script, tables: Mapping[str, TableTarget]) -> None:
     """Folds the operations over the live tables before the first commit."""
     states: dict[str, TableState | None] = {name: t.state for name, t in tables.items()}
     for operation in script.operations:

@@ -22,20 +22,22 @@ from aiomigrate.operations.rows import Run
 from aiomigrate.operations.target import Target
 from aiomigrate.schema.state import Index, TableState
 
-MOST = 8
+MAX_OPERATIONS = 8
 """Operations told together: 16 take 10 ms to foresee, 100 more than a second (measured)."""
 
-Named = tuple[Operation, str]
+WitnessedOperation = tuple[Operation, str]
 """An operation, and the witness column that belongs to it."""
 
 
-async def predict_commits(operations: Iterable[Named], state: TableState | None) -> list[Effect]:
+async def predict_commits(
+    operations: Iterable[WitnessedOperation], state: TableState | None
+) -> list[Effect]:
     """Returns what the next commits to a table will do, in their order; nothing if unknown.
 
     It ends where a crash could leave more than a look can tell. Whoever goes on after one does
     again what does not show, so only what keeps all columns, and shows, may come after that; and
     what shows must still be seen to be done after each commit that is told with it. Each is asked
-    after each: so no more than `MOST` operations are told together.
+    after each: so no more than `MAX_OPERATIONS` operations are told together.
 
     Args:
         operations: Those that come next, of this one table; no more are taken than are looked at.
@@ -43,7 +45,7 @@ async def predict_commits(operations: Iterable[Named], state: TableState | None)
     """
     told: list[Effect] = []
     before: list[tuple[Operation, str, TableState | None]] = []
-    for operation, witness in itertools.islice(operations, MOST):
+    for operation, witness in itertools.islice(operations, MAX_OPERATIONS):
         if state is None and operation.when_missing is Missing.SKIP:
             break  # a table that comes later would not be passed over
         future = _PredictedTable(state, witness)
@@ -93,46 +95,46 @@ class _PredictedTable:
     def __getattr__(self, name: str) -> Any:
         raise _UnpredictedError(name)
 
-    def _becomes(self, change: Change) -> None:
+    def _commit(self, change: Change) -> None:
         self.state, effect = change
         self.states.append(self.state)
         self.effects.append(effect)
 
     @property
-    def _now(self) -> TableState:
+    def _current(self) -> TableState:
         if self.state is None:
             raise _UnpredictedError
         return self.state
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
-        self._becomes((TableState(schema), CREATE))
+        self._commit((TableState(schema), CREATE))
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
-        self._becomes(effects.adding(self._now, fields))
+        self._commit(effects.add_columns(self._current, fields))
 
     async def drop_columns(self, names: Sequence[str]) -> None:
-        self._becomes(effects.dropping(self._now, names))
+        self._commit(effects.drop_columns(self._current, names))
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
-        self._becomes(effects.altering(self._now, alterations))
+        self._commit(effects.alter_columns(self._current, alterations))
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
-        self._becomes((self._now, shape_effect(self._now)))
+        self._commit((self._current, shape_effect(self._current)))
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
-        self._becomes(effects.indexing(self._now, index))
+        self._commit(effects.create_index(self._current, index))
 
     async def cover(self, index: Index, timeout_s: float) -> None:
         """Hopes that nobody writes meanwhile: then there is nothing to cover."""
 
     async def drop_index(self, name: str) -> None:
-        self._becomes(effects.unindexing(self._now, name))
+        self._commit(effects.drop_index(self._current, name))
 
     async def update(
         self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None, **_how: Any
     ) -> int:
         """Takes the usual: some rows match, and one commit holds nobody up."""
-        self._becomes((self._now, effects.updating(values, sql, where)))
+        self._commit((self._current, effects.update(values, sql, where)))
         return 0
 
     update_in_batches = update
@@ -156,7 +158,7 @@ def chains(operations: Sequence[Operation], done: Collection[int]) -> list[list[
         Chains of positions.
     """
     left = [position for position in range(len(operations)) if position not in done]
-    if not all(_stands_alone(operation) for operation in operations):
+    if not all(_is_independent(operation) for operation in operations):
         return [left] if left else []
     by_table: dict[str | None, list[int]] = {}
     for position in left:
@@ -174,7 +176,7 @@ def is_declarative(operation: Operation) -> bool:
     return not isinstance(operation, Run) and operation.identity is None
 
 
-def _stands_alone(operation: Operation) -> bool:
+def _is_independent(operation: Operation) -> bool:
     return (
         is_declarative(operation)
         and (operation.needs_savepoint or not operation.traits.destructive)
@@ -182,7 +184,7 @@ def _stands_alone(operation: Operation) -> bool:
     )
 
 
-def advance(done: Collection[int]) -> dict[str, Any]:
+def advance_detail(done: Collection[int]) -> dict[str, Any]:
     """Returns what an `advanced` event tells of the operations that are complete. Pure.
 
     Args:

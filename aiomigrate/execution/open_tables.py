@@ -36,7 +36,7 @@ class OpenTables:
         self._writer = writer
         self._recorder = recorder
         self._clock = clock
-        self._just_seen: dict[str, tuple[float, Opened | None]] = {}
+        self._recent: dict[str, tuple[float, Opened | None]] = {}
         self.has_run_code = False
 
     async def open_for(self, attempt: Attempt) -> None:
@@ -69,12 +69,12 @@ class OpenTables:
             seen: What was seen, by table; `None` where there was none.
             at_s: Monotonic time of it.
         """
-        self._just_seen |= {name: (at_s, opened) for name, opened in seen.items()}
+        self._recent |= {name: (at_s, opened) for name, opened in seen.items()}
 
     def invalidate(self, names: Iterable[str]) -> None:
         """Looks at tables anew when their turn comes: something is about to commit to them."""
         for name in names:
-            self._just_seen.pop(name, None)
+            self._recent.pop(name, None)
 
     async def state_of(self, name: str) -> tuple[int, TableState | None]:
         """Returns table_version and state of a table, as it was a moment ago if it was seen then.
@@ -82,8 +82,8 @@ class OpenTables:
         Raises:
             StoreError: It exists but cannot be opened.
         """
-        at_s, opened = self._just_seen.get(name, (0.0, None))
-        if opened is not None and self._clock.monotonic() - at_s < _JUST_S:
+        at_s, opened = self._recent.get(name, (0.0, None))
+        if opened is not None and self._clock.monotonic() - at_s < _FRESH_S:
             return opened.version, opened.state
         return await self._store.state_of(name)
 
@@ -94,8 +94,8 @@ class OpenTables:
         came between, as it does of those that come right after a look. That there was none is good
         enough for one that begins by making it; code may have made it through its own connection.
         """
-        at_s, opened = self._just_seen.pop(name, (-math.inf, None))
-        is_fresh = self._clock.monotonic() - at_s < _JUST_S and not attempt.savepoints
+        at_s, opened = self._recent.pop(name, (-math.inf, None))
+        is_fresh = self._clock.monotonic() - at_s < _FRESH_S and not attempt.savepoints
         if opened is None:
             first = next(iter(attempt.script.operations), None)
             is_fresh = is_fresh and isinstance(first, CreateTable) and first.table == name
@@ -104,14 +104,14 @@ class OpenTables:
     def keep(self, attempt: Attempt) -> None:
         """Keeps the tables of a migration for the one that comes next."""
         now = self._clock.monotonic()
-        while self._just_seen:  # oldest first
-            name, (at_s, _) = next(iter(self._just_seen.items()))
-            if now - at_s < _JUST_S:
+        while self._recent:  # oldest first
+            name, (at_s, _) = next(iter(self._recent.items()))
+            if now - at_s < _FRESH_S:
                 break
-            del self._just_seen[name]
+            del self._recent[name]
         self.remember(
             {t.name: t.opened for t in attempt.tables.values() if t.opened is not None}, now
         )
 
 
-_JUST_S = 1.0
+_FRESH_S = 1.0

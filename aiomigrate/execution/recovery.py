@@ -10,21 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from aiomigrate import events as ev
-from aiomigrate.commits.commit_identity import is_ours
+from aiomigrate.commits.commit_identity import matches_announcement
 from aiomigrate.commits.effects import shape_effect
 from aiomigrate.commits.savepoints import (
     Guard,
     drop_branch,
     is_branch_of,
     restore_fenced,
-    uncover,
+    restore_overwritten,
     unresolved,
     vacate,
 )
 from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.errors import OperationError, StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.execution.applier import Applier
-from aiomigrate.execution.attempt import Attempt, Recorder, event_of, intended
+from aiomigrate.execution.attempt import Attempt, Recorder, announcement, event_of
 from aiomigrate.ledger.history import Unfinished, classify_intents
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script
@@ -89,10 +89,10 @@ class Recovery:
             # Announced first: a crash after the restore must not take its commit for another's.
             if back:
                 await self._recorder.record(
-                    attempt, *[_going_back(attempt.script, t) for t in back]
+                    attempt, *[_restore_announcement(attempt.script, t) for t in back]
                 )
             for target in back:
-                target.version = await self._return(
+                target.version = await self._restore(
                     attempt.script,
                     target.name,
                     target.before,
@@ -108,7 +108,7 @@ class Recovery:
             ) from exc
         return bool(back)
 
-    async def _return(
+    async def _restore(
         self, script: Script, table: str, to: int, head: int, *, protected: bool
     ) -> int:
         if not to:
@@ -144,7 +144,7 @@ class Recovery:
         if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
             await self._resume(attempt, unfinished, done=unfinished.done_of(len(script.operations)))
             return
-        if "fill" in effects and not going_back and await self._fits(script):
+        if "fill" in effects and not going_back and await self._can_continue(script):
             # Corrected, and what was paid for is in the table: each operation looks how far it is.
             await self._resume(attempt, unfinished, done=frozenset())
             return
@@ -156,13 +156,13 @@ class Recovery:
         if restores:
             await self._recorder.record(
                 attempt,
-                *[intended(script, t, head, _back_effect(to)) for t, to, head in restores],
+                *[announcement(script, t, head, _restore_effect(to)) for t, to, head in restores],
             )
         branches = unfinished.started.detail.get("branches", {})
         for table, to, head in restores:
             # The first commit is announced before its savepoint is kept.
             kept = table in branches and head != to
-            await self._return(script, table, to, head, protected=kept)
+            await self._restore(script, table, to, head, protected=kept)
         for name in branches:  # before the event: after it nobody looks for them
             await self.drop_leftovers(script, name)
         await self._recorder.record(attempt, event_of(script, Kind.RESTORED))
@@ -178,7 +178,7 @@ class Recovery:
             unfinished.savepoints.keys() - {table for table, _, _ in restores}
         )
 
-    async def _fits(self, script: Script) -> bool:
+    async def _can_continue(self, script: Script) -> bool:
         """Returns whether a corrected migration can begin with its tables as they are."""
         if script.runs_code:
             return False
@@ -198,10 +198,10 @@ class Recovery:
         attempt.resumed = True
         attempt.savepoints = unfinished.savepoints
         attempt.branches = dict(unfinished.started.detail.get("branches", {}))
-        await self._protect(attempt)
+        await self._renew_savepoints(attempt)
         for intent in unfinished.intents:
             if intent.detail["effect"]["do"] == "overwrite":
-                await uncover(
+                await restore_overwritten(
                     self._store,
                     intent.detail["table"],
                     base=int(intent.detail["base"]),
@@ -212,7 +212,7 @@ class Recovery:
 
         await self.fence_resumed(attempt, unfinished)
 
-    async def _protect(self, attempt: Attempt) -> None:
+    async def _renew_savepoints(self, attempt: Attempt) -> None:
         """Keeps the savepoints of a migration that is gone on with, by branches of our own.
 
         Those of its dead process go: it may only be paused, and removes them when it wakes.
@@ -249,7 +249,7 @@ class Recovery:
 
         async def announce(table: str, base: int, state: TableState) -> None:
             await self._recorder.record(
-                attempt, intended(attempt.script, table, base, shape_effect(state))
+                attempt, announcement(attempt.script, table, base, shape_effect(state))
             )
 
         # Not where a restore was announced: whether that is done is told by the version.
@@ -261,7 +261,7 @@ class Recovery:
         restores = unfinished.started.detail.get("restores", {})
         await self._applier.fence(unfinished.savepoints.keys() - restored - set(restores), announce)
 
-    async def return_table(self, attempt: Attempt, table: str, to: int, head: int) -> None:
+    async def restore_table(self, attempt: Attempt, table: str, to: int, head: int) -> None:
         """Returns a table that an applied migration changed, unless that was done already.
 
         Args:
@@ -275,12 +275,14 @@ class Recovery:
         """
         found = await self._store.find(table)
         live = 0 if found is None else await found.version()
-        if live > head and await is_ours(self._store, table, head, _back_effect(to)):
+        if live > head and await matches_announcement(
+            self._store, table, head, _restore_effect(to)
+        ):
             return
         await self._recorder.record(
-            attempt, intended(attempt.script, table, head, _back_effect(to))
+            attempt, announcement(attempt.script, table, head, _restore_effect(to))
         )
-        await self._return(attempt.script, table, to, head, protected=False)
+        await self._restore(attempt.script, table, to, head, protected=False)
 
     async def _owned_head(
         self, script: Script, unfinished: Unfinished, table: str, savepoint: int
@@ -316,7 +318,7 @@ class Recovery:
             effect = intent.detail["effect"]
             if head == made:
                 return head  # not made, and perhaps told with the one before
-            if not await is_ours(self._store, table, made, effect):
+            if not await matches_announcement(self._store, table, made, effect):
                 break
             if effect["do"] in ("restore", "vacate"):
                 return None  # it is back; what was committed on top of that stays
@@ -327,9 +329,9 @@ class Recovery:
         raise unresolved(script, table, savepoint, [(made + 1, head)])
 
 
-def _back_effect(to: int) -> dict[str, Any]:
+def _restore_effect(to: int) -> dict[str, Any]:
     return {"do": "restore", "to": to} if to else {"do": "vacate"}
 
 
-def _going_back(script: Script, target: TableTarget) -> Event:
-    return intended(script, target.name, target.version, _back_effect(target.before))
+def _restore_announcement(script: Script, target: TableTarget) -> Event:
+    return announcement(script, target.name, target.version, _restore_effect(target.before))

@@ -19,7 +19,7 @@ from aiomigrate.errors import (
     UnresolvedError,
 )
 from aiomigrate.execution.applier import witness_name
-from aiomigrate.execution.attempt import Attempt, event_of, failure_text, failure_trace, in_hand
+from aiomigrate.execution.attempt import Attempt, event_of, failure_text, failure_trace, shorten
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Kind
@@ -87,7 +87,7 @@ class Reverser:
                 if undo.way is Way.INVERSE or (undo.way is Way.FINISH and not undo.restores):
                     await self._invert(attempt, undo, log)
                 else:
-                    await self._return(attempt, undo)
+                    await self._restore(attempt, undo)
         except anyio.get_cancelled_exc_class():
             if self._writer.error is None:
                 with anyio.CancelScope(shield=True):
@@ -166,7 +166,7 @@ class Reverser:
         for position, operation in enumerate(undo.operations):
             if position in attempt.done:
                 continue
-            attempt.doing = in_hand(operation.describe())
+            attempt.doing = shorten(operation.describe())
             if isinstance(operation, Run):
                 await self._functions.run(attempt, operation, log)
                 continue
@@ -176,10 +176,10 @@ class Reverser:
             done = {"operations": position + 1}
             attempt.held_back = [event_of(attempt.script, Kind.ADVANCED, detail=done)]
 
-    async def _return(self, attempt: Attempt, undo: Undo) -> None:
+    async def _restore(self, attempt: Attempt, undo: Undo) -> None:
         for table, (head, to) in undo.restores.items():
             target = attempt.tables[table]
-            await self._recovery.return_table(attempt, table, to, head)
+            await self._recovery.restore_table(attempt, table, to, head)
             known = target.version
             await target.reopen()
             target.foreign = []  # what was given up is told by the plan

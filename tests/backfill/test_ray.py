@@ -41,6 +41,7 @@ def test_a_table_is_embedded_on_a_cluster(database: Path) -> None:
 def test_it_gives_up_beside_a_writer(database: Path) -> None:
     """After three losses it says so, with everything as it was."""
     told = reembedded(database, 20_000, 9)
-    assert "committed to by others during each of 3 attempts" in told["failed"]
+    assert "Other writers committed to table" in told["failed"]
+    assert "during each of 3 attempts to compute" in told["failed"]
     assert told["attempts"] == 3
     assert told["rows"] == 20_000 + told["added"]

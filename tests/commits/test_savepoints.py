@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiomigrate.commits.commit_identity import is_ours
+from aiomigrate.commits.commit_identity import matches_announcement
 from aiomigrate.commits.effects import add_effect, digest, merge_effect, shape_effect
 from aiomigrate.commits.savepoints import branch_name, drop_branch, restore_fenced
 from aiomigrate.errors import LeaseLostError, StoreError, UnresolvedError
@@ -333,7 +333,7 @@ async def judged(path: Path, case: Case, act: Act) -> bool:
     effect = await case.announced(before, sample)
     store, table = await made(path / "db")
     await act(table)
-    ours = await is_ours(store, "t", SAVEPOINT, effect)
+    ours = await matches_announcement(store, "t", SAVEPOINT, effect)
 
     now = await store.open("t")
     assert await now.branches() == []
@@ -368,7 +368,7 @@ async def test_a_commit_that_was_not_made_is_not_ours(tmp_path: Path, case: Case
     effect = await case.announced(before, sample)
     store, _ = await made(tmp_path / "db")
 
-    assert not await is_ours(store, "t", SAVEPOINT, effect)
+    assert not await matches_announcement(store, "t", SAVEPOINT, effect)
 
 
 async def test_a_created_table_is_ours_where_there_was_none(tmp_path: Path) -> None:
@@ -376,9 +376,9 @@ async def test_a_created_table_is_ours_where_there_was_none(tmp_path: Path) -> N
     store, _ = await made(tmp_path / "db")
     create = {"do": "create"}
 
-    assert await is_ours(store, "t", 0, create)
-    assert not await is_ours(store, "t", 1, create)
-    assert not await is_ours(store, "absent", 0, create)
+    assert await matches_announcement(store, "t", 0, create)
+    assert not await matches_announcement(store, "t", 1, create)
+    assert not await matches_announcement(store, "absent", 0, create)
 
 
 async def test_an_update_is_not_ours_where_the_shape_was_to_stay(tmp_path: Path) -> None:
@@ -389,8 +389,8 @@ async def test_an_update_is_not_ours_where_the_shape_was_to_stay(tmp_path: Path)
     await table.create_index(INDEX, {})
     await table.update(values={"a": "theirs"}, where="id = 1")
 
-    assert await is_ours(store, "t", SAVEPOINT + 1, effect)
-    assert not await is_ours(store, "t", SAVEPOINT + 2, effect)
+    assert await matches_announcement(store, "t", SAVEPOINT + 1, effect)
+    assert not await matches_announcement(store, "t", SAVEPOINT + 2, effect)
 
 
 async def test_an_unknown_effect_is_not_ours(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ async def test_an_unknown_effect_is_not_ours(tmp_path: Path) -> None:
     store, table = await made(tmp_path / "db")
     await table.delete("id = 1")
 
-    assert not await is_ours(store, "t", SAVEPOINT, {"do": "explode"})
+    assert not await matches_announcement(store, "t", SAVEPOINT, {"do": "explode"})
     assert await table.branches() == []
 
 
@@ -410,7 +410,7 @@ async def test_a_large_merge_is_known_again(tmp_path: Path) -> None:
     base = await table.version()
     await table.merge("id", data)
 
-    assert await is_ours(store, "t", base, merge_effect("id", data))
+    assert await matches_announcement(store, "t", base, merge_effect("id", data))
 
 
 async def test_a_swap_of_columns_is_known_again(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ async def test_a_replay_that_fails_leaves_no_branch(tmp_path: Path) -> None:
     """A replay that LanceDB refuses tells nothing, so the commit is not ours; it cleans up."""
     store, table = await interrupted(tmp_path / "db")
     store.verb = "delete"
-    ours = await is_ours(store, "t", SAVEPOINT, DELETE)
+    ours = await matches_announcement(store, "t", SAVEPOINT, DELETE)
 
     assert not ours
     assert await table.branches() == []
@@ -502,10 +502,10 @@ async def test_a_branch_that_a_killed_replay_left_does_not_stop_the_next(tmp_pat
     """It is replaced, and removed in the end."""
     store, table = await interrupted(tmp_path / "db")
     store.verb = "delete_branch"
-    assert not await is_ours(store, "t", SAVEPOINT, DELETE)
+    assert not await matches_announcement(store, "t", SAVEPOINT, DELETE)
     left = await table.branches()
     store.verb = ""
-    ours = await is_ours(store, "t", SAVEPOINT, DELETE)
+    ours = await matches_announcement(store, "t", SAVEPOINT, DELETE)
 
     assert len(left) == 1
     assert ours
@@ -521,7 +521,7 @@ async def test_a_cancelled_replay_leaves_no_branch(tmp_path: Path, verb: str) ->
     store, table = await interrupted(tmp_path / "db")
     store.verb = verb
     with anyio.CancelScope() as store.scope:
-        await is_ours(store, "t", SAVEPOINT, DELETE)
+        await matches_announcement(store, "t", SAVEPOINT, DELETE)
 
     assert store.scope.cancelled_caught
     assert await table.branches() == []

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiomigrate import Context, Migration, MigrationFailedError, Outcome, Progress, op
-from aiomigrate.execution.lookahead import advance, chains
+from aiomigrate.execution.lookahead import advance_detail, chains
 from aiomigrate.ledger.history import fold
 from aiomigrate.ledger.records import Kind
 from aiomigrate.manager import MigrationManager
@@ -97,7 +97,7 @@ def test_what_is_complete_is_told_and_read_back(done: set[int]) -> None:
     events = [
         opened(1),
         event(1, 1, Kind.STARTED, 1, tables={"t": {"before": 1}}),
-        event(1, 2, Kind.ADVANCED, 1, detail=advance(done)),
+        event(1, 2, Kind.ADVANCED, 1, detail=advance_detail(done)),
     ]
     unfinished = fold(events).of("memos").unfinished
 

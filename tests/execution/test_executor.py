@@ -358,8 +358,8 @@ async def failed_over_a_foreign_append(path: Path) -> None:
         report = await failed(running)
     assert appended.is_set()
     (step,) = report.failed
-    assert "others committed" in step.error
-    assert "unchanged, it goes on where it was" in step.remedy
+    assert "other writers committed" in step.error
+    assert "an unchanged migration continues where it stopped" in step.remedy
     assert "aiomigrate stamp --table t --to 1" in step.remedy
 
 
@@ -743,7 +743,7 @@ async def test_a_foreign_column_is_not_taken_for_a_deletion_of_nothing(tmp_path:
     async with quiet(path, counting()) as running:
         report = await failed(running)
 
-    assert "others committed" in report.failed[0].error
+    assert "other writers committed" in report.failed[0].error
     assert await columns(path) == ["id", "x", "theirs"]
     assert await column(path) == {1: 0, 2: 0, 3: 0}
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aiomigrate import Migration, MigrationFailedError, op
 from aiomigrate.errors import AiomigrateError
-from aiomigrate.execution.lookahead import MOST, _PredictedTable, predict_commits
+from aiomigrate.execution.lookahead import MAX_OPERATIONS, _PredictedTable, predict_commits
 from aiomigrate.ledger.history import classify_intents
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.operations.base import Operation
@@ -91,10 +91,10 @@ async def test_commits_are_told_together_up_to_where_a_look_would_not_do(
 
 async def test_no_more_are_told_together_than_are_quickly_foreseen() -> None:
     """However many there are, so many are looked at, and the others not even asked for."""
-    asked = iter(named([op.AddColumns({f"c{n}": N}) for n in range(3 * MOST)]))
+    asked = iter(named([op.AddColumns({f"c{n}": N}) for n in range(3 * MAX_OPERATIONS)]))
 
-    assert len(await predict_commits(asked, TableState(T))) == MOST
-    assert len(list(asked)) == 2 * MOST
+    assert len(await predict_commits(asked, TableState(T))) == MAX_OPERATIONS
+    assert len(list(asked)) == 2 * MAX_OPERATIONS
 
 
 async def test_a_table_is_told_with_its_indexes() -> None:
@@ -307,7 +307,7 @@ async def test_what_others_commit_in_the_place_of_ours_is_kept(tmp_path: Path) -
         connection = await lancedb.connect_async(path)
         await (await connection.open_table("t")).add([theirs])
         async with manager(path, migrations_of(op.CreateIndex("y"))) as running:
-            with pytest.raises(MigrationFailedError, match="others committed"):
+            with pytest.raises(MigrationFailedError, match="other writers committed"):
                 await running.upgrade()
         assert theirs in await rows_of(path, "t")
     assert kept >= 3

@@ -100,7 +100,7 @@ async def test_what_could_not_be_undone_waits_for_a_person_and_stamp_resolves_it
                 await manager.upgrade()
     fixed = [*first(), Migration(table="t", version=2, up=up)]
     async with MigrationManager(path, migrations=fixed, logger=quiet_logger()) as manager:
-        with pytest.raises(MigrationFailedError, match="others committed"):
+        with pytest.raises(MigrationFailedError, match="other writers committed"):
             await manager.upgrade()
         assert again == []
         await manager.stamp(to={"t": 1})
@@ -181,7 +181,7 @@ async def test_a_killed_function_with_a_foreign_append_stops_and_says_so(
     async with MigrationManager(
         path, migrations=killed_run(), logger=quiet_logger(), **FAST
     ) as manager:
-        with pytest.raises(MigrationFailedError, match="others committed") as caught:
+        with pytest.raises(MigrationFailedError, match="other writers committed") as caught:
             await manager.initialize()
 
     assert await ids(path) == [1, 2, 3, 4, 99]
