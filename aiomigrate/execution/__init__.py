@@ -1,1 +1,1 @@
-"""One migration: apply its operations, record them, recover after a crash, undo."""
+"""Executes one migration: applies operations, records them, recovers from crashes, undoes."""

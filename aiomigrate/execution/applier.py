@@ -1,7 +1,7 @@
-"""One operation on one table, until its effect is there; and removing what only the way needed.
+"""Applies one operation to one table, and removes witness columns and savepoint branches.
 
-Looks, acts, and on a conflict looks again. In what order operations run, and what is recorded of
-them, is for `executor`.
+Every step reads the table, acts, and after a conflict reads it again. The order of operations and
+what is recorded about them are decided in `execution.executor`.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _ATTEMPTS = 40
 _RETRYABLE = (CommitConflictError, StaleHandleError, WriterCongestionError, TableExistsError)
 
 Progress = Callable[[Script, str, int, int | None], None]
-"""Told of a step's progress: script, what it is doing, done, total."""
+"""Called with the progress of a step: script, description of the work, done, total."""
 
 
 def witness_name(script: Script, operation: Operation, earlier: Sequence[Operation]) -> str:
-    """Returns the column that belongs to one operation of one migration.
+    """Returns the name of the witness column of one operation of one migration. Pure.
 
-    Named by what the operation does, not where it stands: when a script is corrected around an
-    update that took effect already, the corrected script knows that it did.
+    The name depends on what the operation does, not on its position. If other operations of the
+    script are corrected, the corrected script still recognises an update that has taken effect.
 
     Args:
         script: The migration.
         operation: The operation.
-        earlier: Those before it.
+        earlier: The operations before it.
 
     Returns:
-        The name, empty where it needs none.
+        The name, empty if the operation needs none.
     """
     if not operation.witnessed:
         return ""
@@ -63,7 +63,7 @@ def witness_name(script: Script, operation: Operation, earlier: Sequence[Operati
 
 
 def _may_share_key(one: Operation, other: Operation) -> bool:
-    """Returns whether two could have one mark; cheap, where a mark is not."""
+    """Returns whether two operations may have the same key, without computing the keys."""
     if one.identity is not None or other.identity is not None:
         return one.identity == other.identity
     return type(one) is type(other) and one.table == other.table
@@ -79,12 +79,13 @@ class Applier:
     """Applies operations under one lease."""
 
     def __init__(self, store: Store, check: Guard, *, progress: Progress, log: Any) -> None:
-        """Binds to a database.
+        """Binds to a database without I/O.
 
         Args:
             store: The database.
-            check: Raises unless the lease is safely ours; asked before every commit.
-            progress: Told how operations proceed.
+            check: Raises `LeaseLostError` unless this process safely holds the lease; called
+                before every commit.
+            progress: Called with the progress of each operation.
             log: Bound logger.
         """
         self._store = store
@@ -95,27 +96,37 @@ class Applier:
     async def apply(
         self, operation: Operation, target: TableTarget, script: Script, witness: str
     ) -> None:
-        """Runs one operation until its effect is there: look, act, and on a conflict look again.
+        """Applies one operation: reads the table, acts, and retries after a conflict.
+
+        Does nothing if the effect already exists, or if the table is missing and the operation
+        skips missing tables. A crash or a cancellation leaves the commits that were made.
+
+        Args:
+            operation: The operation.
+            target: Its table, opened.
+            script: Its migration.
+            witness: Its witness column, empty if it needs none.
 
         Raises:
-            OperationError: It does not fit the table as it is.
-            SchemaMismatchError: The table is not as predicted afterwards.
-            StoreError: LanceDB failed.
+            LeaseLostError: Another process has taken over; nothing more was written.
+            OperationError: The operation does not fit the table.
+            SchemaMismatchError: The table afterwards is not as predicted.
+            StoreError: LanceDB failed, or other commits came first `_ATTEMPTS` times.
         """
         target.witness = witness
 
-        def tell(done: int, total: int | None, note: str) -> None:
-            words = operation.describe()
-            self._progress(script, f"{words} ({note})" if note else words, done, total)
+        def report(done: int, total: int | None, note: str) -> None:
+            text = operation.describe()
+            self._progress(script, f"{text} ({note})" if note else text, done, total)
 
-        target.on_progress = tell
+        target.on_progress = report
         if target.state is None and operation.when_missing is Missing.SKIP:
             return
         for attempt in range(_ATTEMPTS):
             if operation.done(target.state, witness):
                 return
             expected = operation.predict(target.state, witness)
-            seen = len(target.foreign)
+            foreign = len(target.foreign)
             try:
                 await operation.apply(target)
             except _RETRYABLE as exc:
@@ -127,12 +138,12 @@ class Applier:
                 await target.reopen()
                 continue
             except StoreError:
-                # Unknown: the store may have applied it before it failed. Look, never guess.
+                # The store may have committed before it failed: read the table to find out.
                 await target.reopen()
                 if operation.done(target.state, witness):
                     return
                 raise
-            if len(target.foreign) == seen:
+            if len(target.foreign) == foreign:
                 _check_prediction(operation, expected, target)
             return
 
@@ -142,30 +153,33 @@ class Applier:
         branches: Mapping[str, str],
         opened: Mapping[str, Table] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Removes what a recorded migration needed only while it ran; harmless when repeated.
+        """Removes the witness columns and savepoint branches of a recorded migration. Idempotent.
+
+        Does nothing where there are none. A crash leaves the rest for the next call.
 
         Args:
             tables: Tables with witness columns to drop.
             branches: Savepoint branch by table.
-            opened: Handles that are open, by table.
+            opened: Open handles by table.
 
         Returns:
-            table_version before and after (and what others committed between), of each table that
+            table_version before and after, and the foreign commits between them, of each table that
             was committed to.
 
         Raises:
             LeaseLostError: Another process has taken over.
+            StoreError: LanceDB failed.
         """
         cleaned: dict[str, dict[str, Any]] = {}
 
         async def drop_witnesses(table: Table) -> None:
             state = await table.state()
-            if (ours := state.witnesses()) and not state.is_leftover:
+            if (witnesses := state.witnesses()) and not state.is_leftover:
                 await self._check()
                 before = await table.version()
-                after = await table.drop_columns(ours)
+                after = await table.drop_columns(witnesses)
                 cleaned[table.name] = {"before": before, "after": after}
-                if after > before + 1:  # others came between
+                if after > before + 1:  # foreign commits came between
                     cleaned[table.name]["foreign"] = [[before + 1, after - 1]]
 
         async def drop_savepoint(name: str) -> None:
@@ -181,12 +195,18 @@ class Applier:
         tables: Iterable[str],
         announce: Callable[[str, int, TableState], Awaitable[None]] | None = None,
     ) -> None:
-        """Makes schema changes fail that a dead or paused process has in flight (facts: 10d).
+        """Makes pending schema changes of a crashed or paused process fail (facts: 10d).
+
+        Renames a column of each table to its own name, a commit that changes nothing else.
 
         Args:
-            tables: Where; those that do not exist are passed over.
-            announce: Makes durable that such a commit comes: table, table_version it is based on,
-                and the state, which it leaves as it is.
+            tables: The tables; those that do not exist are skipped.
+            announce: Announces that commit in the journal, if given: called with the table, the
+                table_version that the commit is based on, and the state, which stays the same.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+            StoreError: LanceDB failed.
         """
 
         async def rename_to_itself(table: Table) -> None:
@@ -201,7 +221,7 @@ class Applier:
             await self._retry_change(name, rename_to_itself)
 
     async def _retry_change(self, name: str, change: Callable[[Table], Awaitable[None]]) -> None:
-        """Changes a table if it exists, on a fresh handle each time another commit came first."""
+        """Changes a table if it exists; retries on a fresh handle if another commit came first."""
         for attempt in range(_ATTEMPTS):
             table = await self._store.find(name)
             if table is None:
@@ -223,7 +243,7 @@ async def _pause(attempt: int) -> None:
 def _check_prediction(
     operation: Operation, expected: TableState | None, target: TableTarget
 ) -> None:
-    """Compares a table with what the operation predicted.
+    """Compares the table with the prediction of the operation.
 
     Raises:
         SchemaMismatchError: They differ.
@@ -237,5 +257,6 @@ def _check_prediction(
             f"After {operation.describe()!r} table {target.name!r} is not as predicted: "
             + "; ".join(found)
             + ".",
-            "Another process may be changing its schema; run again, or report this as a defect.",
+            "Another process may have changed its schema: run again, and if this happens every "
+            "time, report it as a bug.",
         )

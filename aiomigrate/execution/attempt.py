@@ -1,6 +1,7 @@
-"""What one migration has done so far, its journal events, and how a failure of it is described.
+"""The state of one attempt of a migration, its journal events and its error texts.
 
-`Attempt` is the state, `Recorder` makes its events durable. Nothing here decides what to do next.
+`Attempt` holds the state and `Recorder` writes events durably. Deciding what to do next is not done
+here (`execution.executor`, `execution.recovery`, `execution.reverser`).
 """
 
 from __future__ import annotations
@@ -34,26 +35,27 @@ from aiomigrate.telemetry import LEDGER, Telemetry
 
 @dataclass(eq=False)
 class Attempt:
-    """One attempt at one migration.
+    """One attempt of a migration.
 
     Attributes:
         script: The migration.
-        is_quick: Whether it neither rewrites rows nor runs code.
-        slot: Its concurrency slot, if it releases it while it waits for the journal.
-        tables: The tables it touches, opened, by name.
+        is_quick: Whether the migration neither rewrites rows nor runs code.
+        slot: The concurrency slot, if it is released while waiting for the journal.
+        tables: The open tables that the migration touches, by name.
         done: Positions of the operations that are known to be complete.
-        doing: The operation in hand, in words; empty before the first.
-        resumed: Whether it goes on where a dead process was.
-        acted: Whether code of it did what a crash must not make it do again, as far as we know.
-        savepoints: table_version of each table when it was first begun, where it is resumed.
-        branches: Savepoint branch by table, made or to be made.
-        protected: The tables whose branch was made.
-        held_back: Events to be written with the next commit's announcement, which needs them.
-        abreast: How many of its operations are in hand.
-        depended_s: Seconds spent waiting for what it depends on.
-        waited_s: Seconds spent waiting for that and for its place.
-        ledger_s: Seconds spent waiting for the journal, shared out among the operations in hand.
-        size: Bytes of data that its tables hold afterwards, `None` where that is not measured.
+        doing: The description of the current operation, empty before the first.
+        resumed: Whether it continues an attempt whose process crashed.
+        acted: Whether its function committed or took the connection, so that it must not run again.
+        savepoints: table_version of each table when the first attempt began, if it is resumed.
+        branches: Savepoint branch by table, created or still to be created.
+        protected: The tables whose savepoint branch was created.
+        held_back: Events that must be durable before the next commit; written together with its
+            announcement.
+        active_operations: Number of operations that are running.
+        depended_s: Seconds spent waiting for dependencies.
+        waited_s: Seconds spent waiting for dependencies and for the concurrency slot.
+        ledger_s: Seconds spent waiting for the journal, divided by the running operations.
+        size: Bytes of data in its tables afterwards, `None` if not measured.
         started_s: Monotonic time when it began.
     """
 
@@ -78,12 +80,12 @@ class Attempt:
 
     @property
     def goes_on(self) -> bool:
-        """Whether a failure leaves it where it is, for the next run to go on."""
+        """Whether the work stays after a failure, so that the next run continues."""
         return self.resumed or any(t.keeps_progress for t in self.tables.values())
 
     @contextlib.contextmanager
     def operating(self) -> Iterator[None]:
-        """Counts one more operation in hand, inside."""
+        """Counts one more running operation within the context."""
         self.active_operations += 1
         try:
             yield
@@ -91,23 +93,29 @@ class Attempt:
             self.active_operations -= 1
 
     def made_branches(self) -> dict[str, str]:
-        """Returns the savepoint branch by table, of those that were made."""
+        """Returns the savepoint branch by table, for branches that were created."""
         return {table: b for table, b in self.branches.items() if table in self.protected}
 
     def versions(self) -> dict[str, tuple[int, int]]:
-        """Returns each table's table_version before and after."""
+        """Returns the table_version before and after the attempt, by table."""
         return {t.name: (t.before, t.version) for t in self.tables.values()}
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Returns what operations report of their work, by table."""
+        """Returns what operations reported about their work, by table."""
         return {t.name: t.facts for t in self.tables.values() if t.facts}
 
     def changes(self) -> dict[str, Any]:
-        """Returns what an `applied` event records of the tables."""
+        """Returns what an `applied` event records about the tables, by table."""
         return {t.name: _change_of(t) for t in self.tables.values()}
 
     def report(self, outcome: Outcome, ran_s: float, **more: Any) -> StepReport:
-        """Returns what came of the migration."""
+        """Returns the result of the attempt.
+
+        Args:
+            outcome: The outcome.
+            ran_s: Seconds that the migration ran.
+            more: Further attributes of `StepReport`.
+        """
         tables = self.tables.values()
         return StepReport(
             line=self.script.line,
@@ -143,7 +151,7 @@ def _change_of(target: TableTarget) -> dict[str, Any]:
 
 
 def event_of(script: Script, kind: Kind, **facts: Any) -> Event:
-    """Returns an event of a migration; the writer fills in where, and when unless it is given."""
+    """Returns an event of a migration; the writer adds host and process, and the time."""
     return new_event(kind, line=script.line, version=script.version, **facts)
 
 
@@ -162,9 +170,10 @@ def announcement(
         script: The migration that makes it.
         table: The table.
         base: The table_version it is computed from.
-        effect: What it does, as `savepoint.matches_announcement` knows it again.
-        foreign: table_versions that others are known to have committed before.
-        predicted: Whether it follows the one announced before it, if all goes as foreseen.
+        effect: What it does (`commits.effects`); checked by
+            `commits.commit_identity.matches_announcement` after a crash.
+        foreign: Ranges of foreign table_versions that are known to precede it.
+        predicted: Whether it was predicted to follow the commit announced before it.
     """
     detail = {"table": table, "base": base, "effect": dict(effect), "foreign": list(foreign)}
     if predicted:
@@ -179,16 +188,16 @@ class Recorder:
         """Binds to the writer of the lease's holder.
 
         Args:
-            writer: Makes events durable.
+            writer: Writes events durably.
             clock: Clocks.
-            telemetry: Measures everything that takes time.
+            telemetry: Creates spans for everything that takes time.
         """
         self._writer = writer
         self._clock = clock
         self._telemetry = telemetry
 
     async def record(self, attempt: Attempt, *events: Event) -> None:
-        """Makes events durable, and counts the time that takes.
+        """Writes events durably and adds the time that this takes to `Attempt.ledger_s`.
 
         Raises:
             LeaseLostError: Another process has taken over.
@@ -203,7 +212,7 @@ class Recorder:
                 attempt.ledger_s += waited_s / max(1, attempt.active_operations)
 
     def announcer(self, attempt: Attempt) -> Announce:
-        """Returns what makes the commits of a migration durable before they are made."""
+        """Returns the function that announces the commits of an attempt in the journal."""
 
         async def announce(
             table: str, base: int, effects: Sequence[Effect], foreign: Sequence[tuple[int, int]]
@@ -219,18 +228,24 @@ class Recorder:
 
 
 def remedy_of(attempt: Attempt, exc: Exception | None, error: AiomigrateError | None) -> str:
-    """Returns what to do after a failure."""
+    """Returns what to do after a failure.
+
+    Args:
+        attempt: The attempt that failed.
+        exc: What was raised, `None` for a cancellation.
+        error: The error to report, if it is one of aiomigrate.
+    """
     if isinstance(exc, OverwriteLostError):
-        return exc.remedy  # unchanged, it goes on where it was
+        return exc.remedy  # an unchanged migration continues
     remedy = error.remedy if error else "Correct the migration and run again."
     if attempt.goes_on and not isinstance(error, (UnresolvedError, KeepsProgressError)):
-        remedy = f"{remedy} What it has done is kept: the next run goes on from there."
+        remedy = f"{remedy} Completed work is kept: the next run continues from there."
     return remedy
 
 
-def shorten(words: str) -> str:
-    """Returns what an operation does, short enough to begin an error."""
-    return words if len(words) <= _MAX_LENGTH else f"{words[:_MAX_LENGTH]}..."
+def shorten(text: str) -> str:
+    """Returns the description of an operation, shortened for the start of an error."""
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
 _MAX_LENGTH = 80
@@ -240,20 +255,23 @@ def failure_text(exc: BaseException, store: Store, doing: str = "") -> str:
     """Returns a failure in one sentence, without secrets.
 
     Args:
-        exc: What was raised.
-        store: Knows the secrets.
-        doing: The operation in hand, in words.
+        exc: What was raised; of a group, its first exception.
+        store: Removes the secrets.
+        doing: The description of the current operation, put first unless the text contains it.
     """
     leaf = exc
     while isinstance(leaf, BaseExceptionGroup):
         leaf = leaf.exceptions[0]
-    told = exc.what if isinstance(exc, AiomigrateError) else f"{type(leaf).__name__}: {leaf}"
-    is_told = not doing or doing.removesuffix("...") in told
-    return store.scrub(told if is_told else f"{doing!r}: {told}")
+    text = exc.what if isinstance(exc, AiomigrateError) else f"{type(leaf).__name__}: {leaf}"
+    is_named = not doing or doing.removesuffix("...") in text
+    return store.scrub(text if is_named else f"{doing!r}: {text}")
 
 
 def failure_trace(exc: BaseException, store: Store) -> str:
-    """Returns a failure as the journal keeps it, without secrets."""
+    """Returns a failure as stored in the journal, without secrets.
+
+    Expected errors are stored as text, all others with their traceback.
+    """
     if isinstance(exc, (OperationError, KeepsProgressError)):
         return store.scrub(str(exc))
     return store.scrub("".join(traceback.format_exception(exc)))

@@ -1,7 +1,7 @@
-"""What a migration needs only while it runs, removed once its end is recorded; then the head.
+"""Removes witness columns and savepoint branches of recorded migrations, then sets the head.
 
-Witness columns and savepoint branches go after `applied` is durable; the head follows last, so
-that a crash in between is seen and made good by the next holder.
+They are removed after `applied` is durable, and the head is set last, so that the next holder of
+the lease detects and completes a cleanup that crashed. The removal is done by `execution.applier`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import anyio.lowlevel
 from aiomigrate.clock import Clock
 from aiomigrate.commits.commit_identity import matches_announcement
 from aiomigrate.commits.effects import shape_effect
-from aiomigrate.errors import (
-    TableVersionGoneError,
-)
+from aiomigrate.errors import TableVersionGoneError
 from aiomigrate.execution.applier import Applier
 from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.ledger.records import Event, HeadRow, Kind, new_event
@@ -29,7 +27,7 @@ from aiomigrate.store.table import Table
 
 @dataclass(frozen=True, slots=True)
 class _PendingCleanup:
-    """A migration that is done, and whose savepoint branches go once that is durable."""
+    """A completed migration whose savepoint branches are removed once that is durable."""
 
     version: int
     branches: Mapping[str, str]
@@ -38,7 +36,7 @@ class _PendingCleanup:
 
 
 class Cleanup:
-    """Removes what recorded migrations have left, and lets the head follow."""
+    """Cleans up after recorded migrations under one lease, and sets the head."""
 
     def __init__(
         self,
@@ -50,13 +48,13 @@ class Cleanup:
         digest_at: Callable[[str, int], str],
         clock: Clock,
     ) -> None:
-        """Has nothing to remove yet.
+        """Starts with no pending cleanup.
 
         Args:
             store: The database.
-            writer: The holder's ledger writer.
+            writer: The ledger writer of the lease's holder.
             applier: Removes columns and branches.
-            tables: What was seen of the tables, which a removal makes stale.
+            tables: The open tables, which a removal makes stale.
             digest_at: Returns a line's chain digest at a version.
             clock: Clocks.
         """
@@ -76,7 +74,15 @@ class Cleanup:
         opened: Mapping[str, Table],
         is_durable: anyio.Event,
     ) -> None:
-        """Keeps the branches of a migration until its end is durable (see `clean_line`)."""
+        """Defers the cleanup of a migration until its end is durable (see `clean_line`).
+
+        Args:
+            line: The version line.
+            version: The version of the migration.
+            branches: Savepoint branch by table.
+            opened: Open handles by table.
+            is_durable: Set once the `applied` event is durable.
+        """
         self._pending[line] = _PendingCleanup(version, branches, opened, is_durable)
 
     async def clean(
@@ -87,9 +93,16 @@ class Cleanup:
         branches: Mapping[str, str],
         opened: Mapping[str, Table] | None = None,
     ) -> None:
-        """Removes what a recorded migration needed only while it ran, and records those commits.
+        """Removes witness columns and savepoint branches of a migration, and records the commits.
 
-        The head follows only afterwards, so that a crash here is seen and made good.
+        The head must be set only afterwards, so that the next holder detects a crash in here.
+
+        Args:
+            line: The version line.
+            version: The version of the migration.
+            tables: Tables with witness columns to drop.
+            branches: Savepoint branch by table.
+            opened: Open handles by table.
 
         Raises:
             LeaseLostError: Another process has taken over.
@@ -98,10 +111,11 @@ class Cleanup:
             await self._record_cleaned(line, version, cleaned)
 
     async def clean_line(self, line: str) -> None:
-        """Cleans after the last migration of a line, if that is still to be done.
+        """Performs the deferred cleanup of a line; does nothing if there is none. Shielded.
 
-        Before the next one ends, so there is one at most, the last that the journal has: whoever
-        comes after a crash looks for no other. And when none follows at once. Shielded.
+        Called before the next migration of the line ends, and when none follows at once. So at
+        most one cleanup is pending per line, that of the last migration in the journal; after a
+        crash the next holder looks only for that one.
 
         Raises:
             LeaseLostError: Another process has taken over.
@@ -115,7 +129,7 @@ class Cleanup:
             self.lift(line, left.version)
 
     async def clean_after(self, ended: Event) -> None:
-        """Cleans after a migration whose process may have died before, or while, it did so.
+        """Repeats the cleanup of a migration whose process may have crashed before its end.
 
         Args:
             ended: Its `applied` or `rolled_back` event, after which nothing else was recorded.
@@ -134,7 +148,7 @@ class Cleanup:
             await self._record_cleaned(ended.line or "", ended.version or 0, cleaned)
 
     async def _was_cleaned(self, name: str, after: int) -> bool:
-        """Returns whether the commit after a table_version is the one that cleaned it."""
+        """Returns whether the commit after a table_version is the cleanup of that table."""
         table = await self._store.find(name)
         if table is None:
             return False
@@ -152,7 +166,7 @@ class Cleanup:
         await self._writer.record(event)
 
     def lift(self, line: str, version: int) -> None:
-        """Lets the head follow to a version the journal holds."""
+        """Sets the head of a line to a version, with the next head update."""
         self._writer.write_row_later(self.head_row(line, version))
 
     def head_row(self, line: str, version: int) -> HeadRow:

@@ -1,6 +1,7 @@
-"""The functions of migrations: running one, and the context through which it works.
+"""Runs the functions of migrations, and the context through which they change tables.
 
-Every commit that a function makes through its context is recorded, so that it can be undone.
+Every commit that a function makes through its context is announced in the journal, so that it can
+be undone. Undoing it is not done here (`execution.recovery`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from aiomigrate.operations.rows import Run
 from aiomigrate.schema.state import TableState
 
 MAX_MERGE_BYTES = 1_000_000
-"""Of one `merge`: its rows are kept in the journal until the migration ends."""
+"""Most bytes of one `merge`: its rows are stored in the journal until the migration ends."""
 
 Apply = Callable[[Operation, TableTarget], Awaitable[None]]
 
@@ -31,13 +32,13 @@ Apply = Callable[[Operation, TableTarget], Awaitable[None]]
 class RecordedTable:
     """A table of a `Context`. Reads see its latest version; each write is one recorded commit.
 
-    Before each write, what it will do is made durable in the journal, so that after a crash the
-    next run knows it as ours and can return the table to where the migration began. Batch writes:
-    one commit for many rows. The lease is checked before every write.
+    Each write is announced in the journal before it is made, so that after a crash the next run
+    recognises it as the migration's and can restore the table to its savepoint. Write many rows
+    in one call, since each call is a commit. The lease is checked before every write.
     """
 
     def __init__(self, target: TableTarget) -> None:
-        """Wraps a table that the migration touches."""
+        """Wraps an open table that the migration touches."""
         self._target = target
 
     @property
@@ -69,7 +70,7 @@ class RecordedTable:
         return self._target.state.schema
 
     async def count_rows(self, where: str | None = None) -> int:
-        """Returns how many rows match, all by default.
+        """Returns the number of matching rows, of all rows by default.
 
         Raises:
             OperationError: The table does not exist.
@@ -95,7 +96,7 @@ class RecordedTable:
         *,
         rows: int = 1024,
     ) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows in batches of at most `rows`, as they were at the start.
+        """Yields the matching rows as of the start, in batches of at most `rows` rows.
 
         Raises:
             OperationError: The table does not exist.
@@ -105,14 +106,15 @@ class RecordedTable:
             yield batch
 
     async def add(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows in one commit; nothing happens for none.
+        """Appends rows in one commit; does nothing if there are no rows.
 
         Args:
             rows: An Arrow table, or dictionaries that are converted with the table's schema;
-                columns left out are NULL.
+                missing columns are NULL.
 
         Raises:
             LeaseLostError: Another process has taken over; nothing was written.
+            OperationError: The table does not exist, or the migration has ended.
             StoreError: LanceDB refused the rows.
         """
         data = self._arrow(rows)
@@ -120,17 +122,18 @@ class RecordedTable:
             await self._target.add(data)
 
     async def merge(self, rows: pa.Table | Sequence[Mapping[str, Any]], *, on: str) -> int:
-        """Updates the rows whose key is there and inserts the others, in one commit.
+        """Updates the rows whose keys exist and inserts the other rows, in one commit.
 
         Args:
-            rows: As for `add`, at most `MAX_MERGE_BYTES` (use several calls for more).
+            rows: As for `add`, at most `MAX_MERGE_BYTES` bytes (use several calls for more).
             on: The key column.
 
         Returns:
-            How many rows were changed; 0 for none.
+            The number of updated and inserted rows; 0 without a commit if there are no rows.
 
         Raises:
-            OperationError: The rows are too many for one call.
+            OperationError: The rows are more than `MAX_MERGE_BYTES`, the table does not exist, or
+                the migration has ended.
             LeaseLostError: Another process has taken over; nothing was written.
             StoreError: LanceDB refused the rows.
         """
@@ -149,20 +152,30 @@ class RecordedTable:
         sql: Mapping[str, str] | None = None,
         where: str | None = None,
     ) -> int:
-        """Sets columns of the matching rows in one commit; returns how many rows.
+        """Sets columns of the matching rows in one commit.
+
+        Args:
+            values: Literals by column.
+            sql: SQL expressions by column.
+            where: SQL condition on the rows, `None` for all rows.
+
+        Returns:
+            The number of changed rows; 0 if none matched.
 
         Raises:
             LeaseLostError: Another process has taken over; nothing was written.
-            StoreError: LanceDB refused it.
+            OperationError: The table does not exist, or the migration has ended.
+            StoreError: LanceDB refused the update.
         """
         return await self._target.update(values=values or {}, sql=sql or {}, where=where) or 0
 
     async def delete(self, where: str) -> int:
-        """Deletes the matching rows in one commit; returns how many there were.
+        """Deletes the matching rows in one commit; returns their number.
 
         Raises:
             LeaseLostError: Another process has taken over; nothing was written.
-            StoreError: LanceDB refused it.
+            OperationError: The table does not exist, or the migration has ended.
+            StoreError: LanceDB refused the condition.
         """
         return await self._target.delete(where)
 
@@ -173,7 +186,7 @@ class RecordedTable:
 
 
 class Context:
-    """Given to a migration's `up`.
+    """The argument of a migration's `up`: its parameters, tables and operations.
 
     Attributes:
         params: The run's parameters.
@@ -192,7 +205,7 @@ class Context:
         apply: Apply,
         progress: Callable[[int, int | None], None],
     ) -> None:
-        """Built by the executor."""
+        """Built by `Functions.run`, once per function."""
         self.params = params
         self.took_connection = False
         self._connection = connection
@@ -206,8 +219,8 @@ class Context:
     def connection(self) -> Any:
         """LanceDB's `AsyncConnection`.
 
-        Commits made through it are not recorded: after a crash they count as someone else's, and a
-        person must decide. Prefer `table`.
+        Commits made through it are not recorded: after a crash they count as those of another
+        writer, and a person must decide how to proceed. Prefer `table`.
         """
         self.took_connection = True
         return self._connection
@@ -234,15 +247,17 @@ class Context:
         return self._tables[wanted]
 
     async def apply(self, operation: Operation) -> None:
-        """Runs one declarative operation; nothing happens when its effect is already there.
+        """Applies one declarative operation; does nothing if its effect already exists.
 
         Args:
-            operation: On its own table, or on the migration's.
+            operation: An operation on its own table, or on the migration's if it names none.
 
         Raises:
-            OperationError: It does not fit the table.
-            InvalidMigrationError: The migration does not touch that table.
+            OperationError: The operation does not fit the table, or is `op.Run`.
+            InvalidMigrationError: The migration does not touch the table.
             LeaseLostError: Another process has taken over; nothing was written.
+            SchemaMismatchError: The table afterwards is not as predicted.
+            StoreError: LanceDB failed.
         """
         bound = operation.on(self._script.table)
         for name in bound.tables:
@@ -255,7 +270,12 @@ class Context:
             await self._apply(simple, self._target_of(simple.table))
 
     def progress(self, done: int, total: int | None = None) -> None:
-        """Tells how far the function is, in whatever it counts. Costs nothing."""
+        """Reports the progress of the function. Cheap: nothing is written.
+
+        Args:
+            done: Units of work done, in any unit.
+            total: Units of work in all, `None` if unknown.
+        """
         self._progress(done, total)
 
 
@@ -271,14 +291,14 @@ class Functions:
         params: Params,
         progress: Progress,
     ) -> None:
-        """Binds to a database.
+        """Binds to a database without I/O.
 
         Args:
-            connection: LanceDB's connection, which functions are given.
-            applier: Applies the operations that a function asks for.
+            connection: LanceDB's connection, passed on to functions.
+            applier: Applies operations on behalf of functions.
             tables: The open tables, which a function makes stale.
             params: The run's parameters.
-            progress: Called with how far a function is.
+            progress: Called with the progress of each function.
         """
         self._connection = connection
         self._applier = applier
@@ -289,9 +309,17 @@ class Functions:
     async def run(self, attempt: Attempt, operation: Run, log: Any) -> None:
         """Runs a migration's function with a context.
 
+        A crash or a cancellation leaves the commits that the function has made.
+
+        Args:
+            attempt: The attempt, with open tables; `acted` is set.
+            operation: The function.
+            log: A logger bound to the run and the migration.
+
         Raises:
-            OperationError: It raised `CancelledError` or `SystemExit` by itself.
-            Exception: What it raised.
+            OperationError: The function raised `CancelledError` though the run was not cancelled,
+                or called `sys.exit`.
+            Exception: The exception that the function raised.
         """
         script = attempt.script
         applied: list[Operation] = []
@@ -317,10 +345,11 @@ class Functions:
                 t.commits for t in attempt.tables.values()
             )
         except anyio.get_cancelled_exc_class() as exc:
-            await anyio.lowlevel.checkpoint_if_cancelled()  # the run's own goes on
+            await anyio.lowlevel.checkpoint_if_cancelled()  # raises if the run was cancelled
             raise OperationError(
-                f"{operation.describe()} raised {type(exc).__name__}, but nobody cancelled it.",
-                "Await tasks that were cancelled with contextlib.suppress(CancelledError).",
+                f"{operation.describe()} raised {type(exc).__name__}, "
+                "but the run was not cancelled.",
+                "Suppress CancelledError where the function awaits tasks that it has cancelled.",
             ) from exc
         except SystemExit as exc:
             raise OperationError(

@@ -1,8 +1,9 @@
-"""One migration: run its operations, record it, or have it undone.
+"""Runs one migration: applies its operations and records it, or has it undone.
 
-The order of writes is the protocol: `started` and each commit's announcement (durable) before the
-commit, `applied` before anything of ours is removed, the head last. One operation is `applier`,
-going back is `recovery`; which migrations run, and when, is for `runner`.
+The order of writes is the protocol: `started` and the announcement of each commit are durable
+before the commit, `applied` is durable before witness columns and savepoint branches are removed,
+and the head is written last. Single operations are applied by `execution.applier`, and tables are
+restored by `execution.recovery`; which migrations run, and when, is decided in `runs.scheduler`.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ class Executor:
     def __init__(
         self, workspace: Workspace, *, timeout_s: float | None, concurrency: int, keeps: bool
     ) -> None:
-        """Binds to the lease under which everything happens.
+        """Binds to the lease of a workspace without I/O.
 
         Args:
-            workspace: What migrations are executed with.
-            timeout_s: Seconds one migration may take.
-            concurrency: How many migrations may operate at once.
-            keeps: Whether savepoints of destructive migrations are kept.
+            workspace: The collaborators.
+            timeout_s: Seconds that one migration may take, `None` for no limit.
+            concurrency: How many migrations may run at once.
+            keeps: Whether the savepoints of destructive migrations are kept after their end.
         """
         self._store = workspace.store
         self._writer = workspace.writer
@@ -98,17 +99,22 @@ class Executor:
         depended_s: float = 0.0,
         is_retry: bool = False,
     ) -> StepReport:
-        """Runs one migration to its end: applied, or undone and failed.
+        """Runs one migration to its end: applied, or failed and undone.
 
-        Waits for a slot first. On cancellation what was committed is undone under a shield, then
-        cancellation goes on.
+        Waits for a concurrency slot first. On cancellation, the commits are undone under a shield
+        before the cancellation continues. A crash leaves an unfinished attempt in the journal,
+        which the next run passes as `unfinished`.
 
         Args:
             script: The migration.
-            unfinished: What an earlier attempt left, if it did not end.
-            ready_at: Monotonic time since when its wait counts.
-            depended_s: Seconds of that wait that were for what it depends on.
-            is_retry: Whether an earlier attempt failed: what it could not remove is looked for.
+            unfinished: An earlier attempt that did not end, if there is one; it is recovered.
+            ready_at: Monotonic time from which waiting is counted.
+            depended_s: Seconds of that wait that were spent waiting for dependencies.
+            is_retry: Whether an earlier attempt failed; its remaining savepoint branches are
+                deleted.
+
+        Returns:
+            The report of an applied or a failed migration; failures do not raise.
 
         Raises:
             LeaseLostError: Another process has the lease; nothing was undone.
@@ -117,8 +123,8 @@ class Executor:
         log = self._log.bind(table=script.line, version=script.version)
         limit = anyio.CancelScope()
         slot = Slot(self._slots, limit, self._clock)
-        # What is quickly done lets others in while it waits for the journal: then many announce
-        # themselves in one commit.
+        # Quick migrations release their slot while they wait for the journal, so that many of them
+        # are announced in one journal commit.
         attempt = Attempt(script, is_quick=is_quick(script), depended_s=depended_s)
         attempt.slot = slot if attempt.is_quick else None
         try:
@@ -142,12 +148,12 @@ class Executor:
                         partial(self._run_chain, attempt, log),
                         at_once=self._concurrency,
                     )
-                    # A function that swallowed its cancellation is not done.
+                    # A function that swallowed its cancellation has not completed.
                     await anyio.lowlevel.checkpoint_if_cancelled()
             failure = self._timeout_error(script) if limit.cancelled_caught else None
         except anyio.get_cancelled_exc_class():
             if self._writer.error is not None:
-                raise  # not ours any more: hands off
+                raise  # the lease is lost: write nothing more
             with anyio.CancelScope(shield=True):
                 await self._undo(attempt, None, log)
             raise
@@ -159,7 +165,7 @@ class Executor:
             attempt.waited_s += slot.waited_s
             attempt.started_s += slot.waited_s
             for target in attempt.tables.values():
-                target.ended = True  # a task that the function left behind may write no more
+                target.ended = True  # refuses writes of tasks that the function left behind
         result: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
@@ -185,29 +191,29 @@ class Executor:
             await self._start(attempt)
 
     async def _run_chain(self, attempt: Attempt, log: Any, chain: Sequence[int]) -> None:
-        """Runs some of a migration's operations, given by position, one after another."""
+        """Runs operations of a migration, given by position, one after another."""
         script = attempt.script
         with self._writer.working(), attempt.operating():
             for number, position in enumerate(chain):
                 operation = script.operations[position]
-                words = operation.describe()
-                attempt.doing = shorten(words)
+                text = operation.describe()
+                attempt.doing = shorten(text)
                 await self._predict(attempt, chain[number:])
-                self._progress(script, words, len(attempt.done), len(script.operations))
+                self._progress(script, text, len(attempt.done), len(script.operations))
                 try:
                     await self._apply(attempt, position, log)
                 except Exception:
-                    attempt.doing = shorten(words)  # not what another chain has in hand
+                    attempt.doing = shorten(text)  # another chain may have changed it
                     raise
                 attempt.done |= {position}
-                # Durable before the next commit of its table, with whose announcement it goes.
+                # Durable before the next commit of its table: written with its announcement.
                 attempt.held_back = [e for e in attempt.held_back if e.kind != Kind.ADVANCED]
                 if len(attempt.done) < len(script.operations):
                     done = event_of(script, Kind.ADVANCED, detail=advance_detail(attempt.done))
                     attempt.held_back.append(done)
 
     async def _predict(self, attempt: Attempt, left: Sequence[int]) -> None:
-        """Lets a table know what is about to be done to it, if that is more than one commit."""
+        """Predicts the next commits to a table, if there may be more than one."""
         script = attempt.script
         first = script.operations[left[0]]
         target = attempt.tables.get(first.table or "")
@@ -239,7 +245,7 @@ class Executor:
         needing = {o.table for o in declared if o.needs_savepoint and o.table}
         names = script.touches if script.runs_code else sorted(needing)
         lease = self._writer.lease
-        # Written before they exist: after a crash this is the only pointer to them.
+        # Recorded before they exist: after a crash this is the only reference to them.
         attempt.branches = {
             name: branch_name(lease.epoch, lease.owner, script)
             for name in names
@@ -255,30 +261,30 @@ class Executor:
             tables={t.name: {"before": t.before} for t in attempt.tables.values()},
             detail={"branches": attempt.branches},
         )
-        # Each is made before the first commit to its table: what is never changed needs none.
+        # Each is created before the first commit to its table; unchanged tables need none.
         for name in attempt.branches:
             attempt.tables[name].protect = partial(self._protect, attempt, name)
         if all(map(is_declarative, script.operations)):
-            attempt.held_back.append(started)  # the first commit's announcement takes it along
+            attempt.held_back.append(started)  # written with the first announcement
         else:
             await self._recorder.record(attempt, started)
 
     async def _protect(self, attempt: Attempt, name: str) -> None:
-        """Makes the savepoint branch of one table."""
+        """Creates the savepoint branch of one table, unless its version was cleaned up."""
         branch, target = attempt.branches[name], attempt.tables[name]
         attempt.protected |= {name}
         await self._writer.check()
         try:
             await target.table.create_branch(branch, target.before)
         except TableVersionGoneError:
-            # Others committed, and cleaned up: it could not be returned to in any case.
+            # Other writers committed and cleaned up: it could not be restored in any case.
             attempt.protected -= {name}
             return
         try:
             await self._writer.check()
         except (LeaseLostError, anyio.get_cancelled_exc_class()):
             if self._writer.error is not None:
-                # Paused on the way: the next holder may have looked for it already.
+                # Paused meanwhile: the next holder may have looked for it already.
                 with anyio.CancelScope(shield=True):
                     await drop_branch(self._store, name, branch)
             raise
@@ -290,8 +296,8 @@ class Executor:
         cleanup = [t.name for t in attempt.tables.values() if t.state and t.state.witnesses()]
         if not attempt.is_quick and any(t.version != t.before for t in attempt.tables.values()):
             with self._writer.working(), contextlib.suppress(StoreError):
-                there = [t for t in attempt.tables.values() if t.state is not None]
-                attempt.size = await _total_size(there)
+                existing = [t for t in attempt.tables.values() if t.state is not None]
+                attempt.size = await _total_size(existing)
         report = attempt.report(Outcome.APPLIED, ran_s)
         made = attempt.made_branches()
         was = {t.name: t.was for t in attempt.tables.values()}
@@ -327,9 +333,10 @@ class Executor:
             for name in branches
             if (handle := attempt.tables[name].opened) is not None
         }
-        # A crash that loses it costs a look: what is done is found done, or set to the same values
-        # once more, and code that did nothing is run again. And nothing is committed before it is
-        # durable: that would be announced, later in the same journal.
+        # `applied` may be recorded later unless witnesses are dropped or a function acted. If a
+        # crash loses it, operations are found done or set the same values again, and a function
+        # that committed nothing runs again. No later commit precedes it: later commits are
+        # announced later in the same journal.
         if cleanup or attempt.acted:
             await self._recorder.record(attempt, applied)
             await self._cleanup.clean(script.line, script.version, cleanup, branches, opened)
@@ -341,7 +348,7 @@ class Executor:
             self._writer.record_later(
                 applied, head_row=self._cleanup.head_row(script.line, script.version)
             )
-        if not (cleanup or script.runs_code):  # else it is not as it was seen
+        if not (cleanup or script.runs_code):  # else the tables may have changed since
             self._tables.keep(attempt)
         if attempt.ledger_s != report.ledger_s:
             report = replace(report, ledger_s=attempt.ledger_s)
@@ -361,16 +368,22 @@ class Executor:
     # ---- back -----------------------------------------------------------------------------------
 
     async def _undo(self, attempt: Attempt, exc: Exception | None, log: Any) -> StepReport:
-        """Returns every table to where it was, if all commits since are ours, and records it."""
+        """Undoes the attempt if all commits since are its own, and records the failure.
+
+        Args:
+            attempt: The attempt.
+            exc: What was raised, `None` for a cancellation.
+            log: A logger bound to the migration.
+        """
         script = attempt.script
         outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
         error = exc if isinstance(exc, AiomigrateError) else None
         restored = False
         under_way = self._store.abandoned & attempt.tables.keys()
         if under_way:
-            # A mutation may still commit under us: whoever takes the lease next recovers.
+            # A mutation may still commit at any time: the next holder of the lease recovers.
             log.warning(ev.COMMIT_UNRESOLVED, tables=sorted(under_way))
-        # A resumed migration stays where it is, and the next run goes on from there again.
+        # A resumed migration is not undone: the next run continues from there again.
         elif not isinstance(exc, UnresolvedError) and not attempt.goes_on:
             try:
                 restored = await self._recovery.undo(attempt)
@@ -417,16 +430,16 @@ class Executor:
             why = f"{why} {error.what}"
         if is_back and script.runs_code and (moved := await self._changed_elsewhere(attempt)):
             why = (
-                f"{why} (Table {', '.join(moved)} was changed meanwhile by others, or through "
-                "ctx.connection; that was left as it is.)"
+                f"{why} (Table {', '.join(moved)} was changed by other writers or through "
+                "ctx.connection during the migration; those changes were left as they are.)"
             )
         if under_way:
             why = f"{why} A commit to {', '.join(sorted(under_way))} is still under way."
-            remedy = "Run again: the next run looks how far it came."
+            remedy = "Run again: the next run finds out whether it was made."
         return attempt.report(outcome, ran_s, error=why, remedy=remedy)
 
     async def _changed_elsewhere(self, attempt: Attempt) -> list[str]:
-        """Returns the tables that were committed to since, though not by the migration."""
+        """Returns the tables that have commits not made by the migration, and none made by it."""
         found = []
         for target in attempt.tables.values():
             table = await self._store.find(target.name)
@@ -441,7 +454,7 @@ def _witness_of(script: Script, position: int) -> str:
 
 
 async def _total_size(tables: Iterable[TableTarget]) -> int:
-    """Returns of how many bytes the data of some tables consists."""
+    """Returns the bytes of data in some tables."""
     sizes: list[int] = []
 
     async def one(target: TableTarget) -> None:
@@ -452,7 +465,13 @@ async def _total_size(tables: Iterable[TableTarget]) -> int:
 
 
 def _check_operations(script: Script, tables: Mapping[str, TableTarget]) -> None:
-    """Folds the operations over the live tables before the first commit."""
+    """Checks that the operations fit the live tables, before the first commit.
+
+    Operations after a function are not checked, since it may change anything.
+
+    Raises:
+        OperationError: One of them does not fit.
+    """
     states: dict[str, TableState | None] = {name: t.state for name, t in tables.items()}
     for operation in script.operations:
         if isinstance(operation, Run):

@@ -1,8 +1,9 @@
-"""What the commits that come next will do, as far as operations tell it beforehand. No I/O.
+"""Predicts the next commits of a migration to a table, and orders its operations. No I/O.
 
-Each commit of ours is announced in the journal before it is made. Those of several operations on
-one table are told at once where that is safe; what then happens otherwise is announced when it
-does. Making the commits is `touched`, telling after a crash which were made is `recovery`.
+Every commit is announced in the journal before it is made. The commits of several operations on
+one table are announced together where that is safe; a commit that was not predicted is announced
+when it is made. Commits are made by `commits.tracked_table`; after a crash, `execution.recovery`
+finds out which of them were made.
 """
 
 from __future__ import annotations
@@ -23,53 +24,61 @@ from aiomigrate.operations.target import Target
 from aiomigrate.schema.state import Index, TableState
 
 MAX_OPERATIONS = 8
-"""Operations told together: 16 take 10 ms to foresee, 100 more than a second (measured)."""
+"""Most operations predicted together: 16 take 10 ms, 100 more than a second (measured)."""
 
 WitnessedOperation = tuple[Operation, str]
-"""An operation, and the witness column that belongs to it."""
+"""An operation and the name of its witness column."""
 
 
 async def predict_commits(
     operations: Iterable[WitnessedOperation], state: TableState | None
 ) -> list[Effect]:
-    """Returns what the next commits to a table will do, in their order; nothing if unknown.
+    """Returns the effects of the next commits to a table, in order; empty if unknown.
 
-    It ends where a crash could leave more than a look can tell. Whoever goes on after one does
-    again what does not show, so only what keeps all columns, and shows, may come after that; and
-    what shows must still be seen to be done after each commit that is told with it. Each is asked
-    after each: so no more than `MAX_OPERATIONS` operations are told together.
+    The prediction ends where, after a crash, the table could not show which commits were made.
+    The next run repeats operations whose effect the table does not show. So only operations that
+    the table shows, and that keep all columns, may follow one of those; and operations that the
+    table shows must still be recognised as done after every later predicted commit. Each operation
+    is checked against all later commits: therefore at most `MAX_OPERATIONS` are predicted.
 
     Args:
-        operations: Those that come next, of this one table; no more are taken than are looked at.
-        state: The table, `None` if it does not exist.
+        operations: The next operations on this table; consumed only as far as needed.
+        state: The table before them, `None` if it does not exist.
     """
-    told: list[Effect] = []
+    predicted: list[Effect] = []
     before: list[tuple[Operation, str, TableState | None]] = []
     for operation, witness in itertools.islice(operations, MAX_OPERATIONS):
         if state is None and operation.when_missing is Missing.SKIP:
-            break  # a table that comes later would not be passed over
+            break  # the operation would run if the table is created meanwhile
         future = _PredictedTable(state, witness)
         try:
             if not operation.done(state, witness):
                 await operation.apply(cast("Target", future))
-        except (_UnpredictedError, AiomigrateError):  # told when its turn comes
+        except (_UnpredictedError, AiomigrateError):  # announced when it runs
             break
         if not operation.shows and not all(earlier.shows for earlier, _, _ in before):
             break
         if not all(_may_follow(now, *earlier) for now in future.states for earlier in before):
             break
-        told += future.effects
+        predicted += future.effects
         state = future.state
         if not (operation.shows or operation.repeats):
             break
         before.append((operation, witness, state))
-    return told
+    return predicted
 
 
 def _may_follow(
     now: TableState, operation: Operation, witness: str, after: TableState | None
 ) -> bool:
-    """Returns whether a table may come to be so while it is unknown if an operation is done."""
+    """Returns whether a predicted state is safe while an earlier operation may not be done.
+
+    Args:
+        now: The predicted state.
+        operation: The earlier operation.
+        witness: Its witness column.
+        after: The state after it.
+    """
     if not operation.shows:
         kept = {(f.name, f.type) for f in now.schema}
         return after is not None and all((f.name, f.type) in kept for f in after.schema)
@@ -80,11 +89,11 @@ def _may_follow(
 
 
 class _UnpredictedError(Exception):
-    """An operation asks what only the table can tell, or makes a commit not known beforehand."""
+    """An operation needs data of the table, or makes a commit that cannot be predicted."""
 
 
 class _PredictedTable:
-    """A table as it will be: the part of `Target` whose commits are known beforehand."""
+    """A table after the predicted commits: the part of `Target` that can be predicted."""
 
     def __init__(self, state: TableState | None, witness: str) -> None:
         self.state = state
@@ -125,7 +134,7 @@ class _PredictedTable:
         self._commit(effects.create_index(self._current, index))
 
     async def cover(self, index: Index, timeout_s: float) -> None:
-        """Hopes that nobody writes meanwhile: then there is nothing to cover."""
+        """Assumes that no other writer commits: then the index covers all rows."""
 
     async def drop_index(self, name: str) -> None:
         self._commit(effects.drop_index(self._current, name))
@@ -133,29 +142,29 @@ class _PredictedTable:
     async def update(
         self, *, values: Mapping[str, Any], sql: Mapping[str, str], where: str | None, **_how: Any
     ) -> int:
-        """Takes the usual: some rows match, and one commit holds nobody up."""
+        """Assumes the usual case: some rows match, and one commit blocks no other writer."""
         self._commit((self._current, effects.update(values, sql, where)))
         return 0
 
     update_in_batches = update
 
     async def count_rows(self, where: str | None = None) -> int:
-        return 0  # what is counted are rows to be deleted
+        return 0  # operations count rows that they will delete
 
 
 def chains(operations: Sequence[Operation], done: Collection[int]) -> list[list[int]]:
-    """Returns what is to be run at once, and in which order within each. Pure.
+    """Returns chains of operations that may run concurrently, each in its own order. Pure.
 
-    Operations of one table stay in order. Those of others wait for each other only where one
-    may need another to have succeeded: where a table is dropped, code runs, work is paid for, or an
-    operation concerns more than one table.
+    Operations on one table keep their order. Operations on different tables wait for each other
+    only if one may depend on the success of another: if a table is dropped, code runs, work is
+    paid for, or an operation concerns more than one table.
 
     Args:
-        operations: Of a migration.
-        done: Positions of those that are complete.
+        operations: The operations of a migration.
+        done: Positions of the operations that are complete.
 
     Returns:
-        Chains of positions.
+        Chains of positions, empty if all operations are complete.
     """
     left = [position for position in range(len(operations)) if position not in done]
     if not all(_is_independent(operation) for operation in operations):
@@ -167,12 +176,12 @@ def chains(operations: Sequence[Operation], done: Collection[int]) -> list[list[
 
 
 def is_predictable(operation: Operation, table: str | None) -> bool:
-    """Returns whether the commits of an operation on a table can be predicted with those before."""
+    """Returns whether the commits of an operation can be predicted with earlier ones on a table."""
     return is_declarative(operation) and operation.table == table
 
 
 def is_declarative(operation: Operation) -> bool:
-    """Returns whether an operation is neither code nor work that is paid for."""
+    """Returns whether an operation neither runs code nor does work that is paid for."""
     return not isinstance(operation, Run) and operation.identity is None
 
 
@@ -185,10 +194,10 @@ def _is_independent(operation: Operation) -> bool:
 
 
 def advance_detail(done: Collection[int]) -> dict[str, Any]:
-    """Returns what an `advanced` event tells of the operations that are complete. Pure.
+    """Returns the detail of an `advanced` event: which operations are complete. Pure.
 
     Args:
-        done: Their positions.
+        done: Positions of the complete operations.
     """
     count = next(number for number in itertools.count() if number not in done)
     also = sorted(position for position in done if position > count)

@@ -1,4 +1,7 @@
-"""The open tables of one lease, kept so that the next migration need not look again."""
+"""Keeps tables open under one lease, so that the next migration need not read them again.
+
+Committing to them is not done here (`commits.tracked_table`).
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from aiomigrate.store.table import Opened
 
 
 class OpenTables:
-    """Opens the tables of migrations, and keeps them open for the next one.
+    """Opens the tables of migrations, and keeps them open for the next migration.
 
     Attributes:
-        has_run_code: Whether a function has run, which may commit through its own connection.
+        has_run_code: Whether a function has run; it may commit through its own connection.
     """
 
     def __init__(self, store: Store, writer: Writer, recorder: Recorder, *, clock: Clock) -> None:
-        """Knows no table yet.
+        """Starts without open tables.
 
         Args:
             store: The database.
@@ -40,7 +43,11 @@ class OpenTables:
         self.has_run_code = False
 
     async def open_for(self, attempt: Attempt) -> None:
-        """Opens every table that a migration touches."""
+        """Opens every table that a migration touches, and adds them to `attempt.tables`.
+
+        Raises:
+            StoreError: A table exists but cannot be read.
+        """
         tables = {
             name: TableTarget(
                 self._store,
@@ -53,34 +60,37 @@ class OpenTables:
         }
 
         async def opened(target: TableTarget) -> None:
-            is_seen, known = self._take(attempt, target.name)
-            if not (is_seen and known is None):  # else it was not there, as a new `Touched` says
+            is_fresh, known = self._take(attempt, target.name)
+            if not (is_fresh and known is None):  # else it does not exist: a new target says so
                 await target.open(known, is_latest=attempt.is_quick and not self.has_run_code)
             if target.name in attempt.savepoints:
                 await target.resume_from(attempt.savepoints[target.name])
 
         await run_each(tables.values(), opened)
-        attempt.tables |= tables  # only now: what is not opened yet has no state to be told of
+        attempt.tables |= tables  # only now: unopened tables have no state to report
 
     def remember(self, seen: Mapping[str, Opened | None], at_s: float) -> None:
-        """Takes over tables as they were seen a moment ago, by nobody but whom we know of.
+        """Remembers tables as they were just read, for the next migration.
 
         Args:
-            seen: What was seen, by table; `None` where there was none.
-            at_s: Monotonic time of it.
+            seen: Open handles by table, `None` for a table that does not exist.
+            at_s: Monotonic time of the read.
         """
         self._recent |= {name: (at_s, opened) for name, opened in seen.items()}
 
     def invalidate(self, names: Iterable[str]) -> None:
-        """Looks at tables anew when their turn comes: something is about to commit to them."""
+        """Forgets tables that are about to be changed, so that they are read again when needed."""
         for name in names:
             self._recent.pop(name, None)
 
     async def state_of(self, name: str) -> tuple[int, TableState | None]:
-        """Returns table_version and state of a table, as it was a moment ago if it was seen then.
+        """Returns table_version and state of a table, as remembered if that is recent enough.
+
+        Returns:
+            `None` as the state of a table that does not exist.
 
         Raises:
-            StoreError: It exists but cannot be opened.
+            StoreError: The table exists but cannot be opened.
         """
         at_s, opened = self._recent.get(name, (0.0, None))
         if opened is not None and self._clock.monotonic() - at_s < _FRESH_S:
@@ -88,11 +98,12 @@ class OpenTables:
         return await self._store.state_of(name)
 
     def _take(self, attempt: Attempt, name: str) -> tuple[bool, Opened | None]:
-        """Returns whether a table was looked at a moment ago, and what was there.
+        """Returns whether a remembered table is recent enough to be used, and its handle.
 
-        To a migration that is quickly done that is good enough: its first commit tells if others
-        came between, as it does of those that come right after a look. That there was none is good
-        enough for one that begins by making it; code may have made it through its own connection.
+        A quick migration may use it without a new read: its first commit detects foreign commits
+        in between, in the same way as foreign commits right after a read. That a table was missing
+        is used only if the first operation creates it, since code may have created it through its
+        own connection.
         """
         at_s, opened = self._recent.pop(name, (-math.inf, None))
         is_fresh = self._clock.monotonic() - at_s < _FRESH_S and not attempt.savepoints
@@ -102,7 +113,7 @@ class OpenTables:
         return is_fresh, opened if is_fresh else None
 
     def keep(self, attempt: Attempt) -> None:
-        """Keeps the tables of a migration for the one that comes next."""
+        """Remembers the tables of a migration for the next one, and drops outdated entries."""
         now = self._clock.monotonic()
         while self._recent:  # oldest first
             name, (at_s, _) = next(iter(self._recent.items()))

@@ -1,7 +1,7 @@
-"""Going back: undoing a failed migration, and making good what a crash left of one.
+"""Undoes failed migrations, and recovers migrations that a crash interrupted.
 
-Decides from the journal which commits are known to be ours; whatever is not stops it. The
-restores themselves are `savepoint`; running forward is `executor`.
+Finds out from the journal which commits a migration made; any other commit stops the recovery. The
+restores themselves are in `commits.savepoints`; applying operations is in `execution.executor`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aiomigrate.store.connection import Store
 
 
 class Recovery:
-    """Returns tables to where a migration found them, when that discards nothing of others."""
+    """Restores tables to their savepoints, if that discards no foreign commit."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class Recovery:
         branch_of: Callable[[Script], str],
         log: Any,
     ) -> None:
-        """Binds to a database.
+        """Binds to a database without I/O.
 
         Args:
             store: The database.
-            applier: For fencing and cleaning.
-            recorder: Writes events of a migration.
-            check: Raises unless the lease is safely ours.
-            branch_of: Returns what this holder calls the savepoint branches of a migration.
+            applier: Fences pending schema changes.
+            recorder: Writes the events of a migration.
+            check: Raises `LeaseLostError` unless this process safely holds the lease.
+            branch_of: Returns this holder's name for the savepoint branches of a migration.
             log: Bound logger.
         """
         self._branch_of = branch_of
@@ -63,10 +63,16 @@ class Recovery:
         self._log = log
 
     async def undo(self, attempt: Attempt) -> bool:
-        """Returns every table to where it was; whether anything had to be done.
+        """Restores every table that an attempt has changed to its savepoint.
+
+        The restores are announced first. After a crash in between, the next holder completes them.
+
+        Returns:
+            Whether any table was restored; `False` if no commit was made.
 
         Raises:
-            UnresolvedError: Others committed since, or a table could not be looked at.
+            LeaseLostError: Another process has taken over.
+            UnresolvedError: Other writers committed since, or LanceDB failed.
         """
         changed = [t for t in attempt.tables.values() if t.commits]
         try:
@@ -78,7 +84,7 @@ class Recovery:
                     foreign.append((target.version + 1, max(live, target.version + 1)))
                 if table is None and target.version:
                     raise UnresolvedError(
-                        f"{attempt.script}: table {target.name!r} was dropped by someone else.",
+                        f"{attempt.script}: table {target.name!r} was dropped by another writer.",
                         "Find out why, then correct the migration and run again.",
                         line=attempt.script.line,
                         version=attempt.script.version,
@@ -86,7 +92,7 @@ class Recovery:
                 if foreign:
                     raise unresolved(attempt.script, target.name, target.before, foreign)
             back = [t for t in changed if t.version not in (0, t.before)]
-            # Announced first: a crash after the restore must not take its commit for another's.
+            # Announced first, so that after a crash the restore is not taken for a foreign commit.
             if back:
                 await self._recorder.record(
                     attempt, *[_restore_announcement(attempt.script, t) for t in back]
@@ -124,13 +130,21 @@ class Recovery:
         )
 
     async def recover(self, attempt: Attempt, unfinished: Unfinished) -> None:
-        """Decides what to do with a migration that was started and neither applied nor undone.
+        """Recovers a migration that was started and neither applied nor undone.
 
-        Unchanged operations go on where the journal says (each looks for its own effect first).
-        Anything else is returned to its savepoints, if every commit since is known to be ours.
+        A migration with unchanged operations is resumed from its position in the journal; each
+        operation first checks whether its effect exists. Any other migration is restored to its
+        savepoints, if every commit since is known to be its own. After a crash in here, the next
+        holder recovers the migration again.
+
+        Args:
+            attempt: The new attempt; `resumed`, `done` and `savepoints` are set if it is resumed.
+            unfinished: The attempt that did not end.
 
         Raises:
-            UnresolvedError: Others committed in between: a person must decide.
+            LeaseLostError: Another process has taken over.
+            StoreError: LanceDB failed.
+            UnresolvedError: Other writers committed in between; a person must decide.
         """
         script = attempt.script
         self._log.info(
@@ -145,7 +159,7 @@ class Recovery:
             await self._resume(attempt, unfinished, done=unfinished.done_of(len(script.operations)))
             return
         if "fill" in effects and not going_back and await self._can_continue(script):
-            # Corrected, and what was paid for is in the table: each operation looks how far it is.
+            # Corrected, but the paid results are in the table: each operation continues from them.
             await self._resume(attempt, unfinished, done=frozenset())
             return
         restores: list[tuple[str, int, int]] = []
@@ -160,10 +174,10 @@ class Recovery:
             )
         branches = unfinished.started.detail.get("branches", {})
         for table, to, head in restores:
-            # The first commit is announced before its savepoint is kept.
+            # The first commit is announced before the savepoint branch is created.
             kept = table in branches and head != to
             await self._restore(script, table, to, head, protected=kept)
-        for name in branches:  # before the event: after it nobody looks for them
+        for name in branches:  # before the event: after it no run looks for them
             await self.drop_leftovers(script, name)
         await self._recorder.record(attempt, event_of(script, Kind.RESTORED))
         self._log.info(
@@ -172,8 +186,8 @@ class Recovery:
             version=script.version,
             tables={table: to for table, to, _ in restores},
         )
-        # A restore fences what it returned. Only now: a commit of ours before the event would be
-        # taken for someone else's if we died too.
+        # A restore fences its table. The others are fenced only now: after a crash, a commit before
+        # the event would be taken for a foreign one.
         await self._applier.fence(
             unfinished.savepoints.keys() - {table for table, _, _ in restores}
         )
@@ -213,26 +227,34 @@ class Recovery:
         await self.fence_resumed(attempt, unfinished)
 
     async def _renew_savepoints(self, attempt: Attempt) -> None:
-        """Keeps the savepoints of a migration that is gone on with, by branches of our own.
+        """Replaces the savepoint branches of a resumed migration by branches of this holder.
 
-        Those of its dead process go: it may only be paused, and removes them when it wakes.
+        Those of the crashed process are deleted: it may only be paused, and would delete them when
+        it continues.
         """
-        mine = self._branch_of(attempt.script)
+        own = self._branch_of(attempt.script)
         for name in list(attempt.branches):
             table = await self._store.find(name)
             if table is None:
                 continue
             try:
                 await self._check()
-                await table.create_branch(mine, attempt.savepoints[name])
-                attempt.branches[name] = mine
+                await table.create_branch(own, attempt.savepoints[name])
+                attempt.branches[name] = own
                 attempt.protected |= {name}
-            except TableVersionGoneError:  # there is nothing to keep
+            except TableVersionGoneError:  # the savepoint was cleaned up
                 del attempt.branches[name]
-            await self.drop_leftovers(attempt.script, name, but=mine)
+            await self.drop_leftovers(attempt.script, name, but=own)
 
     async def drop_leftovers(self, script: Script, name: str, *, but: str = "") -> None:
-        """Deletes the savepoint branches that attempts at a migration left on a table.
+        """Deletes the savepoint branches that attempts of a migration left on a table.
+
+        Does nothing if the table does not exist.
+
+        Args:
+            script: The migration.
+            name: The table.
+            but: A branch to keep, none by default.
 
         Raises:
             LeaseLostError: Another process has taken over.
@@ -245,14 +267,19 @@ class Recovery:
                 await drop_branch(self._store, name, left)
 
     async def fence_resumed(self, attempt: Attempt, unfinished: Unfinished) -> None:
-        """Fences what a dead process may have in flight, on tables that are gone on with."""
+        """Fences pending schema changes of a crashed process on the tables of a resumed migration.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+            StoreError: LanceDB failed.
+        """
 
         async def announce(table: str, base: int, state: TableState) -> None:
             await self._recorder.record(
                 attempt, announcement(attempt.script, table, base, shape_effect(state))
             )
 
-        # Not where a restore was announced: whether that is done is told by the version.
+        # Not where a restore was announced: the table_version shows whether it was made.
         restored = {
             i.detail["table"]
             for i in unfinished.intents
@@ -262,16 +289,18 @@ class Recovery:
         await self._applier.fence(unfinished.savepoints.keys() - restored - set(restores), announce)
 
     async def restore_table(self, attempt: Attempt, table: str, to: int, head: int) -> None:
-        """Returns a table that an applied migration changed, unless that was done already.
+        """Restores a table that an applied migration changed, unless it is restored already.
 
         Args:
-            attempt: The undoing.
+            attempt: The rollback.
             table: The table.
-            to: The table_version to return to, 0 to take it away.
-            head: The table_version that was its head when it was decided.
+            to: The table_version to restore, 0 to remove the table.
+            head: The latest table_version when the rollback was decided.
 
         Raises:
-            UnresolvedError: Others have committed since.
+            LeaseLostError: Another process has taken over.
+            StoreError: LanceDB failed.
+            UnresolvedError: Other writers have committed since.
         """
         found = await self._store.find(table)
         live = 0 if found is None else await found.version()
@@ -287,25 +316,28 @@ class Recovery:
     async def _owned_head(
         self, script: Script, unfinished: Unfinished, table: str, savepoint: int
     ) -> int | None:
-        """Returns the table_version to restore from, `None` if there is nothing to undo.
+        """Returns the latest table_version of the migration, `None` if there is nothing to undo.
 
-        Where a commit was announced and not made, there is: a paused process may be about to make
-        it, and nothing but a restore refuses a late append (facts: 12).
+        A commit that was announced and not made also has to be undone: a paused process may still
+        make it, and only a restore makes a late append fail (facts: 12).
 
         Raises:
-            UnresolvedError: A commit since the savepoint is not known to be ours.
+            UnresolvedError: A commit since the savepoint is not known to be the migration's.
         """
         found = await self._store.find(table)
         head = 0 if found is None else await found.version()
         known, last = classify_intents(i for i in unfinished.intents if i.detail["table"] == table)
         if not last or head == 0:
-            return None  # every commit is announced: none of ours was made, or nothing is left
+            return None  # every commit is announced: none was made, or nothing is left
         expected = savepoint or int((*known, *last)[0].detail["base"])
-        several = False  # whether the commit before was of a kind that makes several
+        several = False  # whether the effect before may make several commits
         for intent in (*known, *last):
             base = int(intent.detail["base"])
             effect = intent.detail["effect"]["do"]
-            going_back = effect in ("restore", "vacate")  # what came before was checked then
+            going_back = effect in (
+                "restore",
+                "vacate",
+            )  # commits before were checked then
             if intent.detail.get("foreign"):
                 spans = [(int(a), int(b)) for a, b in intent.detail["foreign"]]
                 raise unresolved(script, table, savepoint, spans)
@@ -317,11 +349,11 @@ class Recovery:
         for intent in last:
             effect = intent.detail["effect"]
             if head == made:
-                return head  # not made, and perhaps told with the one before
+                return head  # not made, but perhaps announced together with the one before
             if not await matches_announcement(self._store, table, made, effect):
                 break
             if effect["do"] in ("restore", "vacate"):
-                return None  # it is back; what was committed on top of that stays
+                return None  # it is restored; commits on top of that stay
             made += 1
         else:
             if head == made or several:

@@ -1,7 +1,7 @@
-"""One applied migration, undone: the head lowered first, then the data, then recorded.
+"""Rolls back one applied migration: lowers the head, changes the data, then records it.
 
-How it is undone was decided by `undo`; which, and when, is for `runner`. A crash in between leaves
-an undoing that the next run goes on with.
+How a migration is rolled back is decided in `planning.rollback`; which, and when, in
+`runs.scheduler`. A crash leaves an unfinished rollback, which the next run continues.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from aiomigrate.results import Outcome, StepReport
 
 
 class Reverser:
-    """Undoes migrations under one lease."""
+    """Rolls back migrations under one lease."""
 
     def __init__(self, workspace: Workspace) -> None:
-        """Binds to the lease under which everything happens.
+        """Binds to the lease of a workspace without I/O.
 
         Args:
-            workspace: What migrations are undone with.
+            workspace: The collaborators.
         """
         self._store = workspace.store
         self._writer = workspace.writer
@@ -59,14 +59,20 @@ class Reverser:
         *,
         depended_s: float = 0.0,
     ) -> StepReport:
-        """Undoes one migration, or goes on undoing it.
+        """Rolls back one migration, or continues its unfinished rollback.
+
+        A failed or cancelled rollback by inverse operations is undone under a shield, so that the
+        migration stays applied; otherwise the next run continues it.
 
         Args:
             script: The migration.
-            undo: How.
-            unfinished: What an interrupted undoing left, for `Way.FINISH`.
-            ready_at: Monotonic time since when its wait counts.
-            depended_s: Seconds of that wait that were for what is undone before.
+            undo: How to roll it back.
+            unfinished: The unfinished rollback, for `Way.FINISH`.
+            ready_at: Monotonic time from which waiting is counted.
+            depended_s: Seconds of that wait that were spent on migrations rolled back before.
+
+        Returns:
+            The report of a completed or a failed rollback; failures do not raise.
 
         Raises:
             LeaseLostError: Another process has the lease.
@@ -114,19 +120,19 @@ class Reverser:
         for table, (head, to) in undo.restores.items():
             if attempt.tables[table].version != head:
                 raise RollbackRefusedError(
-                    f"Table {table!r} was committed to since {script} was looked at.",
-                    "Run again.",
+                    f"Table {table!r} has new commits since the rollback of {script} was planned.",
+                    "Run again to plan it anew.",
                 )
             if to:
                 try:
                     await attempt.tables[table].table.at(to)
                 except TableVersionGoneError as exc:
                     raise RollbackRefusedError(
-                        f"{script} cannot be undone: table_version {to} of {table!r} was cleaned "
-                        "up.",
-                        "Write a migration that changes things back, and upgrade.",
+                        f"{script} cannot be rolled back: table_version {to} of {table!r} was "
+                        "cleaned up.",
+                        "Write a migration that reverses the change, and upgrade.",
                     ) from exc
-        # The head first: it must never be above what the data is.
+        # The head first: it must never be above the version of the data.
         self._cleanup.lift(script.line, undo.to)
         await self._writer.sync()
         await self._recorder.record(
@@ -150,7 +156,7 @@ class Reverser:
     async def _resume(self, attempt: Attempt, undo: Undo, unfinished: Unfinished) -> None:
         if unfinished.started.checksum != attempt.script.checksum:
             raise UnresolvedError(
-                f"{attempt.script} was being undone when its script was changed.",
+                f"{attempt.script} was changed during its rollback, which is unfinished.",
                 f"Restore the script and run again, or check the data and run `aiomigrate stamp "
                 f"--table {attempt.script.line} --to VERSION`.",
                 line=attempt.script.line,
@@ -182,7 +188,7 @@ class Reverser:
             await self._recovery.restore_table(attempt, table, to, head)
             known = target.version
             await target.reopen()
-            target.foreign = []  # what was given up is told by the plan
+            target.foreign = []  # the plan names the discarded commits
             target.commits += target.version != known
 
     async def _finish(self, attempt: Attempt, undo: Undo, log: Any) -> StepReport:
@@ -226,7 +232,7 @@ class Reverser:
     async def _fail(
         self, attempt: Attempt, undo: Undo, exc: Exception | None, log: Any
     ) -> StepReport:
-        """Puts the migration back as it was applied, where nothing of others is in the way."""
+        """Records a failed rollback; undoes it first if it ran inverse operations."""
         script = attempt.script
         outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
         why = "cancelled" if exc is None else failure_text(exc, self._store, attempt.doing)
@@ -259,7 +265,7 @@ class Reverser:
         if is_back:
             self._cleanup.lift(script.line, script.version)
         else:
-            remedy = f"{remedy} The next run goes on undoing it."
+            remedy = f"{remedy} The next run continues the rollback."
         ran_s = self._clock.monotonic() - attempt.started_s
         log.error(ev.STEP_FAILED, error=why, restored=is_back, ran_s=round(ran_s, 4))
         return attempt.report(outcome, ran_s, error=why, remedy=remedy)

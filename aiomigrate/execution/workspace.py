@@ -1,4 +1,7 @@
-"""What migrations are executed with under one lease, put together in one place."""
+"""Builds the collaborators that execute migrations under one lease.
+
+Nothing is decided or executed here.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,21 @@ from aiomigrate.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """The collaborators that execute and undo migrations under one lease.
+    """The collaborators that execute and roll back migrations under one lease.
 
     Attributes:
         store: The database.
         writer: The ledger writer of the lease's holder.
-        recorder: Makes events durable.
+        recorder: Writes events durably.
         tables: The open tables.
         applier: Applies single operations.
         functions: Runs functions.
-        recovery: Returns tables to where a migration found them.
-        cleanup: Removes what recorded migrations have left.
+        recovery: Undoes and recovers migrations.
+        cleanup: Cleans up after recorded migrations.
         clock: Clocks.
         log: Bound logger.
-        progress: Called with how far each migration is.
-        telemetry: Measures everything that takes time.
+        progress: Called with the progress of each migration.
+        telemetry: Creates spans for everything that takes time.
     """
 
     store: Store
@@ -65,17 +68,17 @@ class Workspace:
         progress: Progress,
         telemetry: Telemetry,
     ) -> Workspace:
-        """Puts the collaborators together; nothing is read or written yet.
+        """Builds the collaborators without I/O.
 
         Args:
-            writer: The ledger writer of the lease under which everything happens.
+            writer: The ledger writer of the lease's holder.
             store: The database.
             params: The run's parameters.
             digest_at: Returns a line's chain digest at a version.
             clock: Clocks.
             log: Bound logger.
-            progress: Called with how far each migration is.
-            telemetry: Measures everything that takes time.
+            progress: Called with the progress of each migration.
+            telemetry: Creates spans for everything that takes time.
         """
         lease = writer.lease
         recorder = Recorder(writer, clock=clock, telemetry=telemetry)

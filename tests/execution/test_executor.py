@@ -136,7 +136,7 @@ async def test_a_function_that_awaits_a_cancelled_task_fails_alone(tmp_path: Pat
         "u": Outcome.APPLIED,
         "v": Outcome.SKIPPED,
     }
-    assert "raised CancelledError, but nobody cancelled it" in report.failed[0].error
+    assert "raised CancelledError, but the run was not cancelled" in report.failed[0].error
     assert await column(path) == {1: 0, 2: 0, 3: 0}
     assert await column(path, table="u") == {1: 2, 2: 2, 3: 2}
 
@@ -691,7 +691,7 @@ async def test_a_table_dropped_by_someone_else_fails_its_migration_alone(tmp_pat
 
     assert outcomes(report) == {"t": Outcome.FAILED, "u": Outcome.APPLIED}
     assert "boom" in report.failed[0].error
-    assert "dropped by someone else" in report.failed[0].error
+    assert "dropped by another writer" in report.failed[0].error
     assert await column(path, table="u") == {1: 2, 2: 2, 3: 2}
     assert status.holder is None
 
@@ -711,7 +711,7 @@ async def test_a_commit_through_the_connection_is_told_of(tmp_path: Path) -> Non
 
     assert "boom" in report.failed[0].error
     assert "ctx.connection" in report.failed[0].error
-    assert "left as it is" in report.failed[0].error
+    assert "left as they are" in report.failed[0].error
 
 
 async def deletes_nothing_then_counts(context: Context) -> None:
