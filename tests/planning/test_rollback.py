@@ -94,5 +94,5 @@ def test_a_table_behind_its_migration_is_not_the_one_it_changed() -> None:
     """A table whose head is below what the journal records was dropped and made again."""
     journal = fold([event(1, "memos", 1, (1, 4))])
 
-    with pytest.raises(RollbackRefusedError, match="not the one it changed"):
+    with pytest.raises(RollbackRefusedError, match="not the one that it changed"):
         decided(journal, {"memos": 3})
