@@ -1,6 +1,6 @@
-"""What the manager's looking methods compute: status, health, validation, history, timings.
+"""The read-only methods of the manager: plan, status, health, validate, history, timings.
 
-Nothing here writes, takes a lease, or makes a database where there is none.
+Nothing here writes, takes a lease, or creates a database. Runs that write are in `runs`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from aiomigrate.reporting.status import (
 from aiomigrate.reporting.timing import RunTiming, runs_of
 from aiomigrate.results import Report
 from aiomigrate.runs.environment import Environment
-from aiomigrate.runs.settlement import BegunReport, follows
+from aiomigrate.runs.settlement import ReportBuilder, dependencies_of
 from aiomigrate.runs.snapshot import (
     SnapshotReader,
     UpgradeView,
-    checked,
-    estimated,
+    check_plan,
+    estimate_plan,
     read_folded,
     read_head_fast,
 )
@@ -46,15 +46,15 @@ from aiomigrate.schema.state import differences
 from aiomigrate.store.connection import Store
 from aiomigrate.text import error_line
 
-_LOOK_EVERY_S = 2.0
+_MAX_POLL_S = 2.0
 
 
 class OnPending(enum.StrEnum):
-    """What a start does where migrations are pending.
+    """What application startup does if migrations are pending.
 
     Attributes:
-        MIGRATE: Runs them, or waits for the process that does.
-        WAIT: Leaves them to others, and waits.
+        MIGRATE: Runs them, or waits for the process that runs them.
+        WAIT: Waits until another process has run them.
         FAIL: Fails at once.
     """
 
@@ -64,23 +64,36 @@ class OnPending(enum.StrEnum):
 
 
 class Inspection:
-    """Looks at the database of one manager."""
+    """The read-only methods of one manager."""
 
     def __init__(self, environment: Environment) -> None:
-        """Reads nothing yet."""
+        """Reads nothing yet.
+
+        Args:
+            environment: The manager's database, options, clocks and logger.
+        """
         self._database = environment.database
         self._options = environment.options
         self._clock = environment.clock
         self._log = environment.log
 
     async def plan(self, *, tables: Collection[str] | None, to: Target) -> Plan:
-        """Returns what an upgrade would do, checked against the live tables, with its cost."""
+        """Returns what an upgrade would do, checked against the live tables, with cost estimates.
+
+        Args:
+            tables: Lines to upgrade; all if `None`.
+            to: `None` for the newest scripts, a maximum version, or a version by line.
+
+        Raises:
+            AiomigrateError: The scripts, the ledger and the live tables do not match, or a LanceDB
+                call failed.
+        """
         reader = await self._reader()
-        seen = await UpgradeView(reader, tables, to).look()
-        plan, _ = await checked(
-            reader.store, seen.plan, on_destructive=self._options.on_destructive
+        snapshot = await UpgradeView(reader, tables, to).read()
+        plan, _ = await check_plan(
+            reader.store, snapshot.plan, on_destructive=self._options.on_destructive
         )
-        return plan if reader.store is None else await estimated(reader.store, plan)
+        return plan if reader.store is None else await estimate_plan(reader.store, plan)
 
     async def _reader(self) -> SnapshotReader:
         scripts = await self._database.scripts()
@@ -91,21 +104,25 @@ class Inspection:
         )
 
     async def await_target(self, *, waits: bool) -> Report:
-        """Returns when the database is at its target, which other processes bring about.
+        """Waits until other processes have brought the database to its target.
 
         Args:
-            waits: Whether to wait for them, up to the patience for a lease.
+            waits: Whether to wait, up to `lease_wait` seconds. If not, fails at once.
+
+        Returns:
+            A report without steps.
 
         Raises:
-            NotAtTargetError: It is not there, or not in time.
-            LedgerError: The head cannot be trusted.
+            NotAtTargetError: The database is not at its target, or was not in time.
+            LedgerError: The head is unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         database, clock = self._database, self._clock
         scripts = await database.scripts()
-        begun, started_at = clock.monotonic(), clock.wall()
-        report = BegunReport(
+        start, started_at = clock.monotonic(), clock.wall()
+        report = ReportBuilder(
             Report(run_id=secrets.token_hex(4), database=database.name, started_at=started_at),
-            begun,
+            start,
             clock,
             scripts,
         )
@@ -114,25 +131,34 @@ class Inspection:
             # Without a script there is nothing to wait for, not even for a database.
             store = await database.open()
             ledger = None if store is None else database.ledger(store, self._log)
-            _, there = await read_head_fast(ledger, scripts, database.targets, database.digests)
-            if there is not None:
-                return report.ended(lines=there.lines, deferred=there.deferred)
+            _, at_target = await read_head_fast(ledger, scripts, database.targets, database.digests)
+            if at_target is not None:
+                return report.build(lines=at_target.lines, deferred=at_target.deferred)
             if not scripts.all:
-                return report.ended()
-            left_s = wait_s - (clock.monotonic() - begun)
+                return report.build()
+            left_s = wait_s - (clock.monotonic() - start)
             if not waits or left_s <= 0:
                 health = await self.health()
                 after = f" after {wait_s:g} s" if waits else ""
                 raise NotAtTargetError(
-                    f"The database is not at its target{after}, and this process is not to "
-                    f"migrate it. It is {health}.".replace("\n", "; "),
-                    "Run `aiomigrate upgrade`, or start what migrates it, then start this again.",
+                    f"The database is not at its target{after}, and this process does not migrate "
+                    f"it. Its health is {health}.".replace("\n", "; "),
+                    "Run `aiomigrate upgrade`, or start the process that migrates it, then start "
+                    "this one again.",
                 )
             await anyio.sleep(min(delay_s, left_s))
-            delay_s = min(2 * delay_s, _LOOK_EVERY_S)
+            delay_s = min(2 * delay_s, _MAX_POLL_S)
 
     async def status(self) -> Status:
-        """Returns where every line is, and who holds the lease. One small read."""
+        """Returns the version of every line and the lease holders.
+
+        Reads the head; the journal too if there is no head.
+
+        Raises:
+            ScriptError: A script is invalid.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
+        """
         reader = await self._reader()
         head = Head() if reader.ledger is None else await reader.ledger.read_head()
         return await self._status(reader, head)
@@ -141,9 +167,9 @@ class Inspection:
         scripts = reader.scripts
         rows: dict[str, HeadRow] = {row.name: row for row in head.rows}
         journal = Journal()
-        if reader.ledger is not None and not head.exists:  # lost, or never there: the journal knows
+        if reader.ledger is not None and not head.exists:  # lost, or never created
             journal = await read_folded(reader.ledger)
-        at_work = holder_of(head, BACKGROUND_LEASE)
+        background = holder_of(head, BACKGROUND_LEASE)
         deferred = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
         lines = {}
         for name in sorted({*rows, *journal.lines, *scripts.line_names()}):
@@ -155,18 +181,26 @@ class Inspection:
                 target=scripts.latest(name) if known else None,
                 pending=tuple(s.version for s in scripts.after(name, current)),
                 migrated_at=row.migrated_at if row else None,
-                background=_background_of(name, row, deferred, at_work),
+                background=_background_of(name, row, deferred, background),
             )
         return Status(
             database=self._database.name,
             exists=head.exists,
             lines=lines,
             holder=holder_of(head),
-            background=at_work,
+            background=background,
         )
 
     async def health(self) -> Health:
-        """Returns whether the database may be used, and if not, why. Reads little."""
+        """Returns whether the application may use the database, and why not.
+
+        Reads the head; the journal only if a line is behind, or head and scripts differ.
+
+        Raises:
+            ScriptError: A script is invalid.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
+        """
         reader = await self._reader()
         head = Head() if reader.ledger is None else await reader.ledger.read_head()
         status = await self._status(reader, head)
@@ -176,9 +210,9 @@ class Inspection:
             if line.target is not None and line.current < line.target
         }
         if all(status.lines[name].background is not None for name in behind):
-            refused = await self._refused(reader, head)
-            state = HealthState.FAILED if refused else HealthState.READY
-            return Health(state=state, status=status, failed=refused)
+            problems = await self._startup_problems(reader, head)
+            state = HealthState.FAILED if problems else HealthState.READY
+            return Health(state=state, status=status, failed=problems)
         if (holder := status.holder) is not None:
             is_own = (holder.host, holder.pid) == (HOST, os.getpid())
             state = HealthState.RUNNING if is_own else HealthState.WAITING
@@ -194,26 +228,31 @@ class Inspection:
         state = HealthState.FAILED if failed else HealthState.PENDING
         return Health(state=state, status=status, failed=failed)
 
-    async def _refused(self, reader: SnapshotReader, head: Head) -> dict[str, str]:
-        """Returns why a start would refuse the database, by line, though nothing is pending.
+    async def _startup_problems(self, reader: SnapshotReader, head: Head) -> dict[str, str]:
+        """Returns, by line, why startup would refuse the database although nothing is pending.
 
-        The journal is read only where the head leaves a doubt.
+        Reads the journal only if the head differs from the scripts.
         """
         scripts = reader.scripts
-        doubtful = any(
+        differs = any(
             row.version > scripts.latest(row.name)
             or (row.digest or "") != digest_at(scripts, row.name, row.version)
             for row in head.rows
             if scripts.of(row.name)
         )
-        if reader.ledger is None or not doubtful:
+        if reader.ledger is None or not differs:
             return {}
         journal = await read_folded(reader.ledger)
         decided = await reader.decide(head, journal)
         return {problem.line or "": problem.what for problem in decided.problems}
 
     async def validate(self) -> Validation:
-        """Compares scripts, ledger and live tables."""
+        """Compares scripts, ledger and live tables.
+
+        Raises:
+            ScriptError: A script is invalid.
+            StoreError: A LanceDB call failed.
+        """
         reader = await self._reader()
         scripts, store, ledger = reader.scripts, reader.store, reader.ledger
         if store is None or ledger is None:
@@ -226,22 +265,24 @@ class Inspection:
         except LedgerError as exc:
             return Validation(errors=(str(exc),))
         decided = await reader.decide(head, journal)
-        left = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
-        behind = _behind(decided, scripts, left)
+        in_background = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
+        behind = _behind(decided, scripts, in_background)
         errors = [*behind, *(problem.what for problem in decided.problems)]
         errors += _head_errors(head, decided, scripts)
-        deferred = [f"{line}: version {version} is pending" for line, version in sorted(left)]
+        deferred = [
+            f"{line}: version {version} is pending" for line, version in sorted(in_background)
+        ]
         for line, state in decided.lines.items():
             if state.unfinished is None:
                 continue
             version = state.unfinished.started.version
             if state.unfinished.started.lease == BACKGROUND_LEASE:
-                deferred.append(f"{line}: version {version} was begun and has not ended")
+                deferred.append(f"{line}: version {version} was started and has not finished")
             else:
                 errors.append(f"{line}: version {version} was interrupted and not recovered yet")
-        errors += await _drifted(store, journal, decided)
+        errors += await _table_errors(store, journal, decided)
         unknown = [
-            f"{n}: recorded at v{s.current}, no script knows it; left alone"
+            f"{n}: recorded at v{s.current}, has no script; left unchanged"
             for n, s in decided.lines.items()
             if not scripts.of(n)
         ]
@@ -258,11 +299,25 @@ class Inspection:
         )
 
     async def timings(self) -> tuple[RunTiming, ...]:
-        """Returns where the time of every run in the journal went, oldest first."""
-        return runs_of(await self.history(None), follows(await self._database.scripts()))
+        """Returns the timings of every run in the journal, oldest first.
+
+        Raises:
+            ScriptError: A script is invalid.
+            LedgerError: The journal is unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
+        """
+        return runs_of(await self.history(None), dependencies_of(await self._database.scripts()))
 
     async def history(self, line: str | None) -> tuple[Event, ...]:
-        """Returns the journal's valid events in order, of one line or all."""
+        """Returns the valid journal events in order; empty if there is no journal.
+
+        Args:
+            line: The line; all if `None`.
+
+        Raises:
+            LedgerError: The journal is unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
+        """
         store = await self._database.open()
         if store is None:
             return ()
@@ -270,8 +325,12 @@ class Inspection:
         return tuple(e for e in events if line is None or e.line == line)
 
 
-async def _drifted(store: Store, journal: Journal, decided: Reconciled) -> list[str]:
-    busy = {
+async def _table_errors(store: Store, journal: Journal, decided: Reconciled) -> list[str]:
+    """Returns how live tables differ from what their last migration left.
+
+    Skips tables of interrupted migrations, whose state is expected to differ.
+    """
+    unfinished = {
         table
         for state in decided.lines.values()
         if state.unfinished is not None
@@ -279,7 +338,7 @@ async def _drifted(store: Store, journal: Journal, decided: Reconciled) -> list[
     }
     errors = []
     for name, shape in sorted(journal.shapes.items()):
-        if shape is None or name in busy:
+        if shape is None or name in unfinished:
             continue
         _, state = await store.state_of(name)
         if state is None:
@@ -296,31 +355,33 @@ def _background_of(
     deferred: Collection[tuple[str, int]],
     holder: Holder | None,
 ) -> Background | None:
-    """Returns how it stands with a line's work in the background, `None` if none is pending."""
+    """Returns the state of a line's background work, `None` if none is pending."""
     versions = [version for name, version in deferred if name == line]
     if not versions:
         return None
     going = next((one for one in holder.going if one.line == line), None) if holder else None
-    is_lent = holder is not None and row is not None and row.lease == BACKGROUND_LEASE
-    state = BackgroundState.RUNNING if is_lent else BackgroundState.PENDING
+    is_running = holder is not None and row is not None and row.lease == BACKGROUND_LEASE
+    state = BackgroundState.RUNNING if is_running else BackgroundState.PENDING
     return Background(state=state, version=min(versions), going=going)
 
 
 def _head_errors(head: Head, decided: Reconciled, scripts: Scripts) -> list[str]:
-    """Tells where the head lags behind the journal; the next upgrade mends it."""
+    """Returns one sentence for each line whose head row is behind the journal."""
     recorded = {row.name: row.version for row in head.rows}
-    mend = "the next upgrade mends it"
+    repair = "the next upgrade repairs it"
     errors = []
     for line, state in decided.lines.items():
         if not scripts.of(line):
             continue
         if state.rows > 1:
-            errors.append(f"{line}: the head has {state.rows} equal rows; {mend}")
+            errors.append(f"{line}: the head has {state.rows} equal rows; {repair}")
         elif state.history.current and line not in recorded:
-            errors.append(f"{line}: the head has no row, the journal says v{state.current}; {mend}")
+            errors.append(
+                f"{line}: the head has no row, the journal says v{state.current}; {repair}"
+            )
         elif recorded.get(line, 0) < state.history.current:
             errors.append(
-                f"{line}: the head says v{recorded[line]}, the journal v{state.current}; {mend}"
+                f"{line}: the head says v{recorded[line]}, the journal v{state.current}; {repair}"
             )
     return errors
 
@@ -328,6 +389,7 @@ def _head_errors(head: Head, decided: Reconciled, scripts: Scripts) -> list[str]
 def _behind(
     decided: Reconciled, scripts: Scripts, deferred: Collection[tuple[str, int]] = ()
 ) -> tuple[str, ...]:
+    """Returns one sentence for each line with pending migrations that are not deferred."""
     return tuple(
         f"{line}: current v{state.current}, target v{state.latest}"
         for line, state in decided.lines.items()

@@ -1,6 +1,6 @@
-"""The public class `MigrationManager`: what it promises, and which module keeps each promise.
+"""The public class `MigrationManager`: the contract of each method, and delegation.
 
-Everything here is a contract and a delegation. Changing is for `runs`, looking for `inspection`.
+Methods that write are implemented in `runs`, methods that only read in `inspection`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import structlog
 
 from aiomigrate.clock import Clock
-from aiomigrate.errors import (
-    ConfigurationError,
-    MigrationFailedError,
-    ValidationFailedError,
-)
+from aiomigrate.errors import ConfigurationError, MigrationFailedError, ValidationFailedError
 from aiomigrate.inspection import Inspection, OnPending
 from aiomigrate.ledger.founding import OnUnsafeStore
-from aiomigrate.ledger.lease import LeaseOptions, unlock
-from aiomigrate.ledger.records import BACKGROUND_LEASE, RUN_LEASE, Event, Holder
+from aiomigrate.ledger.lease import LeaseOptions
+from aiomigrate.ledger.records import Event, Holder
 from aiomigrate.migration import loader
 from aiomigrate.migration.model import Scripts, Target
 from aiomigrate.option_checks import check_number
@@ -47,10 +43,10 @@ if TYPE_CHECKING:
 
 
 class MigrationManager:
-    """Brings one LanceDB database to the state its migrations describe.
+    """Migrates and inspects one LanceDB database.
 
-    An async context manager; each method may also be awaited on its own. Several managers may
-    work on one database, in one process or many: each migration is applied once.
+    Use it as an async context manager, or call `aclose` at the end. Several managers, in one
+    process or many, may work on one database: each migration is applied once.
     """
 
     _store_type: type[Store] = Store  # tests subclass it to inject faults
@@ -76,34 +72,34 @@ class MigrationManager:
         logger: Any = None,
         clock: Clock | None = None,
     ) -> None:
-        """Checks the options; reads nothing.
+        """Checks the options. Does not connect and reads nothing.
 
         Args:
-            database: A local path, an object-store URI, or an open `AsyncConnection` (which is
-                never closed here; handles opened from it before do not see the changes until they
-                are refreshed).
+            database: A local path, an object-store URI, or an open `AsyncConnection`. A connection
+                is never closed here; table handles opened from it earlier do not see the changes
+                until they are refreshed.
             migrations: A folder, a package, or a sequence of `Migration`s.
-            params: Given to operations that are functions of them, and to `Context.params`.
-            ledger: Name of the head table; the journal is named after it.
-            concurrency: How many migrations may run at once.
-            lease_ttl: Seconds after which a silent process may be succeeded.
+            params: Parameters for operations that are functions of them and for `Context.params`.
+            ledger: Name of the head table. The journal is named `<ledger>_history`.
+            concurrency: Maximum number of migrations that run at the same time.
+            lease_ttl: Seconds without a renewal after which another process may take the lease.
             lease_wait: Seconds to wait for another process that is migrating.
-            timeout: Seconds one migration may take; by default no limit.
-            storage_options: As for `lancedb.connect_async`; never shown anywhere.
-            on_ahead: Whether a database newer than the code is an error.
-            on_destructive: What to do about steps that discard what is there: keep a savepoint of
-                it, so that they can be undone; allow them; or refuse them.
-            keep_savepoints: Seconds for which such savepoints are kept; the first run after that
-                deletes them.
-            on_unsafe_store: What to do about an object store that loses commits (it ignores
-                conditional writes), which is tried when the ledger is founded.
-            on_progress: Called in the event loop with each `Progress`.
-            telemetry: Told of everything that takes time, as `aiomigrate.otel.OpenTelemetry()`.
+            timeout: Seconds one migration may take; `None` for no limit.
+            storage_options: As for `lancedb.connect_async`. Never logged or shown.
+            on_ahead: Whether a database that is newer than the scripts is an error.
+            on_destructive: What to do about steps that discard data: keep a savepoint, so that
+                they can be undone; allow them; or refuse them.
+            keep_savepoints: Seconds to keep those savepoints; the next run then deletes them.
+            on_unsafe_store: What to do about an object store that ignores conditional writes and
+                therefore loses commits. The store is tested when the ledger is created.
+            on_progress: Called in the event loop with each `Progress`. The first exception it
+                raises in a run is logged; all are ignored.
+            telemetry: Receives spans and step reports, e.g. `aiomigrate.otel.OpenTelemetry()`.
             logger: A structlog logger; by default `structlog.get_logger("aiomigrate")`.
             clock: Clocks, for tests.
 
         Raises:
-            ConfigurationError: An option cannot be.
+            ConfigurationError: An option is invalid.
             UnsupportedDatabaseError: The URI names a kind of database that is not supported.
         """
         numbers = {
@@ -117,7 +113,8 @@ class MigrationManager:
             check_number(option, value, option)
         if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", ledger):
             raise ConfigurationError(
-                f"ledger={ledger!r} is no table name.", "Use letters, digits, and _ - . only."
+                f"ledger={ledger!r} is not a valid table name.",
+                "Use only letters, digits, and the characters _ - .",
             )
         clock = clock or Clock()
         self._streams = ProgressStreams(on_progress)
@@ -156,7 +153,7 @@ class MigrationManager:
 
     @property
     def database(self) -> str:
-        """The database's URI without secrets."""
+        """The URI of the database, without secrets."""
         return self._database.name
 
     async def __aenter__(self) -> Self:
@@ -171,16 +168,16 @@ class MigrationManager:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes the connection, if this manager opened it. May be called twice."""
+        """Ends progress streams and closes the connection if this manager opened it. Idempotent."""
         self._database.close()
         self._streams.close()
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[MemoryObjectReceiveStream[Progress]]:
-        """Listens to this manager's runs: `with manager.progress() as stream`, then `async for`.
+        """Opens a stream of the progress of this manager's runs.
 
-        Of a listener that does not keep up the newest values are dropped beyond a thousand; nobody
-        waits for it. The stream ends when the manager is closed.
+        Use `with manager.progress() as stream`, then `async for`. A stream buffers 1000 values and
+        drops newer ones while full; runs never wait for it. Closing the manager ends it.
 
         Yields:
             A stream of `Progress`.
@@ -189,40 +186,41 @@ class MigrationManager:
             yield stream
 
     async def scripts(self) -> Scripts:
-        """Returns all migrations, loaded once per manager, off the event loop.
+        """Returns all migrations. Loads them once per manager, in a worker thread.
 
         Raises:
             ConfigurationError: The folder does not exist.
-            ScriptError: A script is wrong.
+            ScriptError: A script is invalid.
         """
         return await self._database.scripts()
 
     async def initialize(self, *, on_pending: OnPending = OnPending.MIGRATE) -> Report:
-        """Brings the database to its target, for application startup.
+        """Migrates the database to its target at application startup.
 
-        At target it costs connecting, opening and reading one small table. Otherwise it takes the
-        lease, or waits for the process that has it, and returns when the database is at target,
-        whoever did the work. Every change was compared with what its operations predicted. A
-        crash or a cancellation leaves what the next call recovers from.
+        If the database is at its target, connects and reads one small table. Otherwise takes the
+        lease, or waits for the process that holds it, and returns when the database is at its
+        target, whichever process ran the migrations. Leaves background migrations to
+        `run_background`. Every change is compared with the prediction of its operations. The next
+        call recovers from a crash or a cancellation.
 
         Args:
-            on_pending: Whether to migrate, to leave that to others and wait for it (up to
-                `lease_wait`, with one small read every few seconds), or to fail at once. Where it
-                does not migrate, nothing is ever written.
+            on_pending: Whether to run pending migrations, to wait until another process has run
+                them (up to `lease_wait`, with one small read every few seconds), or to fail at
+                once. The last two write nothing.
 
         Returns:
-            What this process did; without steps when there was nothing to do.
+            What this process did; without steps if there was nothing to do.
 
         Raises:
-            NotAtTargetError: Something is pending (still, where it was waited for), and this
-                process was not to migrate.
-            MigrationFailedError: A migration failed, here or in the process waited for.
-            ValidationFailedError: A line did not arrive at its target.
-            PlanError: Scripts and database do not fit together; nothing was written.
-            ScriptError: A script is wrong; nothing was written.
-            LedgerError: The metadata tables cannot be trusted.
-            LeaseError: The lease could not be had or kept.
-            StoreError: LanceDB failed.
+            NotAtTargetError: Migrations are pending and `on_pending` is not `MIGRATE`; with
+                `WAIT`, they are still pending after `lease_wait`.
+            MigrationFailedError: A migration failed in this process or in the one waited for.
+            ValidationFailedError: A line did not reach its target.
+            PlanError: The scripts do not match the database; nothing was written.
+            ScriptError: A script is invalid; nothing was written.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
         """
         if on_pending is not OnPending.MIGRATE:
             return await self._inspection.await_target(waits=on_pending is OnPending.WAIT)
@@ -239,26 +237,27 @@ class MigrationManager:
         to: Target = None,
         background: bool = True,
     ) -> Report:
-        """Runs what is pending; lines run concurrently, each strictly in order.
+        """Runs pending migrations. Lines run concurrently, each strictly in order.
 
-        Takes the lease only if there is something to do.
+        Takes the lease only if there is something to do. The next run recovers from a crash or a
+        cancellation.
 
         Args:
             tables: Lines to upgrade; all by default.
-            to: To the newest scripts (`None`), to at most a version, or line by line.
-            background: Whether to do, after the rest, what is marked to run in the background and
-                what comes after that, as `run_background` does. Else `Report.deferred` names it.
+            to: `None` for the newest scripts, a maximum version, or a version by line.
+            background: Whether to call `run_background` afterwards. If not, `Report.deferred`
+                lists what it would run.
 
         Returns:
-            What this process did; without steps when there was nothing to do.
+            What this process did; without steps if there was nothing to do.
 
         Raises:
             MigrationFailedError: A migration failed; its report says what was done.
-            PlanError: Scripts and database do not fit together; nothing was written.
-            ScriptError: A script is wrong; nothing was written.
-            LedgerError: The metadata tables cannot be trusted.
-            LeaseError: The lease could not be had or kept.
-            StoreError: LanceDB failed.
+            PlanError: The scripts do not match the database; nothing was written.
+            ScriptError: A script is invalid; nothing was written.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
         """
         with self._run_span("upgrade"):
             fast = await upgrade.upgrade(self._environment, tables=tables, to=to)
@@ -271,35 +270,36 @@ class MigrationManager:
             raise
         return fast.followed_by(later)
 
-    def _run_span(self, doing: str) -> contextlib.AbstractContextManager[object]:
-        facts = {"db.namespace": self.database, "db.operation.name": doing}
-        return self._options.telemetry.span(RUN, facts)
+    def _run_span(self, operation: str) -> contextlib.AbstractContextManager[object]:
+        attributes = {"db.namespace": self.database, "db.operation.name": operation}
+        return self._options.telemetry.span(RUN, attributes)
 
     async def run_background(
         self, *, tables: Collection[str] | None = None, to: Target = None
     ) -> Report:
-        """Does what an application's start does not wait for; meant for a task of the caller's.
+        """Runs the migrations that application startup does not wait for.
 
-        Migrations marked `background`, and what comes after them, run under a lease of their own,
-        so that later migrations of other tables are not held up. Where another process does them
-        it is waited for, as long as it takes, with one small read every few seconds: it may die,
-        and then this one goes on. Cancelling it is as safe as killing it, gives calls in flight
-        `drain_s` to end, and gives the lease back; the next one goes on.
+        These are the migrations marked `background` and those that come after them. They run under
+        a lease of their own, so that migrations of other tables are not blocked. If another process
+        holds that lease, waits for it without a time limit, with one small read every few seconds,
+        and takes over if it crashes. Cancelling is as safe as a crash: calls in flight get
+        `drain_s` seconds to finish, the lease is given back, and the next run continues.
 
         Args:
             tables: Lines; all by default.
             to: As for `upgrade`.
 
         Returns:
-            What this process did; without steps when there was nothing to do.
+            What this process did; without steps if there was nothing to do.
 
         Raises:
             MigrationFailedError: A migration failed; its report says what was done.
-            DependencyError: What comes first is pending and not in the background.
-            PlanError: Scripts and database do not fit together; nothing was written.
-            LedgerError: The metadata tables cannot be trusted.
-            LeaseError: The lease could not be had or kept.
-            StoreError: LanceDB failed.
+            DependencyError: A dependency is pending and is not a background migration.
+            PlanError: The scripts do not match the database; nothing was written.
+            ScriptError: A script is invalid; nothing was written.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
         """
         with self._run_span("background"):
             return await upgrade.run_background(self._environment, tables=tables, to=to)
@@ -311,30 +311,32 @@ class MigrationManager:
         to: int | None = None,
         allow_destructive: bool = False,
     ) -> Report:
-        """Undoes applied migrations, what was applied later first. Takes the lease.
+        """Undoes applied migrations, latest first. Takes the lease if there is something to do.
 
-        Each by its own inverse, by those of its operations, or by returning its tables to where it
-        found them: that takes milliseconds whatever their size, and is done only while every
-        commit since is known to be ours. The head is lowered before data is touched. A crash
-        leaves an undoing that the next run goes on with. A later upgrade applies them again.
+        A migration is undone by its own inverse, by the inverses of its operations, or by
+        restoring its tables to the versions before it. Restoring takes milliseconds regardless of
+        table size, and requires that every commit since then is known to be aiomigrate's. The head
+        is lowered before data is changed. After a crash the next run continues the rollback. A
+        later upgrade applies the migrations again.
 
         Args:
             line: The line (table), or the version to go back to by line.
-            to: The version to go back to, 0 for none; by default the one before.
-            allow_destructive: Whether commits that others made since may be given up, where
-                nothing else undoes a migration. They stay in the table's history.
+            to: The version to go back to, 0 for none; by default the previous one.
+            allow_destructive: Whether to discard later commits of other writers if a migration
+                cannot be undone otherwise. They stay in the table's history.
 
         Returns:
-            What was undone; without steps when there was nothing to undo.
+            What was undone; without steps if there was nothing to undo.
 
         Raises:
             RollbackRefusedError: A migration cannot be undone; nothing was changed.
-            DependencyError: Another migration that stays needs it; nothing was changed.
-            TargetError: A line or version is unknown, or above where the line is.
-            MigrationFailedError: Undoing one failed; its report says what was undone.
-            LedgerError: The metadata tables cannot be trusted.
-            LeaseError: The lease could not be had or kept.
-            StoreError: LanceDB failed.
+            DependencyError: A migration that stays depends on it; nothing was changed.
+            TargetError: A line or version is unknown, or above the current version.
+            MigrationFailedError: Undoing a migration failed; its report says what was undone.
+            ScriptError: A script is invalid; nothing was changed.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
         """
         with self._run_span("rollback"):
             return await downgrade.rollback(
@@ -348,7 +350,7 @@ class MigrationManager:
         to: int | None = None,
         allow_destructive: bool = False,
     ) -> Plan:
-        """Returns what `rollback` would do. Writes nothing, takes no lease.
+        """Returns what `rollback` would do. Writes nothing and takes no lease.
 
         Args:
             line: As for `rollback`.
@@ -357,142 +359,142 @@ class MigrationManager:
 
         Raises:
             RollbackRefusedError: A migration cannot be undone.
-            DependencyError: Another migration that stays needs it.
-            TargetError: A line or version is unknown, or above where the line is.
-            LedgerError: The metadata tables cannot be trusted.
-            StoreError: LanceDB failed.
+            DependencyError: A migration that stays depends on it.
+            TargetError: A line or version is unknown, or above the current version.
+            ScriptError: A script is invalid.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         return await downgrade.plan_rollback(
             self._environment, line, to=to, allow_destructive=allow_destructive
         )
 
     async def prune(self, *, older_than: float = 0.0) -> tuple[Kept, ...]:
-        """Deletes savepoints that were kept of destructive migrations. Takes the lease.
+        """Deletes savepoints of destructive migrations. Takes the lease if there are any.
 
         Args:
-            older_than: Only those of migrations applied that many seconds ago, or more.
+            older_than: Minimum number of seconds since the migration was applied.
 
         Returns:
-            What was deleted; then those migrations cannot be undone by returning to them once
-            LanceDB has cleaned the versions up.
+            The deleted savepoints; empty if there were none. Once LanceDB has cleaned up those
+            versions, the migrations cannot be undone by restoring them.
 
         Raises:
-            LedgerError: The metadata tables cannot be trusted.
-            LeaseError: The lease could not be had or kept.
-            StoreError: LanceDB failed.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
         """
         return await maintenance.prune(self._environment, older_than_s=older_than)
 
     async def stamp(
         self, *, tables: Collection[str] | None = None, to: Target = None
     ) -> Mapping[str, int]:
-        """Records lines at versions without running anything: the baseline of a database.
+        """Records versions of lines without running migrations. Takes the lease.
 
-        Accepts the scripts up to there as they are now, and the tables as they are now; ends what
-        was interrupted. Takes the lease.
+        Accepts the scripts up to those versions and the tables as they are now, and ends
+        interrupted migrations of the lines.
 
         Args:
             tables: Lines to stamp; all by default.
-            to: The newest scripts (`None`), at most a version, or line by line (0 forgets).
+            to: `None` for the newest scripts, a maximum version, or a version by line (0 for none).
 
         Returns:
-            The version recorded, by line; empty when there are no scripts.
+            The recorded version by line; empty if there are no scripts.
 
         Raises:
-            TargetError: A line has no scripts, or the version is above them.
-            LedgerError: The metadata tables cannot be read or written.
-            LeaseError: The lease could not be had or kept.
+            TargetError: A line has no scripts, or a version is above its newest script.
+            ScriptError: A script is invalid.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
         """
         return await maintenance.stamp(self._environment, tables=tables, to=to)
 
     async def unlock(self, *, background: bool = False) -> Holder | None:
-        """Frees a lease whose holder is dead, after watching it for its TTL.
+        """Removes the holder of a lease after watching it for its TTL without a renewal.
 
         Args:
-            background: The lease of work in the background, instead of that of runs.
+            background: Whether to free the background lease instead of the run lease.
 
         Returns:
-            The holder that was removed, `None` if the lease was free.
+            The removed holder; `None` if the lease was free.
 
         Raises:
-            LeaseHeldError: The holder is alive.
-            LedgerError: The head cannot be read.
+            LeaseHeldError: The holder renewed the lease: it is alive.
+            LedgerError: The head is unreadable.
+            StoreError: A LanceDB call failed.
         """
-        database, environment = self._database, self._environment
-        store = await database.open()
-        if store is None:
-            return None
-        ledger = database.ledger(store, environment.log)
-        key = BACKGROUND_LEASE if background else RUN_LEASE
-        return await unlock(ledger, options=self._options.lease, clock=environment.clock, key=key)
+        return await maintenance.unlock(self._environment, background=background)
 
     async def plan(self, *, tables: Collection[str] | None = None, to: Target = None) -> Plan:
-        """Returns what `upgrade` would do: a dry run. Writes nothing, takes no lease.
+        """Returns what `upgrade` would do. Writes nothing and takes no lease.
 
         Args:
             tables: Lines to upgrade; all by default.
-            to: To the newest scripts (`None`), to at most a version, or line by line.
+            to: As for `upgrade`.
 
         Raises:
-            PlanError: Scripts and database do not fit together.
-            ScriptError: A script is wrong.
-            LedgerError: The metadata tables cannot be trusted.
-            StoreError: LanceDB failed.
+            PlanError: The scripts do not match the database.
+            ScriptError: A script is invalid.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         return await self._inspection.plan(tables=tables, to=to)
 
     async def get_status(self) -> Status:
-        """Returns where every line is, and who holds the lease. One small read; writes nothing.
+        """Returns the version of every line and the lease holders. One small read, no writes.
 
         Raises:
-            ScriptError: A script is wrong.
-            LedgerError: The head cannot be trusted.
+            ScriptError: A script is invalid.
+            LedgerError: The head is unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         return await self._inspection.status()
 
     async def health(self) -> Health:
-        """Returns whether the database may be used, and if not, why. Reads little; writes nothing.
+        """Returns whether the application may use the database, and why not. Writes nothing.
 
-        For a probe that is asked every second use `aiomigrate.asgi`, which remembers.
+        Reads little. For a probe that runs every second use `aiomigrate.asgi`, which caches.
 
         Raises:
-            ScriptError: A script is wrong.
-            LedgerError: The ledger cannot be trusted.
-            StoreError: LanceDB failed.
+            ScriptError: A script is invalid.
+            LedgerError: The metadata tables are unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         return await self._inspection.health()
 
     async def validate(self) -> Validation:
-        """Compares scripts, ledger and live tables. Writes nothing, takes no lease.
+        """Compares scripts, ledger and live tables. Writes nothing and takes no lease.
 
-        Finds lines that are not at target, edited, missing or inserted scripts, contradictions of
-        the metadata, interrupted migrations, and tables whose columns, types, nullability or
-        indexes are not what their last migration left.
+        Reports lines that are not at their target; edited, missing or inserted scripts;
+        contradictions in the metadata; interrupted migrations; and tables whose columns, types,
+        nullability or indexes differ from what their last migration left.
 
         Raises:
-            ScriptError: A script is wrong.
-            StoreError: LanceDB failed.
+            ScriptError: A script is invalid.
+            StoreError: A LanceDB call failed.
         """
         return await self._inspection.validate()
 
     async def timings(self) -> tuple[RunTiming, ...]:
-        """Returns where the time of every run in the journal went, oldest first. Writes nothing.
+        """Returns the timings of every run in the journal, oldest first. Writes nothing.
 
-        Runs in which no migration ended are left out; none where there is no journal.
+        Skips runs in which no migration ended; empty if there is no journal.
 
         Raises:
-            ScriptError: A script is wrong.
-            LedgerError: The journal cannot be read or trusted.
-            StoreError: LanceDB failed.
+            ScriptError: A script is invalid.
+            LedgerError: The journal is unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         return await self._inspection.timings()
 
     async def history(self, line: str | None = None) -> tuple[Event, ...]:
-        """Returns the journal's valid events in order, of one line or all. Writes nothing.
+        """Returns the valid journal events in order, of one line or of all. Writes nothing.
 
-        Empty when there is no journal yet.
+        Empty if there is no journal.
 
         Raises:
-            LedgerError: The journal cannot be trusted.
+            LedgerError: The journal is unreadable or inconsistent.
+            StoreError: A LanceDB call failed.
         """
         return await self._inspection.history(line)

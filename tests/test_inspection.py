@@ -146,11 +146,11 @@ TAMPERINGS = {
         lambda db: with_table(
             db, HEAD, "update", {"currentVersion": 2}, where="tableName = 'memos'"
         ),
-        "memos: the head says v2, the journal v3; the next upgrade mends it",
+        "memos: the head says v2, the journal v3; the next upgrade repairs it",
     ),
     "lost head row": Tampering(
         lambda db: with_table(db, HEAD, "delete", "tableName = 'memos'"),
-        "memos: the head has no row, the journal says v3; the next upgrade mends it",
+        "memos: the head has no row, the journal says v3; the next upgrade repairs it",
     ),
 }
 
@@ -234,7 +234,7 @@ async def test_validate_tells_a_line_without_scripts_and_leaves_it(ready: Path) 
         status = await manager_.get_status()
 
     assert validation.valid
-    assert validation.warnings == ("users: recorded at v1, no script knows it; left alone",)
+    assert validation.warnings == ("users: recorded at v1, has no script; left unchanged",)
     assert status.lines["users"].is_unknown
     assert status.is_at_target
 
@@ -440,9 +440,9 @@ async def test_stamp_to_0_forgets(ready: Path) -> None:
         ({"tables": ["memo"], "to": 1}, "Did you mean 'memos'?"),
         ({"to": {"memos": 4}}, "newest script is 3"),
         ({"tables": ["memos"], "to": 4}, "newest script is 3"),
-        ({"to": -1}, "-1 is no version"),
-        ({"to": True}, "True is no version"),
-        ({"to": {"memos": "2"}}, "'2' is no version"),
+        ({"to": -1}, "-1 is not a valid version"),
+        ({"to": True}, "True is not a valid version"),
+        ({"to": {"memos": "2"}}, "'2' is not a valid version"),
     ],
 )
 async def test_stamp_refuses_what_cannot_be(ready: Path, options: Any, words: str) -> None:

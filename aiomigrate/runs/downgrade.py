@@ -1,4 +1,9 @@
-"""Rolling back: which migrations are undone, how, and doing it under the lease."""
+"""Rolling back: which migrations are undone, how, and undoing them under the lease.
+
+The manager calls `rollback` and `plan_rollback`. `planning.rollback` decides how a migration can be
+undone, `execution.reverser` undoes one. Not for undoing a migration that failed during an upgrade:
+that is for `execution.recovery`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from aiomigrate.results import Report, StepReport
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.scheduler import Scheduler
 from aiomigrate.runs.session import Job, Session
-from aiomigrate.runs.settlement import BegunReport, current_versions, failed, settle
+from aiomigrate.runs.settlement import ReportBuilder, current_versions, run_failure, settle
 from aiomigrate.runs.snapshot import Snapshot, SnapshotReader, read_folded
 from aiomigrate.store.connection import Store
 
@@ -31,23 +36,26 @@ async def plan_rollback(
     to: int | None,
     allow_destructive: bool,
 ) -> Plan:
-    """Returns what `rollback` would do. Writes nothing, takes no lease.
+    """Returns what `rollback` would do. Writes nothing and takes no lease.
 
     Args:
-        environment: What the manager works with.
+        environment: The manager's database, options, clocks and logger.
         line: The line (table), or the version to go back to by line.
-        to: The version to go back to, 0 for none; by default the one before.
-        allow_destructive: Whether commits that others made since may be given up.
+        to: The version to go back to, 0 for none; `None` for the previous one.
+        allow_destructive: Whether to discard later commits of other writers if necessary.
 
     Raises:
-        AiomigrateError: A migration cannot be undone, or something forbids running.
+        RollbackRefusedError: A migration cannot be undone.
+        DependencyError: A migration that stays depends on it.
+        TargetError: A line or version is unknown, or above the current version.
+        AiomigrateError: Scripts or ledger are invalid, or a LanceDB call failed.
     """
     database, log = environment.database, environment.log
     scripts = await database.scripts()
     store = await database.open()
     ledger = None if store is None else database.ledger(store, log)
     reader = SnapshotReader(store, ledger, scripts, on_ahead=environment.options.on_ahead, log=log)
-    snapshot = await RollbackView(reader, line, to, allow_destructive).look()
+    snapshot = await RollbackView(reader, line, to, allow_destructive).read()
     return snapshot.plan
 
 
@@ -58,53 +66,58 @@ async def rollback(
     to: int | None,
     allow_destructive: bool,
 ) -> Report:
-    """Undoes applied migrations, what was applied later first. Takes the lease.
+    """Undoes applied migrations, latest first. Takes the lease if there is something to do.
+
+    After a crash or a cancellation the next run continues an interrupted undo.
 
     Args:
-        environment: What the manager works with.
+        environment: The manager's database, options, clocks and logger.
         line: As for `plan_rollback`.
         to: As for `plan_rollback`.
         allow_destructive: As for `plan_rollback`.
 
     Returns:
-        What was undone; without steps when there was nothing to undo.
+        What was undone; without steps if there was nothing to undo.
 
     Raises:
-        MigrationFailedError: Undoing one failed; its report says what was undone.
-        AiomigrateError: The run could not begin or go on.
+        RollbackRefusedError: A migration cannot be undone; nothing was changed.
+        DependencyError: A migration that stays depends on it; nothing was changed.
+        TargetError: A line or version is unknown, or above the current version.
+        MigrationFailedError: Undoing a migration failed; its report says what was undone.
+        AiomigrateError: The run could not start, or the lease or the ledger was lost.
     """
-    run_id, log = environment.named_run()
+    run_id, log = environment.new_run()
     database, options, clock = environment.database, environment.options, environment.clock
-    begun, started_at = clock.monotonic(), clock.wall()
+    start, started_at = clock.monotonic(), clock.wall()
     scripts = await database.scripts()
-    report = BegunReport(
-        Report(run_id=run_id, database=database.name, started_at=started_at), begun, clock, scripts
+    report = ReportBuilder(
+        Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
     )
     plan = await plan_rollback(environment, line, to=to, allow_destructive=allow_destructive)
     if not plan.needs_lease:
-        return report.ended(lines=current_versions(plan))
+        return report.build(lines=current_versions(plan))
     store = await database.connect()
     ledger = database.ledger(store, log)
-    session = Session(environment.run(store, ledger, scripts, run_id=run_id, log=log))
+    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
     reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
     job = RollbackJob(session, RollbackView(reader, line, to, allow_destructive))
     if plan.steps:
         log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
     await session.hold(job)
-    done = job.plan or plan
-    lines = current_versions(done)
-    for step in done.steps:
-        ended = job.results.get(step.key)
-        if ended is not None and ended.outcome.is_done and step.undo is not None:
+    executed = job.plan or plan
+    lines = current_versions(executed)
+    for step in executed.steps:
+        undone = job.results.get(step.key)
+        if undone is not None and undone.outcome.is_done and step.undo is not None:
             lines[step.script.line] = min(step.undo.to, lines[step.script.line])
-    result = report.ended(
+    result = report.build(
         lease_s=session.lease_s,
         steps=tuple(job.results.values()),
         lines=lines,
         ledger_commits=ledger.commits,
     )
     if any(not step.outcome.is_done for step in result.steps):
-        raise failed(result, log)
+        raise run_failure(result, log)
     log.info(ev.RUN_FINISHED, rolled_back=len(result.steps), total_s=round(result.total_s, 4))
     return result
 
@@ -116,8 +129,8 @@ class RollbackView:
     Attributes:
         reader: Reads the database.
         line: The line, or the version to go back to by line.
-        to: The version to go back to; `None` for the one before.
-        allow_destructive: Whether commits that others made since may be given up.
+        to: The version to go back to; `None` for the previous one.
+        allow_destructive: Whether to discard later commits of other writers if necessary.
     """
 
     reader: SnapshotReader
@@ -125,13 +138,17 @@ class RollbackView:
     to: int | None
     allow_destructive: bool
 
-    async def look(
+    async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """Reads head and journal unless they are given, decides and plans.
+        """Reads head and journal unless they are given, decides, and plans the rollback.
+
+        Args:
+            head: The head, if it has been read.
+            events: All journal events, if they have been read.
 
         Raises:
-            AiomigrateError: A migration cannot be undone, or something forbids running.
+            AiomigrateError: A migration cannot be undone, or scripts and ledger do not match.
         """
         reader = self.reader
         snapshot = await reader.read(head, events)
@@ -139,20 +156,20 @@ class RollbackView:
         versions: dict[str, int] = {}
         for name, version in targets.items():
             state = snapshot.decided.lines.get(name)
-            below = [v for v in (state.history.applied if state else ()) if v < state.current]  # type: ignore[union-attr]
-            versions[name] = max(below, default=0) if version is None else version
+            earlier = [v for v in (state.history.applied if state else ()) if v < state.current]  # type: ignore[union-attr]
+            versions[name] = max(earlier, default=0) if version is None else version
         undos: dict[Key, Undo] = {}
         for key in to_undo(snapshot.decided, snapshot.journal, reader.scripts, versions):
             script = reader.scripts.get(*key)
             assert script is not None  # noqa: S101 - `to_undo` chose scripts
             assert reader.store is not None  # noqa: S101 - nothing is applied without a database
-            heads = await _heads(reader.store, script)
+            table_versions = await _table_versions(reader.store, script)
             state = snapshot.decided.lines[script.line]
             undos[key] = decide(
                 script,
                 state,
                 snapshot.journal,
-                heads,
+                table_versions,
                 allow_destructive=self.allow_destructive,
                 unattributed=unattributed_tables(snapshot.journal),
             )
@@ -161,9 +178,13 @@ class RollbackView:
         )
 
     async def decide_again(self, script: Script, state: LineState) -> Undo:
-        """Decides how one migration is undone, under the lease, when its turn comes.
+        """Decides again, under the lease, how one migration is undone.
 
-        From the journal alone: the head of other lines moves while they are undone.
+        Uses the journal only, because the heads of other lines change while they are undone.
+
+        Args:
+            script: The migration.
+            state: The state of its line when the plan was made.
 
         Raises:
             AiomigrateError: It cannot be undone.
@@ -172,42 +193,46 @@ class RollbackView:
         assert self.reader.ledger is not None  # noqa: S101 - the lease is held
         journal: Journal = await read_folded(self.reader.ledger)
         state = replace(state, history=journal.of(script.line))
-        heads = await _heads(self.reader.store, script)
+        table_versions = await _table_versions(self.reader.store, script)
         return decide(
-            script, state, journal, heads,
+            script, state, journal, table_versions,
             allow_destructive=self.allow_destructive, unattributed=(),
         )  # fmt: skip
 
 
-async def _heads(store: Store, script: Script) -> dict[str, int]:
-    """Returns the latest table_version of each table a migration touches, 0 where none is."""
-    heads = {}
+async def _table_versions(store: Store, script: Script) -> dict[str, int]:
+    """Returns the latest table_version of each table a migration touches, 0 if none exists."""
+    versions = {}
     for name in script.touches:
         table = await store.find(name)
-        heads[name] = 0 if table is None else await table.version()
-    return heads
+        versions[name] = 0 if table is None else await table.version()
+    return versions
 
 
 @dataclass(frozen=True, slots=True)
 class SettlingView:
-    """The state of every line, so that what a dead process left can be settled first."""
+    """The state of every line, without migrations: for settling what a crash left.
+
+    Attributes:
+        reader: Reads the database.
+    """
 
     reader: SnapshotReader
 
-    async def look(
+    async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """Reads head and journal unless they are given; plans nothing."""
+        """Reads head and journal unless they are given. Plans no migrations."""
         snapshot = await self.reader.read(head, events)
         return replace(snapshot, plan=Plan(lines=snapshot.decided.lines))
 
 
 class RollbackJob(Job):
-    """Undoes what the plan says.
+    """Undoes the migrations of a plan.
 
     Attributes:
-        plan: What was found under the lease, `None` before.
-        results: What came of each migration.
+        plan: The plan made under the lease, `None` before.
+        results: The report of each migration.
     """
 
     doing = "rolling back"
@@ -225,15 +250,19 @@ class RollbackJob(Job):
         self.results: Mapping[Key, StepReport] = {}
 
     async def work(self, writer: Writer, lease: Lease) -> None:
-        """Settles the ledger, plans again, and undoes the migrations."""
+        """Settles the ledger, plans again, and undoes the migrations.
+
+        Raises:
+            AiomigrateError: A migration cannot be undone, or the lease or the ledger was lost.
+        """
         session = self._session
         workspace = session.workspace(writer)
         snapshot = await session.take_over(writer, lease, SettlingView(self._view.reader))
         rows = await settle(session.run, snapshot, lease, workspace)
         await rows.own()
         await writer.sync()
-        snapshot = await self._view.look()
+        snapshot = await self._view.read()
         self.plan = snapshot.plan
-        scheduler = Scheduler(session, snapshot, workspace, undos=self._view)
+        scheduler = Scheduler(session, snapshot, workspace, undo_decider=self._view)
         self.results = scheduler.results
         await scheduler.run_plan()

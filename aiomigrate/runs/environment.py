@@ -1,4 +1,8 @@
-"""What runs work with: the database and its scripts, options, clocks, and the context of a run."""
+"""What runs need: the database and its scripts, the options, the clocks, the context of a run.
+
+The manager creates one `Database` and one `Environment`; the entry points of `runs` and
+`inspection` take them. Nothing here reads tables or runs migrations.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +35,18 @@ from aiomigrate.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What every run of a manager has in common.
+    """The options of a manager, used by all of its runs.
 
     Attributes:
         params: Parameters of the migrations.
-        concurrency: How many migrations may run at once.
+        concurrency: Maximum number of migrations that run at the same time.
         lease: How the lease is taken and kept.
         timeout_s: Seconds one migration may take, `None` for no limit.
-        on_ahead: Whether a database newer than the code is an error.
-        on_destructive: What to do about steps that discard what is there.
-        keep_s: Seconds for which savepoints of such steps are kept.
-        on_progress: Called with how migrations proceed.
-        telemetry: Measures everything that takes time.
+        on_ahead: Whether a database that is newer than the scripts is an error.
+        on_destructive: What to do about steps that discard data.
+        keep_s: Seconds to keep savepoints of such steps.
+        on_progress: Called with the progress of each migration.
+        telemetry: Receives spans and step reports.
     """
 
     params: Params = field(default_factory=dict)
@@ -58,11 +62,11 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What the methods of one manager work with.
+    """The database, options, clocks and logger of one manager.
 
     Attributes:
         database: The database and its scripts.
-        options: What its runs have in common.
+        options: The options of its runs.
         clock: Clocks.
         log: Logger.
     """
@@ -72,13 +76,23 @@ class Environment:
     clock: Clock
     log: Any
 
-    def named_run(self, **facts: object) -> tuple[str, Any]:
-        """Returns the identifier of a new run, and a logger bound to it and to some facts."""
+    def new_run(self, **keys: object) -> tuple[str, Any]:
+        """Returns the identifier of a new run, and a logger bound to it and to further keys."""
         run_id = secrets.token_hex(4)
-        return run_id, self.log.bind(run_id=run_id, **facts)
+        return run_id, self.log.bind(run_id=run_id, **keys)
 
-    def run(self, store: Store, ledger: Ledger, scripts: Scripts, *, run_id: str, log: Any) -> Run:
-        """Returns the context of one run."""
+    def context(
+        self, store: Store, ledger: Ledger, scripts: Scripts, *, run_id: str, log: Any
+    ) -> Run:
+        """Returns the context of one run.
+
+        Args:
+            store: The database.
+            ledger: Its metadata tables.
+            scripts: All migrations.
+            run_id: The run's identifier.
+            log: Logger, bound to the run.
+        """
         return Run(
             store=store,
             ledger=ledger,
@@ -92,13 +106,13 @@ class Environment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The context of one run; nothing in it is replaced while it lasts.
+    """The context of one run; constant while the run lasts.
 
     Attributes:
         store: The database.
         ledger: Its metadata tables.
         scripts: All migrations.
-        options: What runs have in common.
+        options: The options of the manager.
         run_id: Its identifier in journal and logs.
         clock: Clocks.
         log: Logger, bound to the run.
@@ -118,13 +132,13 @@ class Database:
 
     Attributes:
         store: The connection, `None` before it is opened.
-        targets: The newest version of each line, once the scripts are loaded.
-        digests: The chain digest of each line there.
+        targets: The newest version of each line; empty before the scripts are loaded.
+        digests: The chain digest of each line at that version.
     """
 
     def __init__(
         self,
-        given: str | Path | Connection,
+        database: str | Path | Connection,
         *,
         store_type: type[Store],
         storage_options: Mapping[str, str] | None,
@@ -135,13 +149,13 @@ class Database:
         on_unsafe_store: OnUnsafeStore,
         clock: Clock,
     ) -> None:
-        """Checks what was given; reads nothing.
+        """Checks the database argument; does not connect.
 
         Args:
-            given: A path, a URI, or an open connection.
+            database: A path, a URI, or an open connection.
             store_type: The class of the store.
-            storage_options: As for `lancedb.connect_async`; never shown anywhere.
-            grace_s: Seconds a cancelled mutation is given to finish.
+            storage_options: As for `lancedb.connect_async`. Never logged or shown.
+            grace_s: Seconds a cancelled mutation gets to finish.
             source: A folder, a package, or a sequence of migrations.
             params: Parameters of the migrations.
             ledger_name: Name of the head table.
@@ -149,20 +163,22 @@ class Database:
             clock: Clocks.
 
         Raises:
-            ConfigurationError: It is no database, or a connection that is closed.
+            ConfigurationError: The database is of another type, or its connection is closed.
             UnsupportedDatabaseError: The URI names a kind of database that is not supported.
         """
         self._connection: Connection | None = None
-        if isinstance(given, str | Path):
-            self._uri = locate(given)
-        elif hasattr(given, "is_open"):  # which a synchronous connection has not
-            if not given.is_open():  # type: ignore[no-untyped-call]
-                raise ConfigurationError("The connection is closed.", "Pass an open one, or a URI.")
-            self._connection = given
-            self._uri = str(given.uri)
+        if isinstance(database, str | Path):
+            self._uri = locate(database)
+        elif hasattr(database, "is_open"):  # a synchronous connection does not have it
+            if not database.is_open():  # type: ignore[no-untyped-call]
+                raise ConfigurationError(
+                    "The connection is closed.", "Pass an open connection, or a URI."
+                )
+            self._connection = database
+            self._uri = str(database.uri)
         else:
             raise ConfigurationError(
-                f"{given!r} is no database.",
+                f"{database!r} is not a database.",
                 "Pass a path, a URI, or a connection from lancedb.connect_async.",
             )
         self._store_type = store_type
@@ -175,7 +191,7 @@ class Database:
         self._clock = clock
         self.store: Store | None = None
         self._scripts: Scripts | None = None
-        self._is_there = False
+        self._folder_exists = False
         self.targets: Mapping[str, int] = {}
         self.digests: Mapping[str, str] = {}
 
@@ -185,17 +201,17 @@ class Database:
         return redact(self._uri)
 
     async def scripts(self) -> Scripts:
-        """Returns all migrations, loaded once, off the event loop.
+        """Returns all migrations. Loads them once, in a worker thread.
 
         Raises:
             ConfigurationError: The folder does not exist.
-            ScriptError: A script is wrong.
+            ScriptError: A script is invalid.
         """
         if self._scripts is None:
             try:
                 scripts, expected = await anyio.to_thread.run_sync(self._load)
             except ScriptError as exc:
-                what = self._scrub(exc.what)  # a function of the parameters may show them
+                what = self._scrub(exc.what)  # a function of the parameters may quote secrets
                 if what == exc.what:
                     raise
                 exc.what, exc.args = what, (what, exc.remedy)
@@ -206,8 +222,12 @@ class Database:
         return self._scripts
 
     def _load(self) -> tuple[Scripts, Mapping[str, tuple[int, str]]]:
-        """Does, in one thread, all that a start does with files of its own."""
-        self._is_there = is_local(self._uri) and Path(self._uri).exists()
+        """Does all file access of a start in one thread.
+
+        Returns:
+            The scripts, and by line the newest version and its chain digest.
+        """
+        self._folder_exists = is_local(self._uri) and Path(self._uri).exists()
         scripts = loader.load(self._source, self._params)
         loader.refuse_tables(scripts, (self._ledger_name, f"{self._ledger_name}_history"))
         return scripts, at_target(scripts)
@@ -218,7 +238,7 @@ class Database:
         return text
 
     def ledger(self, store: Store, log: Any) -> Ledger:
-        """Returns the metadata tables; nothing is read yet."""
+        """Returns the metadata tables. Reads nothing yet."""
         return Ledger(
             store,
             self._ledger_name,
@@ -228,22 +248,32 @@ class Database:
         )
 
     async def open(self) -> Store | None:
-        """Connects, but not to a local path that does not exist: LanceDB would make the folder."""
+        """Connects, unless the database is a local folder that does not exist.
+
+        LanceDB would create the folder.
+
+        Returns:
+            The connection, `None` if the folder does not exist.
+
+        Raises:
+            ConfigurationError: The given connection cannot be used.
+            StoreError: LanceDB could not connect.
+        """
         if (
             self.store is None
             and self._connection is None
             and is_local(self._uri)
-            and not self._is_there
+            and not self._folder_exists
             and not await anyio.to_thread.run_sync(os.path.exists, self._uri)
         ):
             return None
         return await self.connect()
 
     async def connect(self) -> Store:
-        """Connects, once. On a missing local path LanceDB makes the folder.
+        """Connects once. LanceDB creates a missing local folder.
 
         Raises:
-            ConfigurationError: The connection that was given cannot be used.
+            ConfigurationError: The given connection cannot be used.
             StoreError: LanceDB could not connect.
         """
         if self.store is not None:
@@ -261,9 +291,9 @@ class Database:
             if not is_local(self._uri):
                 in_memory = self._uri.startswith("memory:")
                 raise ConfigurationError(
-                    "The connection was opened with read_consistency_interval, with which a "
-                    "commit cannot be told from another's.",
-                    "Open it without."
+                    "The connection was opened with read_consistency_interval, so that "
+                    "aiomigrate cannot distinguish its own commits from those of other writers.",
+                    "Open it without read_consistency_interval."
                     if in_memory
                     else "Pass the URI and storage_options instead of the connection.",
                 )
@@ -277,12 +307,12 @@ class Database:
             interval: dt.timedelta | None = await connection.get_read_consistency_interval()
         except RuntimeError as exc:
             raise ConfigurationError(
-                f"The connection cannot be used: {exc}.", "Pass one that is open."
+                f"The connection cannot be used: {exc}.", "Pass an open connection, or a URI."
             ) from exc
         return interval
 
     def close(self) -> None:
-        """Closes the connection, if it was opened here. May be called twice."""
+        """Closes the connection if it was opened here. Idempotent."""
         if self.store is not None and self.store.connection is not self._connection:
             self.store.close()
         self.store = None

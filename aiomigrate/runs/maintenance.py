@@ -1,4 +1,7 @@
-"""What needs the lease and runs no migration: pruning savepoints, stamping lines."""
+"""Runs without migrations: deleting savepoints, stamping lines, freeing a lease.
+
+The manager calls `prune`, `stamp` and `unlock`; upgrades call `prune_savepoints` at their end.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from aiomigrate import events as ev
 from aiomigrate.errors import TargetError
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.lease import Lease
-from aiomigrate.ledger.records import Kind, new_event
+from aiomigrate.ledger.lease import unlock as unlock_lease
+from aiomigrate.ledger.records import BACKGROUND_LEASE, RUN_LEASE, Holder, Kind, new_event
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.migration.checksum import ALGORITHM
 from aiomigrate.migration.model import Scripts, Target
@@ -23,29 +27,33 @@ from aiomigrate.text import nearest
 
 
 async def prune(environment: Environment, *, older_than_s: float) -> tuple[Kept, ...]:
-    """Deletes savepoints that were kept of destructive migrations. Takes the lease.
+    """Deletes savepoints of destructive migrations. Takes the lease if there are any.
+
+    A crash leaves the remaining savepoints for the next call.
 
     Args:
-        environment: What the manager works with.
-        older_than_s: Only those of migrations applied that many seconds ago, or more.
+        environment: The manager's database, options, clocks and logger.
+        older_than_s: Minimum number of seconds since the migration was applied.
 
     Returns:
-        What was deleted.
+        The deleted savepoints; empty if there were none.
 
     Raises:
-        AiomigrateError: The run could not begin or go on.
+        LedgerError: The metadata tables are unreadable or inconsistent.
+        LeaseError: The lease could not be acquired, or was lost.
+        StoreError: A LanceDB call failed.
     """
     database = environment.database
     scripts = await database.scripts()
     store = await database.open()
     if store is None:
         return ()
-    run_id, log = environment.named_run()
+    run_id, log = environment.new_run()
     ledger = database.ledger(store, log)
     reader = SnapshotReader(store, ledger, scripts, on_ahead=environment.options.on_ahead, log=log)
     if not kept_savepoints((await reader.read()).journal):
         return ()
-    session = Session(environment.run(store, ledger, scripts, run_id=run_id, log=log))
+    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
     job = PruneJob(session, LedgerView(reader), older_than_s)
     await session.hold(job)
     return job.pruned
@@ -55,7 +63,7 @@ class PruneJob(Job):
     """Deletes savepoints that were kept long enough.
 
     Attributes:
-        pruned: What was deleted.
+        pruned: The deleted savepoints; empty before.
     """
 
     doing = "pruning"
@@ -66,7 +74,7 @@ class PruneJob(Job):
         Args:
             session: Takes the lease.
             view: Reads and decides.
-            older_than_s: Seconds since the migration was applied, at least.
+            older_than_s: Minimum number of seconds since the migration was applied.
         """
         self._session = session
         self._view = view
@@ -74,7 +82,7 @@ class PruneJob(Job):
         self.pruned: tuple[Kept, ...] = ()
 
     async def work(self, writer: Writer, lease: Lease) -> None:
-        """Deletes them, and records that."""
+        """Deletes the savepoints, and records that."""
         snapshot = await self._session.take_over(writer, lease, self._view)
         workspace = self._session.workspace(writer)
         self.pruned = await prune_savepoints(
@@ -85,25 +93,32 @@ class PruneJob(Job):
 async def prune_savepoints(
     run: Run, snapshot: Snapshot, workspace: Workspace, *, older_than_s: float
 ) -> tuple[Kept, ...]:
-    """Deletes savepoints that are older, or whose migration was contracted. Needs the lease.
+    """Deletes savepoints that are old enough or no longer needed. Needs the lease.
+
+    A savepoint is no longer needed once a migration with a matching `contracts` is applied. A crash
+    between deleting and recording leaves entries that the next call deletes and records again.
 
     Args:
         run: The context of the run.
-        snapshot: What was read under the lease.
+        snapshot: The snapshot taken under the lease.
         workspace: Deletes branches, and records that.
-        older_than_s: Seconds since the migration was applied, at least.
+        older_than_s: Minimum number of seconds since the migration was applied.
 
     Returns:
-        What was deleted.
+        The deleted savepoints; empty if there were none.
+
+    Raises:
+        LeaseLostError: Another process has the lease.
+        StoreError: A LanceDB call failed.
     """
     oldest = run.clock.wall() - dt.timedelta(seconds=older_than_s)
     current = {line: state.current for line, state in snapshot.decided.lines.items()}
-    found = kept_savepoints(snapshot.journal)
-    ended = contracted(found, run.scripts, current)
-    old = tuple(kept for kept in found if kept.at <= oldest or kept in ended)
-    for kept in old:
+    savepoints = kept_savepoints(snapshot.journal)
+    unneeded = contracted(savepoints, run.scripts, current)
+    pruned = tuple(kept for kept in savepoints if kept.at <= oldest or kept in unneeded)
+    for kept in pruned:
         await workspace.applier.clean([], {kept.table: kept.branch})
-    if old:
+    if pruned:
         events = [
             new_event(
                 Kind.PRUNED,
@@ -112,45 +127,51 @@ async def prune_savepoints(
                 version=kept.key[1],
                 detail={"pruned": {kept.table: kept.branch}},
             )
-            for kept in old
+            for kept in pruned
         ]
         await workspace.writer.record(*events)
-        run.log.info(ev.SAVEPOINTS_PRUNED, savepoints=len(old))
-    return old
+        run.log.info(ev.SAVEPOINTS_PRUNED, savepoints=len(pruned))
+    return pruned
 
 
 async def stamp(
     environment: Environment, *, tables: Collection[str] | None, to: Target
 ) -> Mapping[str, int]:
-    """Records lines at versions without running anything. Takes the lease.
+    """Records versions of lines without running migrations. Takes the lease.
+
+    The journal is written first, then the head, so that the next run repairs the head after a
+    crash.
 
     Args:
-        environment: What the manager works with.
-        tables: Lines to stamp; all by default.
-        to: The newest scripts (`None`), at most a version, or line by line (0 forgets).
+        environment: The manager's database, options, clocks and logger.
+        tables: Lines to stamp; all if `None`.
+        to: `None` for the newest scripts, a maximum version, or a version by line (0 for none).
 
     Returns:
-        The version recorded, by line; empty when there are no scripts.
+        The recorded version by line; empty if there are no scripts.
 
     Raises:
-        TargetError: A line has no scripts, or the version is above them.
-        AiomigrateError: The run could not begin or go on.
+        TargetError: A line has no scripts, or a version is above its newest script.
+        BackgroundBusyError: Background work is using a line.
+        LedgerError: The metadata tables are unreadable or inconsistent.
+        LeaseError: The lease could not be acquired, or was lost.
+        StoreError: A LanceDB call failed.
     """
     database = environment.database
     scripts = await database.scripts()
     versions = versions_to_stamp(scripts, tables, to)
     if not versions:
         return versions
-    run_id, log = environment.named_run()
+    run_id, log = environment.new_run()
     store = await database.connect()
     ledger = database.ledger(store, log)
-    session = Session(environment.run(store, ledger, scripts, run_id=run_id, log=log))
+    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
     await session.hold(StampJob(session, UncheckedView(ledger, scripts), versions))
     return versions
 
 
 class StampJob(Job):
-    """Records lines at versions, and ends what was interrupted there."""
+    """Records versions of lines, and ends their interrupted migrations."""
 
     doing = "stamping"
 
@@ -159,7 +180,7 @@ class StampJob(Job):
 
         Args:
             session: Takes the lease.
-            view: Reads.
+            view: Reads head and journal.
             versions: The version to record, by line.
         """
         self._session = session
@@ -196,12 +217,12 @@ class StampJob(Job):
         await writer.record(*events)
         await run.ledger.own_rows(rows)
         for line, version in versions.items():
-            left = snapshot.journal.of(line).unfinished
-            if left is not None:
-                # Going on below it, its witnesses tell the next run which updates are done.
-                is_below = version < (left.started.version or 0)
-                branches = left.started.detail.get("branches", {})
-                names = [] if is_below else list(left.savepoints)
+            unfinished = snapshot.journal.of(line).unfinished
+            if unfinished is not None:
+                # If it will run again, its witness columns show which updates have been made.
+                is_below = version < (unfinished.started.version or 0)
+                branches = unfinished.started.detail.get("branches", {})
+                names = [] if is_below else list(unfinished.savepoints)
                 await workspace.cleanup.clean(line, version, names, branches)
             workspace.cleanup.lift(line, version)
 
@@ -213,19 +234,24 @@ def versions_to_stamp(
 
     Args:
         scripts: All migrations.
-        tables: Lines to stamp; all by default.
+        tables: Lines to stamp; all if `None`.
         to: As for `stamp`.
 
+    Returns:
+        The version by line; empty if there are no scripts.
+
     Raises:
-        TargetError: A line has no scripts, or the version is above them.
+        TargetError: A line has no scripts, or a version is above its newest script.
     """
     for wanted in to.values() if isinstance(to, Mapping) else () if to is None else (to,):
         if type(wanted) is not int or wanted < 0:
-            raise TargetError(f"{wanted!r} is no version to stamp.", "Use 0 or more.")
+            raise TargetError(
+                f"{wanted!r} is not a valid version to stamp.", "Use an integer of 0 or more."
+            )
     known = scripts.line_names()
-    asked = tables if tables is not None else (to.keys() if isinstance(to, Mapping) else known)
+    lines = tables if tables is not None else (to.keys() if isinstance(to, Mapping) else known)
     result = {}
-    for line in asked:
+    for line in lines:
         if line not in known:
             raise TargetError(
                 f"There is no migration of {line!r}.",
@@ -234,14 +260,40 @@ def versions_to_stamp(
             )
         exact = to[line] if isinstance(to, Mapping) and line in to else None
         if exact is None and isinstance(to, int) and tables is not None:
-            exact = to  # a line was named: exactly there
+            exact = to  # for lines given by name it is not a maximum
         version = scripts.target(line, to) if exact is None else exact
         if not isinstance(version, int) or not 0 <= version <= scripts.latest(line):
             raise TargetError(
                 f"{line!r} cannot be stamped at {version!r}: its newest script is "
                 f"{scripts.latest(line)}.",
-                "Choose 0 to that.",
+                f"Choose a version from 0 to {scripts.latest(line)}.",
                 line=line,
             )
         result[line] = version
     return result
+
+
+async def unlock(environment: Environment, *, background: bool) -> Holder | None:
+    """Removes the holder of a lease after watching it for its TTL without a renewal.
+
+    Args:
+        environment: The manager's database, options, clocks and logger.
+        background: Whether to free the background lease instead of the run lease.
+
+    Returns:
+        The removed holder; `None` if the lease was free or there is no database.
+
+    Raises:
+        LeaseHeldError: The holder renewed the lease: it is alive.
+        LedgerError: The head is unreadable.
+        StoreError: A LanceDB call failed.
+    """
+    database = environment.database
+    store = await database.open()
+    if store is None:
+        return None
+    ledger = database.ledger(store, environment.log)
+    key = BACKGROUND_LEASE if background else RUN_LEASE
+    return await unlock_lease(
+        ledger, options=environment.options.lease, clock=environment.clock, key=key
+    )

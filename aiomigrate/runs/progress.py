@@ -1,4 +1,8 @@
-"""How far a run is: what callbacks and streams are given, and what the lease row shows of it."""
+"""The progress of a run: for the callback, for streams, and for the lease row.
+
+The manager owns the `ProgressStreams`; each `runs.session` has a `ProgressBoard`, which migrations
+report to. The progress shown in a terminal is in `cli.progress`.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far one migration is: what an `on_progress` callback is given.
+    """The progress of one migration: the argument of an `on_progress` callback.
 
     Attributes:
         line: Its line.
         version: Its version.
         description: Its description.
         state: `waiting`, `running`, or an outcome.
-        doing: What it is doing now.
-        done: How much is done, in what `total` counts.
-        total: How much there is, `None` if unknown.
+        doing: The current operation, as text.
+        done: Units of work done, e.g. rows or operations.
+        total: Total units of work, `None` if unknown.
     """
 
     line: str
@@ -44,18 +48,22 @@ class ProgressStreams:
     """Passes the progress of a manager's runs to its callback and its streams."""
 
     def __init__(self, callback: Callable[[Progress], None] | None) -> None:
-        """Has no stream yet.
+        """Creates no stream yet.
 
         Args:
-            callback: Called with each `Progress`, if given.
+            callback: Called with each `Progress`; `None` for no callback.
         """
         self._callback = callback
         self._streams: set[MemoryObjectSendStream[Progress]] = set()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[MemoryObjectReceiveStream[Progress]]:
-        """Opens a stream, which is closed at the end. A full stream drops the newest values."""
-        send, receive = anyio.create_memory_object_stream[Progress](_KEPT)
+        """Opens a stream and closes it on exit. A full stream drops new values.
+
+        Yields:
+            The receiving end.
+        """
+        send, receive = anyio.create_memory_object_stream[Progress](_STREAM_CAPACITY)
         self._streams.add(send)
         try:
             with receive:
@@ -65,10 +73,10 @@ class ProgressStreams:
             send.close()
 
     def publish(self, progress: Progress) -> None:
-        """Sends to every stream and calls the callback.
+        """Sends a value to every stream, then calls the callback.
 
         Raises:
-            Exception: What the callback raised.
+            Exception: The callback raised it.
         """
         for stream in self._streams:
             with contextlib.suppress(anyio.WouldBlock, anyio.BrokenResourceError):
@@ -82,17 +90,17 @@ class ProgressStreams:
             stream.close()
 
 
-_KEPT = 1000
+_STREAM_CAPACITY = 1000
 
 
 class ProgressBoard:
-    """What the migrations of one run are doing now."""
+    """The current progress of the migrations of one run."""
 
     def __init__(self, on_progress: Callable[[Progress], None] | None, *, log: Any) -> None:
-        """Shows nothing yet.
+        """Starts empty.
 
         Args:
-            on_progress: Called with each change. What it raises is logged once and ignored.
+            on_progress: Called with each change. Its first exception is logged; all are ignored.
             log: Bound logger.
         """
         self._on_progress = on_progress
@@ -103,16 +111,23 @@ class ProgressBoard:
 
     @property
     def phase(self) -> str:
-        """The first three of the running migrations, in words."""
+        """The first three running migrations, as text; empty if none is running."""
         return "; ".join(list(self._running.values())[:3])
 
     @property
     def steps(self) -> list[StepProgress]:
-        """How far each running migration is."""
+        """The progress of each running migration."""
         return list(self._steps.values())
 
     def running(self, script: Script, doing: str, done: int, total: int | None) -> None:
-        """Shows what a migration is doing."""
+        """Records and publishes the progress of a running migration.
+
+        Args:
+            script: The migration.
+            doing: The current operation, as text.
+            done: Units of work done.
+            total: Total units of work, `None` if unknown.
+        """
         self._running[script.line] = f"{script}: {doing}"
         self._steps[script.line] = StepProgress(
             line=script.line, version=script.version, doing=doing, done=done, total=total
@@ -120,11 +135,11 @@ class ProgressBoard:
         self._publish(script, "running", doing, done, total)
 
     def waiting(self, script: Script) -> None:
-        """Shows that a migration waits for its turn."""
+        """Publishes that a migration is waiting to start."""
         self._publish(script, "waiting")
 
     def ended(self, script: Script, outcome: str) -> None:
-        """Shows that a migration has ended."""
+        """Removes a migration from the board and publishes its outcome."""
         self._running.pop(script.line, None)
         self._steps.pop(script.line, None)
         self._publish(script, outcome)
@@ -145,7 +160,7 @@ class ProgressBoard:
         )
         try:
             self._on_progress(progress)
-        except Exception as exc:  # noqa: BLE001 - a callback decides nothing
+        except Exception as exc:  # noqa: BLE001 - a callback must not stop a run
             if not self._progress_failed:
                 self._log.warning(ev.PROGRESS_FAILED, error=repr(exc))
             self._progress_failed = True

@@ -1,6 +1,8 @@
-"""One run under one lease: take it, fence older holders, do a job, give it back.
+"""One run under one lease: take the lease, fence older holders, do a job, give the lease back.
 
-What the job does is for `upgrade`, `downgrade` and `maintenance`.
+The entry points in `runs.upgrade`, `runs.downgrade` and `runs.maintenance` create a `Session` and
+give it a `Job`; the job calls `take_over` first. How a lease is taken and renewed is for
+`ledger.lease` and `ledger.writer`; which migrations a job runs is for the job.
 """
 
 from __future__ import annotations
@@ -37,21 +39,26 @@ class Job:
     """Work that needs the lease.
 
     Attributes:
-        doing: What the lease row shows of it, before a migration runs.
+        doing: The text that the lease row shows while no migration is running.
     """
 
     doing = ""
 
     async def is_done(self, head: Head) -> bool:
-        """Returns whether another process has done it while this one waited for the lease."""
+        """Returns whether another process did the job while this one waited for the lease."""
         return False
 
     def first_rows(self, lease: Lease) -> Iterable[HeadRow]:
-        """Returns the lines' rows to make together with the lease's, where that is made."""
+        """Returns the head rows to create together with the lease's row, if that is created."""
         return ()
 
     async def work(self, writer: Writer, lease: Lease) -> None:
-        """Does it; when the lease is lost it is cancelled."""
+        """Does the job. Cancelled if the lease is lost.
+
+        Args:
+            writer: Writes the journal and the head.
+            lease: The lease.
+        """
         raise NotImplementedError
 
 
@@ -60,53 +67,71 @@ class Session:
 
     Attributes:
         run: The context of the run.
-        board: What its migrations are doing.
-        lease_s: Seconds that the last lease was waited for.
+        board: The progress of its migrations.
+        start: Monotonic time when the session was created.
+        lease_s: Seconds it took to acquire the run lease the last time; 0 before.
     """
 
     def __init__(self, run: Run) -> None:
-        """Holds no lease; nothing is read or written yet."""
+        """Takes no lease. Reads and writes nothing yet.
+
+        Args:
+            run: The context of the run.
+        """
         self.run = run
         self.board = ProgressBoard(run.options.on_progress, log=run.log)
-        self.begun_at = run.clock.monotonic()
+        self.start = run.clock.monotonic()
         self.lease_s = 0.0
         self._since = run.clock.wall().isoformat(timespec="seconds")
 
     async def hold(self, job: Job) -> bool:
-        """Takes the lease, does a job under it, and gives it back.
+        """Takes the run lease, does a job under it, and gives the lease back.
+
+        A cancellation gives the lease back too. A crash leaves it; other processes take it after
+        its TTL.
+
+        Args:
+            job: The job.
 
         Returns:
-            Whether the job was done here.
+            Whether this process did the job; `False` if another one did it meanwhile.
 
         Raises:
-            LeaseError: The lease could not be had or kept.
+            LeaseError: The lease could not be acquired, or was lost.
             LedgerError: The metadata tables cannot be read or written.
+            AiomigrateError: The job failed.
         """
         return await self.in_own_task(lambda: self.hold_here(job))
 
     async def in_own_task(self, work: Callable[[], Awaitable[bool]]) -> bool:
-        """Does what holds a lease in a task of its own, and returns what it returned.
+        """Runs a function that holds a lease in a task of its own.
 
-        A task's native cancellation, which passes through shields, then ends here and reaches
-        what holds the lease as a cancelled scope.
+        A native cancellation of the calling task passes through shields. It ends here, and
+        reaches the function as the cancellation of a scope.
+
+        Args:
+            work: The function.
+
+        Returns:
+            The function's result.
         """
-        worked: list[bool] = []
+        results: list[bool] = []
 
-        async def held() -> None:
-            worked.append(await work())
+        async def work_in_task() -> None:
+            results.append(await work())
 
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(held)
+                group.start_soon(work_in_task)
         except BaseExceptionGroup as failures:
             raise sole_error(failures) from None
-        return worked[0]
+        return results[0]
 
     async def hold_here(self, job: Job) -> bool:
-        """As `hold`, in the task of the caller."""
+        """Does the same as `hold`, in the task of the caller."""
         run = self.run
-        begun = run.clock.monotonic()
-        run.store.abandoned.clear()  # of an earlier run: its lease has to expire first
+        start = run.clock.monotonic()
+        run.store.abandoned.clear()  # from an earlier run, whose lease has to expire first
         with run.options.telemetry.span(LEASE, {"db.operation.name": job.doing}):
             lease = await acquire(
                 run.ledger,
@@ -118,7 +143,7 @@ class Session:
                 is_done=job.is_done,
                 line_rows=job.first_rows,
             )
-        self.lease_s = run.clock.monotonic() - begun
+        self.lease_s = run.clock.monotonic() - start
         if lease is None:
             return False
         run.log.info(ev.LEASE_ACQUIRED, epoch=lease.epoch, waited_s=round(self.lease_s, 4))
@@ -126,7 +151,18 @@ class Session:
         return True
 
     async def work_under(self, lease: Lease, job: Job) -> None:
-        """Does a job under a lease that was taken, and gives the lease back."""
+        """Does a job under a lease that was taken, compacts the ledger, and gives the lease back.
+
+        The lease is left to expire if a cancelled mutation may still commit.
+
+        Args:
+            lease: The lease.
+            job: The job.
+
+        Raises:
+            LeaseLostError: Another process has taken the lease.
+            AiomigrateError: The job failed, or the ledger could not be written.
+        """
         run = self.run
         writer = Writer(
             run.ledger,
@@ -152,7 +188,11 @@ class Session:
             raise writer.error
 
     def phase(self, doing: str) -> str:
-        """Returns what the lease row shows of this run."""
+        """Returns the text of the lease row about this run.
+
+        Args:
+            doing: What to show if no migration is running.
+        """
         return phase_text(
             self.run.run_id,
             self._since,
@@ -162,17 +202,25 @@ class Session:
         )
 
     async def take_over(self, writer: Writer, lease: Lease, view: View) -> Snapshot:
-        """Fences every older holder, then reads and decides again.
+        """Fences every older holder of the lease, then reads and decides again.
+
+        Afterwards, older holders can write neither the head nor an event that counts.
+
+        Args:
+            writer: Writes the journal.
+            lease: The lease.
+            view: What to read.
 
         Raises:
-            AiomigrateError: What was read forbids running.
+            LeaseLostError: Another process has taken the lease.
+            AiomigrateError: The view found a problem, because of which the run may not go on.
         """
         ledger = self.run.ledger
-        # Read under the lease, but for the background's: its lines were handed to it afterwards.
+        # The head was read when the lease was taken. The background lease got its lines after that.
         head = None if lease.key == BACKGROUND_LEASE else lease.head
         if is_unfenced(lease.head, lease.key, lease.epoch):
             await ledger.take_rows(lease.key, lease.epoch, lease.owner)
-            head = None  # an older holder may have written up to then
+            head = None  # an older holder may have written until now
         events = await ledger.read_journal()
         seen = {str(epoch): seq for epoch, seq in seen_epochs(events, lease.key).items()}
         opened = new_event(
@@ -181,17 +229,17 @@ class Session:
             waited_s=self.lease_s,
             detail={"seen": seen},
         )
-        # Later events of older epochs do not count: they were not seen. Where nobody is left who
-        # could write them (the last holder shut out those before it, and is done), it is durable
-        # early enough with the first event that needs to be.
+        # Events of older epochs that are not in `seen` do not count. If no holder is left that
+        # could write one (the last holder fenced those before it, and gave the lease back), this
+        # event may become durable with the first event that has to.
         if not seen or str(lease.returned) in seen:
             writer.record_later(opened)
         else:
             await writer.record(opened)
-        return await view.look(head, events)
+        return await view.read(head, events)
 
     def workspace(self, writer: Writer) -> Workspace:
-        """Returns what migrations are executed with under the lease of a writer."""
+        """Returns the collaborators that execute migrations under the lease of a writer."""
         run = self.run
         return Workspace.under(
             writer,
@@ -205,7 +253,7 @@ class Session:
         )
 
     def executor(self, workspace: Workspace) -> Executor:
-        """Returns what runs migrations in a workspace."""
+        """Returns an executor, which applies migrations in a workspace."""
         options = self.run.options
         return Executor(
             workspace,
@@ -215,5 +263,5 @@ class Session:
         )
 
     def reverser(self, workspace: Workspace) -> Reverser:
-        """Returns what undoes migrations in a workspace."""
+        """Returns a reverser, which undoes migrations in a workspace."""
         return Reverser(workspace)

@@ -1,6 +1,7 @@
-"""The ledger before the first migration, and the report after the last one.
+"""The two ends of a run: the ledger before the first migration, the report after the last one.
 
-Before: the head follows the journal, line by line. After: what the run returns or raises.
+A job calls `settle` right after it has the lease and a snapshot; the entry points build the report,
+or the error, when the job has ended. What happens between is for `runs.scheduler`.
 """
 
 from __future__ import annotations
@@ -34,17 +35,33 @@ from aiomigrate.text import error_line
 
 @dataclass(frozen=True, slots=True)
 class RowsToOwn:
-    """Head rows that are not ours yet. Owning them need not come before the first migrations."""
+    """Head rows that this lease has to create or take over, beside the first migrations.
+
+    Attributes:
+        ledger: The metadata tables.
+        writer: Writes the journal.
+        rows: The rows, with the epoch and owner of the lease.
+        adoptions_durable: Set once the adoptions of these lines are durable in the journal; `None`
+            if there are none.
+    """
 
     ledger: Ledger
     writer: Writer
     rows: Sequence[HeadRow]
-    adopted: anyio.Event | None
+    adoptions_durable: anyio.Event | None
 
     async def own(self) -> None:
-        """Makes the rows ours, once the journal has what the head is about to say."""
-        if self.adopted is not None:
-            await self.writer.wait_durable(self.adopted)
+        """Writes the rows, after the journal has the versions that they record.
+
+        Does nothing if there are no rows. A crash before leaves the head behind the journal; the
+        next run repairs it.
+
+        Raises:
+            LeaseLostError: Another process has the lease.
+            StoreError: A LanceDB call failed.
+        """
+        if self.adoptions_durable is not None:
+            await self.writer.wait_durable(self.adoptions_durable)
         await self.ledger.own_rows(self.rows)
 
 
@@ -56,45 +73,52 @@ async def settle(
     *,
     only: Collection[str] | None = None,
 ) -> RowsToOwn:
-    """Lets the head follow the journal, line by line. Needs the lease.
+    """Brings the head in line with the journal, line by line. Needs the lease.
+
+    Records adoptions of lines that another system wrote, cleans up after interrupted migrations,
+    and schedules updates of head rows. Does nothing for lines whose head row is right.
 
     Args:
         run: The context of the run.
-        snapshot: What was read under the lease.
+        snapshot: The snapshot taken under the lease.
         lease: The lease.
-        workspace: Writes, and cleans up after interrupted migrations.
-        only: The lines; by default all but those that work in the background has in hand.
+        workspace: Writes events, and cleans up.
+        only: The lines; by default all except those that background work is using.
 
     Returns:
-        The rows that are to become ours.
+        The rows that the lease has to create or take over.
+
+    Raises:
+        LeaseLostError: Another process has the lease.
+        StoreError: A LanceDB call failed.
     """
     pending = {step.script.line for step in snapshot.plan.steps}
-    owned: list[HeadRow] = []
-    adopted: list[Event] = []
-    lifted: list[LineState] = []
-    mine = {
+    rows: list[HeadRow] = []
+    adoptions: list[Event] = []
+    outdated: list[LineState] = []
+    lines = {
         line: state
         for line, state in snapshot.plan.lines.items()
         if (line not in snapshot.plan.busy if only is None else line in only)
     }
-    for line, state in mine.items():
-        merge = state.rows > 1
+    for line, state in lines.items():
+        has_duplicates = state.rows > 1
         if state.act is Act.ENROL and not (line in pending or state.current):
             continue
-        if state.act in (Act.ENROL, Act.ADOPT, Act.REOWN) or merge:
-            owned.append(head_row(run, lease, line, state.current))
+        if state.act in (Act.ENROL, Act.ADOPT, Act.REOWN) or has_duplicates:
+            rows.append(head_row(run, lease, line, state.current))
         if state.act in (Act.ADOPT, Act.REOWN, Act.LIFT):
-            lifted.append(state)
+            outdated.append(state)
         if state.act is Act.ADOPT:
-            adopted.append(await _adoption(run, state, workspace.tables))
+            adoptions.append(await _adoption(run, state, workspace.tables))
             run.log.info(ev.LEDGER_ADOPTED, table=line, version=state.current)
-    durable = workspace.writer.record_later(*adopted)
-    for state in mine.values():
-        if (left := pending_cleanup(state.history, snapshot.journal)) is not None:
-            await workspace.cleanup.clean_after(left)
-    for state in lifted:
+    durable = workspace.writer.record_later(*adoptions)
+    for state in lines.values():
+        if (ended := pending_cleanup(state.history, snapshot.journal)) is not None:
+            await workspace.cleanup.clean_after(ended)
+    for state in outdated:
         workspace.cleanup.lift(state.line, state.current)
-    return RowsToOwn(run.ledger, workspace.writer, owned, durable if adopted else None)
+    return RowsToOwn(run.ledger, workspace.writer, rows, durable if adoptions else None)
 
 
 def head_row(run: Run, lease: Lease, line: str, version: int) -> HeadRow:
@@ -104,6 +128,7 @@ def head_row(run: Run, lease: Lease, line: str, version: int) -> HeadRow:
 
 
 async def _adoption(run: Run, state: LineState, opened: OpenTables) -> Event:
+    """Returns the event that records the adoption of a line at its current version."""
     tables = [s.table for s in run.scripts.of(state.line) if s.table]
     return new_event(
         Kind.ADOPTED,
@@ -117,7 +142,15 @@ async def _adoption(run: Run, state: LineState, opened: OpenTables) -> Event:
 
 
 async def shapes_of(tables: Sequence[str], opened: OpenTables) -> dict[str, Any]:
-    """Returns version and shape of tables, as events record them; no shape where none is.
+    """Returns version and shape of tables by name, as events record them.
+
+    Args:
+        tables: Names of the tables.
+        opened: The open tables.
+
+    Returns:
+        By table, `before` and `after` (both the current table_version, 0 if the table does not
+        exist) and `shape` (`None` if the table does not exist).
 
     Raises:
         StoreError: A table exists but cannot be read.
@@ -131,58 +164,66 @@ async def shapes_of(tables: Sequence[str], opened: OpenTables) -> dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class BegunReport:
-    """A report whose run is under way.
+class ReportBuilder:
+    """Builds the report of a run when it has ended.
 
     Attributes:
-        report: What is known so far.
-        begun: Monotonic time when the run began.
+        report: The fields known at the start of the run.
+        start: Monotonic time of the start.
         clock: Clocks.
         scripts: All migrations, for the critical path.
     """
 
     report: Report
-    begun: float
+    start: float
     clock: Clock
     scripts: Scripts
 
-    def ended(self, **facts: Any) -> Report:
-        """Returns the report of the run, which has ended, with some fields set."""
-        if facts.get("steps"):
-            spans = spans_of(facts["steps"])
-            facts["critical"] = critical_path(spans, follows(self.scripts))
-            facts["concurrency"] = concurrency_of(spans)
-        return replace(self.report, total_s=self.clock.monotonic() - self.begun, **facts)
+    def build(self, **fields: Any) -> Report:
+        """Returns the report of the run.
+
+        Args:
+            **fields: Fields of `Report`. With `steps`, the critical path and the concurrency are
+                computed.
+        """
+        if fields.get("steps"):
+            spans = spans_of(fields["steps"])
+            fields["critical"] = critical_path(spans, dependencies_of(self.scripts))
+            fields["concurrency"] = concurrency_of(spans)
+        return replace(self.report, total_s=self.clock.monotonic() - self.start, **fields)
 
 
-def follows(scripts: Scripts) -> dict[Key, tuple[Key, ...]]:
-    """Returns what each migration follows besides its own line."""
+def dependencies_of(scripts: Scripts) -> dict[Key, tuple[Key, ...]]:
+    """Returns the migrations of other lines that each migration depends on."""
     return {script.key: tuple(script.depends_on.items()) for script in scripts.all}
 
 
 def current_versions(plan: Plan) -> dict[str, int]:
-    """Returns the version of each line, as the plan found it."""
+    """Returns the version of each line when the plan was made."""
     return {name: state.current for name, state in plan.lines.items()}
 
 
 def unsettled_lines(plan: Plan) -> tuple[Key, ...]:
-    """Returns what a dead holder of the background lease did and did not record in the head."""
+    """Returns lines, with their versions, whose head rows a crashed background run left outdated.
+
+    Empty if no background run crashed between the journal and the head.
+    """
     states = ((line, plan.lines[line]) for line in sorted(plan.busy) if line in plan.lines)
     return tuple((line, state.current) for line, state in states if state.needs_lease)
 
 
-def failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFailedError:
+def run_failure(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFailedError:
     """Logs that a run failed, and returns the error to raise.
 
     Args:
-        report: The run.
+        report: The report of the run, in which at least one step was not applied.
         log: Bound logger.
-        elsewhere: Whether it failed in another process.
+        elsewhere: Whether the migration failed in another process.
     """
-    bad = [step for step in report.steps if step.outcome is not Outcome.APPLIED]
-    step = next(iter(report.failed), bad[0])
-    others = len(report.failed) - 1
-    more = f" ({others} more failed)" if others > 0 else ""
+    not_applied = [step for step in report.steps if step.outcome is not Outcome.APPLIED]
+    step = next(iter(report.failed), not_applied[0])
+    more_failed = len(report.failed) - 1
+    more = f" ({more_failed} more failed)" if more_failed > 0 else ""
     where = " in another process" if elsewhere else ""
     log.error(
         ev.RUN_FAILED,
@@ -195,7 +236,7 @@ def failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFai
         f"Migration {step.line} {step.version} failed{where}: "
         f"{error_line(step.error).rstrip('.')}{more}. "
         f"{len(report.applied)} applied, {len(report.skipped)} skipped.",
-        step.remedy or "Correct the migration and run again; what was applied stays.",
+        step.remedy or "Correct the migration and run again. Applied migrations stay applied.",
         report=report,
         line=step.line,
         version=step.version,
@@ -203,10 +244,10 @@ def failed(report: Report, log: Any, *, elsewhere: bool = False) -> MigrationFai
 
 
 def behind_targets(report: Report, targets: Mapping[str, int], scripts: Scripts) -> tuple[str, ...]:
-    """Returns the lines that did not arrive at their target, one sentence each. Pure.
+    """Returns one sentence for each line that did not reach its target. Pure.
 
     Args:
-        report: The run that was to bring them there; what it deferred is not behind.
+        report: The report of an upgrade. Migrations that it deferred do not count.
         targets: The newest version of each line.
         scripts: All migrations.
     """

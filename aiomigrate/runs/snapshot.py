@@ -1,7 +1,8 @@
-"""Reads a database, decides and plans from what was read, and checks a plan. Writes nothing.
+"""Reads a database and decides what each line needs. Writes nothing.
 
-`Snapshot` is what was read and decided. The views say what a run reads again once it has the
-lease: each has a method `look`, which takes what is known already.
+A run reads twice: first without the lease, to find out whether there is anything to do, then under
+the lease (`runs.session.Session.take_over`). A `View` is what it reads both times, and a `Snapshot`
+the result. `inspection` uses the same readers. Decisions themselves are pure and in `planning`.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from aiomigrate.store.table import Opened, index_config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What was read of a database, and decided from it.
+    """The metadata tables as they were read, and the decisions based on them.
 
     Attributes:
         head: The head.
         events: All journal events.
-        journal: Their fold.
+        journal: The folded events.
         decided: The state of every line.
-        plan: What is to run.
-        busy: What work in the background has in hand.
+        plan: The migrations to run; empty if the view plans nothing.
+        busy: The lines and tables that background work is using.
     """
 
     head: Head
@@ -58,11 +59,11 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class AtTarget:
-    """That a start has nothing to do, as the head alone proves it.
+    """A database whose head alone proves that startup has nothing to do.
 
     Attributes:
         lines: The version of each line.
-        deferred: What is left for the background.
+        deferred: Background migrations that are pending, as line and version.
     """
 
     lines: dict[str, int]
@@ -75,20 +76,20 @@ async def read_head_fast(
     targets: Mapping[str, int],
     digests: Mapping[str, str],
 ) -> tuple[Head, AtTarget | None]:
-    """Reads the head, once.
+    """Reads the head once, and parses it only if necessary.
 
     Args:
-        ledger: The metadata tables, `None` where there is no database.
+        ledger: The metadata tables, `None` if there is no database.
         scripts: All migrations.
         targets: The newest version of each line.
-        digests: The chain digest of each line there.
+        digests: The chain digest of each line at that version.
 
     Returns:
-        The head (empty where it was not parsed), and, if it alone proves that a start has nothing
-        to do, what it says.
+        The head, empty if it was not parsed or does not exist; and an `AtTarget` if the head alone
+        proves that startup has nothing to do, else `None`.
 
     Raises:
-        LedgerError: The head cannot be trusted.
+        LedgerError: The head is unreadable or inconsistent.
     """
     if ledger is None:
         return Head(), None
@@ -99,23 +100,26 @@ async def read_head_fast(
     if lines is not None:
         return Head(), AtTarget(lines)
     head = parse_head(content, ledger.head_name)
-    left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
-    if not left:
+    deferred = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
+    if not deferred:
         return head, None
-    return head, AtTarget({row.name: row.version for row in head.rows}, tuple(sorted(left)))
+    return head, AtTarget({row.name: row.version for row in head.rows}, tuple(sorted(deferred)))
 
 
 async def read_folded(ledger: Ledger) -> Journal:
     """Reads the journal and folds it, in a thread: a long one would block the event loop.
 
+    Returns:
+        The folded journal; empty if there is no journal.
+
     Raises:
-        LedgerError: The journal cannot be trusted.
+        LedgerError: The journal is unreadable or inconsistent.
     """
     return await anyio.to_thread.run_sync(fold, await ledger.read_journal())
 
 
 class SnapshotReader:
-    """Reads one database, as often as it is asked."""
+    """Reads the metadata of one database and decides the state of its lines."""
 
     def __init__(
         self,
@@ -129,10 +133,10 @@ class SnapshotReader:
         """Reads nothing yet.
 
         Args:
-            store: The database, `None` where there is none.
-            ledger: Its metadata tables, `None` where there is no database.
+            store: The database, `None` if there is none.
+            ledger: Its metadata tables, `None` if there is no database.
             scripts: All migrations.
-            on_ahead: Whether a database newer than the code is an error.
+            on_ahead: Whether a database that is newer than the scripts is an error.
             log: Bound logger.
         """
         self.store = store
@@ -144,22 +148,31 @@ class SnapshotReader:
     async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """Reads head and journal, where they are not given, and decides the state of every line.
+        """Reads head and journal unless they are given, and decides the state of every line.
+
+        Reads both again, up to three times in all, if they contradict each other.
+
+        Args:
+            head: The head, if it has been read.
+            events: All journal events, if they have been read.
+
+        Returns:
+            A snapshot with an empty plan.
 
         Raises:
-            AiomigrateError: What forbids running.
+            AiomigrateError: The first problem because of which no migration may run.
         """
-        for attempt in range(_LOOKS):
+        for attempt in range(_READ_ATTEMPTS):
             if self.ledger is not None:
                 head = head or await self.ledger.read_head()
                 events = await self.ledger.read_journal() if events is None else events
             events = events or ()
             journal = await anyio.to_thread.run_sync(fold, events)
             decided = await self.decide(head or Head(), journal)
-            crossed = any(isinstance(p, LedgerConflictError) for p in decided.problems)
-            if not crossed or attempt == _LOOKS - 1:
+            is_torn = any(isinstance(p, LedgerConflictError) for p in decided.problems)
+            if not is_torn or attempt == _READ_ATTEMPTS - 1:
                 break
-            # Read while another process went back from one to the other: look again.
+            # Another process may have rolled back between the two reads: read both again.
             head = events = None
             await anyio.sleep(0.05)
         events = events or ()
@@ -189,25 +202,39 @@ class SnapshotReader:
         head: Head | None = None,
         events: Sequence[Event] | None = None,
     ) -> Snapshot:
-        """Reads head and journal, decides, and plans an upgrade.
+        """Reads head and journal unless they are given, decides, and plans an upgrade.
+
+        Args:
+            tables: Lines to upgrade; all if `None`.
+            to: `None` for the newest scripts, a maximum version, or a version by line.
+            head: The head, if it has been read.
+            events: All journal events, if they have been read.
 
         Raises:
-            AiomigrateError: What forbids running.
+            AiomigrateError: The first problem because of which no migration may run.
         """
-        seen = await self.read(head, events)
+        snapshot = await self.read(head, events)
         existing: set[str] = set()
         if self.scripts.has_background and self.store is not None:
-            current = {line: state.current for line, state in seen.decided.lines.items()}
+            current = {line: state.current for line, state in snapshot.decided.lines.items()}
             existing = known_tables(self.scripts, current) | set(await self.store.table_names())
         build = functools.partial(
-            build_plan, seen.decided, self.scripts, tables=tables, to=to, existing=existing,
-            busy=seen.busy,
+            build_plan, snapshot.decided, self.scripts, tables=tables, to=to, existing=existing,
+            busy=snapshot.busy,
         )  # fmt: skip
-        # In a thread: for thousands of migrations it takes longer than a server may be silent.
-        return replace(seen, plan=await anyio.to_thread.run_sync(build))
+        # In a thread: planning thousands of migrations would block the event loop.
+        return replace(snapshot, plan=await anyio.to_thread.run_sync(build))
 
     async def decide(self, head: Head, journal: Journal) -> Reconciled:
-        """Decides the state of every line, and looks at the tables of lines in dispute."""
+        """Decides the state of every line. Reads the tables of disputed lines.
+
+        Args:
+            head: The head.
+            journal: The folded journal.
+
+        Raises:
+            StoreError: A table exists but cannot be read.
+        """
         mismatched = {}
         if self.store is not None:
             for line in disputed(head.rows, journal, self.scripts):
@@ -233,44 +260,55 @@ class SnapshotReader:
 
 
 def _busy(head: Head, decided: Reconciled, scripts: Scripts) -> Busy:
+    """Returns the lines and tables that background work is using."""
     holder = holder_of(head, BACKGROUND_LEASE)
     return busy_with(head.rows, decided, scripts, holder=None if holder is None else str(holder))
 
 
 class View(Protocol):
-    """What a run reads once it has the lease."""
+    """What a run reads, without the lease and again under it."""
 
-    async def look(
+    async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """Reads head and journal unless they are given; decides; raises what forbids it."""
+        """Reads head and journal unless they are given, and decides.
+
+        Raises:
+            AiomigrateError: The first problem because of which the run may not go on.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerView:
-    """The state of every line, without a plan."""
+    """The state of every line, without a plan: for pruning."""
 
     reader: SnapshotReader
 
-    async def look(
+    async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """As `SnapshotReader.read`."""
+        """Calls `SnapshotReader.read`."""
         return await self.reader.read(head, events)
 
 
 @dataclass(frozen=True, slots=True)
 class UpgradeView:
-    """The state of every line, and the plan of an upgrade."""
+    """The state of every line, and the plan of an upgrade.
+
+    Attributes:
+        reader: Reads the database.
+        tables: Lines to upgrade; all if `None`.
+        to: `None` for the newest scripts, a maximum version, or a version by line.
+    """
 
     reader: SnapshotReader
     tables: Collection[str] | None
     to: Target
 
-    async def look(
+    async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """As `SnapshotReader.read_planned`."""
+        """Calls `SnapshotReader.read_planned`."""
         return await self.reader.read_planned(
             tables=self.tables, to=self.to, head=head, events=events
         )
@@ -278,15 +316,20 @@ class UpgradeView:
 
 @dataclass(frozen=True, slots=True)
 class UncheckedView:
-    """Head and journal as they are, whatever the scripts say of them: for stamping."""
+    """Head and journal, not compared with the scripts: for stamping.
+
+    Attributes:
+        ledger: The metadata tables.
+        scripts: All migrations.
+    """
 
     ledger: Ledger
     scripts: Scripts
 
-    async def look(
+    async def read(
         self, head: Head | None = None, events: Sequence[Event] | None = None
     ) -> Snapshot:
-        """Reads head and journal unless they are given; decides nothing."""
+        """Reads head and journal unless they are given. Decides nothing."""
         events = await self.ledger.read_journal() if events is None else events
         nothing = Reconciled(lines={}, problems=())
         head = head or await self.ledger.read_head()
@@ -300,30 +343,36 @@ class UncheckedView:
         )
 
 
-_LOOKS = 3
+_READ_ATTEMPTS = 3
 
 
-async def checked(
+async def check_plan(
     store: Store | None, plan: Plan, *, on_destructive: OnDestructive
 ) -> tuple[Plan, Mapping[str, Opened | None]]:
-    """Returns a plan that fits the tables as they are, and the tables as they were seen.
+    """Checks every operation of a plan against the live tables.
 
     Args:
-        store: The database, `None` where there is none.
-        plan: What is to run.
-        on_destructive: What to do about steps that discard what is there.
+        store: The database, `None` if there is none.
+        plan: The migrations to run.
+        on_destructive: What to do about steps that discard data.
+
+    Returns:
+        The plan, with warnings and with the operations that discard data marked; and the opened
+        tables by name, `None` for those that do not exist.
 
     Raises:
-        AiomigrateError: It does not fit.
+        OperationError: An operation does not fit its table.
+        DestructiveError: A step discards data, which is not allowed.
+        StoreError: A LanceDB call failed.
     """
     states: dict[str, TableState | None] = dict.fromkeys(plan.touched())
     existing = set() if store is None else set(await store.table_names())
-    seen: dict[str, Opened | None] = dict.fromkeys(states.keys() - existing)
+    tables: dict[str, Opened | None] = dict.fromkeys(states.keys() - existing)
     if store is not None:
         found = await store.find_all([name for name in states if name in existing])
         states |= {name: opened.state for name, opened in found.items()}
-        seen |= found
-    fitting, trials = await anyio.to_thread.run_sync(check_operations, plan, states, on_destructive)
+        tables |= found
+    checked, trials = await anyio.to_thread.run_sync(check_operations, plan, states, on_destructive)
     for step in plan.steps:
         for operation in step.script.operations:
             if isinstance(operation, CreateIndex):
@@ -337,14 +386,16 @@ async def checked(
         schema = pa.schema(trial.state.fields())
         if (why := await sql.refusal(trial.statement, schema)) is not None:
             raise trial.refused(why)
-    return fitting, seen
+    return checked, tables
 
 
-async def estimated(store: Store, plan: Plan) -> Plan:
-    """Returns the plan with what its costly operations will cost, which takes reading rows.
+async def estimate_plan(store: Store, plan: Plan) -> Plan:
+    """Returns the plan with cost estimates of its operations added to its warnings.
+
+    Scans every surveyed column once: all rows in which it is not NULL.
 
     Raises:
-        StoreError: LanceDB failed.
+        StoreError: A LanceDB call failed.
     """
     warnings: list[str] = []
     for step in plan.steps:
@@ -354,11 +405,11 @@ async def estimated(store: Store, plan: Plan) -> Plan:
                 continue
             state = (await store.state_of(table))[1]
             if state is None or not state.has(column):
-                continue  # an earlier step makes it: nobody knows yet
+                continue  # an earlier step creates it: the cost is unknown
             opened = await store.open(table)
-            rows = opened.scan(f"{quote(column)} IS NOT NULL", [column], _SURVEY_ROWS)
+            rows = opened.scan(f"{quote(column)} IS NOT NULL", [column], _SURVEY_BATCH_ROWS)
             warnings += operation.estimate(await survey(rows, store.free_bytes()))
     return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
-_SURVEY_ROWS = 1024
+_SURVEY_BATCH_ROWS = 1024

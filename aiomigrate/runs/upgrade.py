@@ -1,4 +1,9 @@
-"""Upgrading: what an application's start waits for, and what is done in the background."""
+"""Upgrading: the migrations that application startup waits for, and the background migrations.
+
+The manager calls `upgrade` and `run_background`. Both read without a lease first, and take one only
+if there is something to do. Which migrations run in the background is decided in
+`planning.background`; running a plan is for `runs.scheduler`.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +29,10 @@ from aiomigrate.runs.maintenance import prune_savepoints
 from aiomigrate.runs.scheduler import Scheduler
 from aiomigrate.runs.session import Job, Session
 from aiomigrate.runs.settlement import (
-    BegunReport,
+    ReportBuilder,
     current_versions,
-    failed,
     head_row,
+    run_failure,
     settle,
     unsettled_lines,
 )
@@ -36,7 +41,7 @@ from aiomigrate.runs.snapshot import (
     SnapshotReader,
     UpgradeView,
     View,
-    checked,
+    check_plan,
     read_head_fast,
 )
 from aiomigrate.store.table import Opened
@@ -45,60 +50,64 @@ from aiomigrate.store.table import Opened
 async def upgrade(
     environment: Environment, *, tables: Collection[str] | None, to: Target
 ) -> Report:
-    """Runs what an application's start waits for. Takes the lease only if there is something to do.
+    """Runs pending migrations, except those of the background.
+
+    Takes the lease only if there is something to do. The next run recovers from a crash or a
+    cancellation.
 
     Args:
-        environment: What the manager works with.
-        tables: Lines to upgrade; all by default.
-        to: To the newest scripts (`None`), to at most a version, or line by line.
+        environment: The manager's database, options, clocks and logger.
+        tables: Lines to upgrade; all if `None`.
+        to: `None` for the newest scripts, a maximum version, or a version by line.
 
     Returns:
-        What was done, and what is left for the background.
+        What this process did, without steps if there was nothing to do; `deferred` lists the
+        background migrations that are pending.
 
     Raises:
         MigrationFailedError: A migration failed; its report says what was done.
-        AiomigrateError: The run could not begin or go on.
+        AiomigrateError: The run could not start, or the lease or the ledger was lost.
     """
-    run_id, log = environment.named_run()
+    run_id, log = environment.new_run()
     database, options, clock = environment.database, environment.options, environment.clock
-    begun, started_at = clock.monotonic(), clock.wall()
+    start, started_at = clock.monotonic(), clock.wall()
     scripts = await database.scripts()
     store = await database.open()
-    report = BegunReport(
-        Report(run_id=run_id, database=database.name, started_at=started_at), begun, clock, scripts
+    report = ReportBuilder(
+        Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
     )
     ledger = None if store is None else database.ledger(store, log)
-    head, there = await read_head_fast(ledger, scripts, database.targets, database.digests)
-    if there is not None and tables is None and to is None:
-        log.debug(ev.RUN_AT_TARGET, lines=len(there.lines), deferred=len(there.deferred))
-        return report.ended(lines=there.lines, deferred=there.deferred)
+    head, at_target = await read_head_fast(ledger, scripts, database.targets, database.digests)
+    if at_target is not None and tables is None and to is None:
+        log.debug(ev.RUN_AT_TARGET, lines=len(at_target.lines), deferred=len(at_target.deferred))
+        return report.build(lines=at_target.lines, deferred=at_target.deferred)
     reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
-    before = await UpgradeView(reader, tables, to).look(head)
+    before = await UpgradeView(reader, tables, to).read(head)
     deferred = before.plan.deferred or unsettled_lines(before.plan)
     plan = before.plan.part(Part.FAST)
     if not plan.needs_lease:
         log.debug(ev.RUN_AT_TARGET, lines=len(plan.lines), deferred=len(deferred))
-        return report.ended(lines=current_versions(plan), deferred=deferred)
+        return report.build(lines=current_versions(plan), deferred=deferred)
     opened_at = clock.monotonic()
-    _, opened = await checked(store, before.plan, on_destructive=options.on_destructive)
+    _, opened = await check_plan(store, before.plan, on_destructive=options.on_destructive)
     log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
     store = store or await database.connect()
     ledger = ledger or database.ledger(store, log)
-    session = Session(environment.run(store, ledger, scripts, run_id=run_id, log=log))
+    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
     reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
     job = UpgradeJob(session, before, UpgradeView(reader, tables, to), opened, opened_at)
     try:
-        worked = await session.hold(job)
+        was_done_here = await session.hold(job)
     except FailedElsewhereError as exc:
-        raise failed(job.ended(report, (exc.step,)), log, elsewhere=True) from None
-    if not worked:  # another process did it while this one waited
+        raise run_failure(job.build_report(report, (exc.step,)), log, elsewhere=True) from None
+    if not was_done_here:  # another process did it while this one waited
         head = await ledger.read_head()
         lines = {row.name: row.version for row in head.rows}
         left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE)) or frozenset()
-        return report.ended(lease_s=session.lease_s, lines=lines, deferred=tuple(sorted(left)))
-    result = job.ended(report, tuple(job.results.values()))
+        return report.build(lease_s=session.lease_s, lines=lines, deferred=tuple(sorted(left)))
+    result = job.build_report(report, tuple(job.results.values()))
     if any(step.outcome is not Outcome.APPLIED for step in result.steps):
-        raise failed(result, log)
+        raise run_failure(result, log)
     log.info(
         ev.RUN_FINISHED,
         applied=len(result.applied),
@@ -110,10 +119,10 @@ async def upgrade(
 
 
 class UpgradeJob(Job):
-    """Brings the database to the plan's target, but for the background.
+    """Runs the migrations of an upgrade, except those of the background.
 
     Attributes:
-        results: What came of each migration.
+        results: The report of each migration that has ended.
     """
 
     doing = "starting"
@@ -130,27 +139,27 @@ class UpgradeJob(Job):
 
         Args:
             session: Takes the lease.
-            before: What was seen without the lease: a hint, and the failures known then.
+            before: The snapshot taken without the lease. It may be out of date.
             view: Reads and decides again.
-            opened: Tables as they were seen after that, `None` for those that were not there.
-            opened_at: Monotonic time before they were.
+            opened: The tables opened after that snapshot, `None` for those that did not exist.
+            opened_at: Monotonic time before they were opened.
         """
         self._session = session
         self._before = before
         self._view = view
         self._opened = opened
         self._opened_at = opened_at
-        self._plan = before.plan  # what was found under the lease, if it was had
+        self._plan = before.plan  # replaced by the plan made under the lease
         self._deferred: tuple[Key, ...] = ()
         self.results: Mapping[Key, StepReport] = {}
 
     async def is_done(self, head: Head) -> bool:
-        """Returns whether another process has brought the database there."""
-        there = ready(head.rows, self._session.run.scripts, head.leases.get(BACKGROUND_LEASE))
-        return there is not None and not self._before.plan.is_empty
+        """Returns whether another process has brought the database to its target."""
+        deferred = ready(head.rows, self._session.run.scripts, head.leases.get(BACKGROUND_LEASE))
+        return deferred is not None and not self._before.plan.is_empty
 
     def first_rows(self, lease: Lease) -> Iterable[HeadRow]:
-        """Returns the rows of lines that have none yet and are about to be migrated."""
+        """Returns head rows at version 0 for the lines to migrate that have no row yet."""
         plan = self._before.plan
         pending = {step.script.line for step in plan.steps if not step.deferred}
         return [
@@ -163,8 +172,8 @@ class UpgradeJob(Job):
         """Runs the migrations, then deletes savepoints that were kept long enough.
 
         Raises:
-            FailedElsewhereError: Another process failed with one of them while this one waited.
-            AiomigrateError: The run could not go on.
+            FailedElsewhereError: One of them failed in another process while this one waited.
+            AiomigrateError: The lease or the ledger was lost, or scripts and ledger do not match.
         """
         session, run = self._session, self._session.run
         snapshot = await session.take_over(writer, lease, self._view)
@@ -175,7 +184,7 @@ class UpgradeJob(Job):
             _raise_if_failed_elsewhere(self._before, snapshot)
         workspace = session.workspace(writer)
         last = self._before.head.leases.get(lease.key)
-        if lease.epoch == (last.epoch or 0 if last else 0) + 1:  # no other run came between
+        if lease.epoch == (last.epoch or 0 if last else 0) + 1:  # no other run in between
             workspace.tables.remember(self._opened, self._opened_at)
         rows = await settle(run, snapshot, lease, workspace)
         scheduler = Scheduler(session, snapshot, workspace)
@@ -185,21 +194,21 @@ class UpgradeJob(Job):
             step.script.contracts and scheduler.is_done(step.key) for step in snapshot.plan.steps
         ):
             await writer.sync()
-            snapshot = await self._view.look(None, None)
+            snapshot = await self._view.read(None, None)
         await prune_savepoints(run, snapshot, workspace, older_than_s=run.options.keep_s)
 
-    def ended(self, report: BegunReport, steps: tuple[StepReport, ...]) -> Report:
+    def build_report(self, report: ReportBuilder, steps: tuple[StepReport, ...]) -> Report:
         """Returns the report of the run.
 
         Args:
-            report: As it was begun.
-            steps: What came of the migrations.
+            report: Builds the report.
+            steps: The reports of the migrations.
         """
         lines = current_versions(self._plan)
         for step in self.results.values():
             if step.outcome is Outcome.APPLIED:
                 lines[step.line] = max(step.version, lines.get(step.line, 0))
-        return report.ended(
+        return report.build(
             lease_s=self._session.lease_s,
             steps=steps,
             lines=lines,
@@ -212,59 +221,65 @@ class UpgradeJob(Job):
 async def run_background(
     environment: Environment, *, tables: Collection[str] | None, to: Target
 ) -> Report:
-    """Does what an application's start does not wait for, under a lease of its own.
+    """Runs the background migrations, under a lease of their own.
+
+    If another process holds that lease, waits for it without a time limit and takes over if it
+    crashes. The next run recovers from a crash or a cancellation.
 
     Args:
-        environment: What the manager works with.
-        tables: Lines; all by default.
+        environment: The manager's database, options, clocks and logger.
+        tables: Lines; all if `None`.
         to: As for `upgrade`.
 
     Returns:
-        What was done here; without steps when there was nothing to do.
+        What this process did; without steps if there was nothing to do.
 
     Raises:
         MigrationFailedError: A migration failed; its report says what was done.
-        AiomigrateError: The run could not begin or go on.
+        DependencyError: A dependency is pending and is not a background migration.
+        AiomigrateError: The run could not start, or the lease or the ledger was lost.
     """
-    run_id, log = environment.named_run(background=True)
+    run_id, log = environment.new_run(background=True)
     database, options, clock = environment.database, environment.options, environment.clock
-    begun, started_at = clock.monotonic(), clock.wall()
+    start, started_at = clock.monotonic(), clock.wall()
     scripts = await database.scripts()
-    report = BegunReport(
-        Report(run_id=run_id, database=database.name, started_at=started_at), begun, clock, scripts
+    report = ReportBuilder(
+        Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
     )
     store = await database.open()
     if store is None and scripts.has_background:
         store = await database.connect()
     if store is None:
-        return report.ended()
+        return report.build()
     ledger = database.ledger(store, log)
     reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
     view = UpgradeView(reader, tables, to)
-    before = await view.look()
+    before = await view.read()
     if not before.plan.needs_background:
-        return report.ended(lines=current_versions(before.plan))
-    await checked(store, before.plan, on_destructive=options.on_destructive)
-    session = Session(environment.run(store, ledger, scripts, run_id=run_id, log=log))
-    results = await _work_in_background(session, view)
+        return report.build(lines=current_versions(before.plan))
+    await check_plan(store, before.plan, on_destructive=options.on_destructive)
+    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
+    results = await _run_or_wait(session, view)
     lines = {row.name: row.version for row in (await ledger.read_head()).rows}
-    result = report.ended(
+    result = report.build(
         lease_s=session.lease_s,
         steps=tuple(results.values()),
         lines=lines,
         ledger_commits=ledger.commits,
     )
     if any(step.outcome is not Outcome.APPLIED for step in result.steps):
-        raise failed(result, log)
+        raise run_failure(result, log)
     log.info(ev.RUN_FINISHED, applied=len(result.applied), total_s=round(result.total_s, 4))
     return result
 
 
-async def _work_in_background(session: Session, view: View) -> Mapping[Key, StepReport]:
-    """Does the work, or waits for the process that does it, as long as it takes: it may die.
+async def _run_or_wait(session: Session, view: View) -> Mapping[Key, StepReport]:
+    """Runs the background migrations, or waits without a time limit for the process that does.
+
+    Takes over if that process does not renew its lease.
 
     Returns:
-        What came of each migration that ran here.
+        The report of each migration that ran here.
     """
     run = session.run
     watch = Watch(run.options.lease.ttl_s, run.clock)
@@ -275,7 +290,7 @@ async def _work_in_background(session: Session, view: View) -> Mapping[Key, Step
             return {}
         if row is None or watch.may_take(row):
             handover = BackgroundHandover(session, view, watch)
-            lease = await handover.taken()
+            lease = await handover.take_lease()
             if lease is not None:
                 job = BackgroundJob(session, view)
                 await session.in_own_task(partial(job.run_under, lease))
@@ -286,10 +301,10 @@ async def _work_in_background(session: Session, view: View) -> Mapping[Key, Step
 
 
 class BackgroundHandover(Job):
-    """Takes the background lease, under the run lease, with the records of its lines.
+    """Takes the background lease and moves the head rows of its lines to it, under the run lease.
 
     Attributes:
-        is_needed: Whether anything is to be done in the background, as far as was read.
+        is_needed: Whether background migrations are pending; `False` before the snapshot.
     """
 
     doing = "handing over to the background"
@@ -300,7 +315,7 @@ class BackgroundHandover(Job):
         Args:
             session: Takes the run lease.
             view: Reads and decides.
-            watch: Has watched the background lease.
+            watch: Has observed the background lease so far.
         """
         self._session = session
         self._view = view
@@ -308,8 +323,15 @@ class BackgroundHandover(Job):
         self._lease: Lease | None = None
         self.is_needed = False
 
-    async def taken(self) -> Lease | None:
-        """Returns the background lease, `None` where it was not needed or is another's."""
+    async def take_lease(self) -> Lease | None:
+        """Takes the background lease; `None` if it is not needed or another process holds it.
+
+        A cancellation or an error in between gives the lease back.
+
+        Raises:
+            LeaseError: The run lease could not be acquired, or was lost.
+            AiomigrateError: Scripts and ledger do not match, or a LanceDB call failed.
+        """
         await self._session.in_own_task(self._hold_or_give_back)
         return self._lease
 
@@ -317,7 +339,7 @@ class BackgroundHandover(Job):
         try:
             return await self._session.hold_here(self)
         except BaseException:
-            if self._lease is not None:  # nothing was done under it yet
+            if self._lease is not None:  # nothing has been done under it yet
                 lease, self._lease = self._lease, None
                 with anyio.CancelScope(shield=True):
                     await give_back(self._session.run.ledger, lease)
@@ -338,26 +360,26 @@ class BackgroundHandover(Job):
         head = await run.ledger.read_head()
         row = head.leases[BACKGROUND_LEASE]
         if not self._watch.may_take(row):
-            return  # someone was faster, or its holder is alive after all
+            return  # another process took it, or its holder is alive
         with anyio.CancelScope(shield=True):
-            mine = await take(
+            taken = await take(
                 run.ledger, head, BACKGROUND_LEASE, secrets.token_hex(6),
                 session.phase("starting"), run.clock,
             )  # fmt: skip
-            if not isinstance(mine, Lease):
+            if not isinstance(taken, Lease):
                 return
-            self._lease = mine
+            self._lease = taken
             await run.ledger.own_rows(
-                [head_row(run, mine, line, snapshot.decided.lines[line].current)
+                [head_row(run, taken, line, snapshot.decided.lines[line].current)
                  for line in sorted(_background_lines(plan, snapshot)) if run.scripts.of(line)]
             )  # fmt: skip
 
 
 class BackgroundJob(Job):
-    """Runs the migrations of the background, under its lease.
+    """Runs the background migrations under the background lease.
 
     Attributes:
-        results: What came of each migration.
+        results: The report of each migration that has ended.
     """
 
     doing = "starting"
@@ -366,7 +388,7 @@ class BackgroundJob(Job):
         """Reads nothing.
 
         Args:
-            session: Of the run.
+            session: The session of the run.
             view: Reads and decides.
         """
         self._session = session
@@ -374,13 +396,17 @@ class BackgroundJob(Job):
         self.results: Mapping[Key, StepReport] = {}
 
     async def run_under(self, lease: Lease) -> bool:
-        """Does the job under the background lease, and gives it back."""
+        """Does the job under the background lease, and gives the lease back.
+
+        Returns:
+            Always `True`, as `Session.in_own_task` expects a value.
+        """
         self._session.run.log.info(ev.BACKGROUND_STARTED, epoch=lease.epoch)
         await self._session.work_under(lease, self)
         return True
 
     async def work(self, writer: Writer, lease: Lease) -> None:
-        """Runs the migrations."""
+        """Settles the ledger for the background lines, and runs their migrations."""
         session, run = self._session, self._session.run
         snapshot = await session.take_over(writer, lease, self._view)
         plan = snapshot.plan.part(Part.BACKGROUND)
@@ -394,12 +420,20 @@ class BackgroundJob(Job):
 
 
 def _background_lines(plan: Plan, snapshot: Snapshot) -> set[str]:
-    """Returns the lines that the background has in hand, or is about to."""
+    """Returns the lines of the background migrations in the plan, and those already in use."""
     return {step.script.line for step in plan.steps} | snapshot.plan.busy
 
 
 def _raise_if_failed_elsewhere(before: Snapshot, snapshot: Snapshot) -> None:
-    """Raises a failure of a migration we were about to run, seen while waiting for its holder."""
+    """Raises if a migration of the plan failed in another process while this one waited.
+
+    Args:
+        before: The snapshot taken before waiting for the lease.
+        snapshot: The snapshot taken under the lease.
+
+    Raises:
+        FailedElsewhereError: It failed, with the script that this process would run.
+    """
     known = {(event.epoch, event.seq) for event in before.events}
     planned = {step.key: step.script.checksum for step in snapshot.plan.steps}
     for event in snapshot.journal.events:
@@ -422,7 +456,12 @@ def _raise_if_failed_elsewhere(before: Snapshot, snapshot: Snapshot) -> None:
 
 
 class FailedElsewhereError(Exception):
-    """Carries a failure of another process to where the report is made that it is raised with."""
+    """A migration failed in another process; caught by `upgrade`, which builds the report.
+
+    Attributes:
+        step: The report of the migration.
+        event: The journal entry of the failure.
+    """
 
     def __init__(self, step: StepReport, event: Event) -> None:
         super().__init__(step.error)
