@@ -120,7 +120,7 @@ class Inspection:
         database, clock = self._database, self._clock
         scripts = await database.scripts()
         start, started_at = clock.monotonic(), clock.wall()
-        report = ReportBuilder(
+        builder = ReportBuilder(
             Report(run_id=secrets.token_hex(4), database=database.name, started_at=started_at),
             start,
             clock,
@@ -133,9 +133,9 @@ class Inspection:
             ledger = None if store is None else database.ledger(store, self._log)
             _, at_target = await read_head_fast(ledger, scripts, database.targets, database.digests)
             if at_target is not None:
-                return report.build(lines=at_target.lines, deferred=at_target.deferred)
+                return builder.build(lines=at_target.lines, deferred=at_target.deferred)
             if not scripts.all:
-                return report.build()
+                return builder.build()
             left_s = wait_s - (clock.monotonic() - start)
             if not waits or left_s <= 0:
                 health = await self.health()

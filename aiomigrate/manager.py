@@ -315,9 +315,9 @@ class MigrationManager:
 
         A migration is undone by its own inverse, by the inverses of its operations, or by
         restoring its tables to the versions before it. Restoring takes milliseconds regardless of
-        table size, and requires that every commit since then is known to be aiomigrate's. The head
-        is lowered before data is changed. After a crash the next run continues the rollback. A
-        later upgrade applies the migrations again.
+        table size; without `allow_destructive` every commit since must be known to be aiomigrate's.
+        The head is lowered before data is changed. After a crash the next run continues the
+        rollback. A later upgrade applies the migrations again.
 
         Args:
             line: The line (table), or the version to go back to by line.

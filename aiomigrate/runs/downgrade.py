@@ -84,18 +84,18 @@ async def rollback(
         DependencyError: A migration that stays depends on it; nothing was changed.
         TargetError: A line or version is unknown, or above the current version.
         MigrationFailedError: Undoing a migration failed; its report says what was undone.
-        AiomigrateError: The run could not start, or the lease or the ledger was lost.
+        AiomigrateError: The run could not start or continue, e.g. because the lease was lost.
     """
     run_id, log = environment.new_run()
     database, options, clock = environment.database, environment.options, environment.clock
     start, started_at = clock.monotonic(), clock.wall()
     scripts = await database.scripts()
-    report = ReportBuilder(
+    builder = ReportBuilder(
         Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
     )
     plan = await plan_rollback(environment, line, to=to, allow_destructive=allow_destructive)
     if not plan.needs_lease:
-        return report.build(lines=current_versions(plan))
+        return builder.build(lines=current_versions(plan))
     store = await database.connect()
     ledger = database.ledger(store, log)
     session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
@@ -110,7 +110,7 @@ async def rollback(
         undone = job.results.get(step.key)
         if undone is not None and undone.outcome.is_done and step.undo is not None:
             lines[step.script.line] = min(step.undo.to, lines[step.script.line])
-    result = report.build(
+    result = builder.build(
         lease_s=session.lease_s,
         steps=tuple(job.results.values()),
         lines=lines,
@@ -253,7 +253,7 @@ class RollbackJob(Job):
         """Settles the ledger, plans again, and undoes the migrations.
 
         Raises:
-            AiomigrateError: A migration cannot be undone, or the lease or the ledger was lost.
+            AiomigrateError: A migration cannot be undone, or the run cannot continue.
         """
         session = self._session
         workspace = session.workspace(writer)

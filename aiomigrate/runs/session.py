@@ -213,7 +213,7 @@ class Session:
 
         Raises:
             LeaseLostError: Another process has taken the lease.
-            AiomigrateError: The view found a problem, because of which the run may not go on.
+            AiomigrateError: The view found a problem that prevents the run.
         """
         ledger = self.run.ledger
         # The head was read when the lease was taken. The background lease got its lines after that.

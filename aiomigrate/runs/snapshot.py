@@ -160,7 +160,7 @@ class SnapshotReader:
             A snapshot with an empty plan.
 
         Raises:
-            AiomigrateError: The first problem because of which no migration may run.
+            AiomigrateError: The first problem that prevents any migration from running.
         """
         for attempt in range(_READ_ATTEMPTS):
             if self.ledger is not None:
@@ -211,7 +211,7 @@ class SnapshotReader:
             events: All journal events, if they have been read.
 
         Raises:
-            AiomigrateError: The first problem because of which no migration may run.
+            AiomigrateError: The first problem that prevents any migration from running.
         """
         snapshot = await self.read(head, events)
         existing: set[str] = set()
@@ -274,7 +274,7 @@ class View(Protocol):
         """Reads head and journal unless they are given, and decides.
 
         Raises:
-            AiomigrateError: The first problem because of which the run may not go on.
+            AiomigrateError: The first problem that prevents the run.
         """
 
 

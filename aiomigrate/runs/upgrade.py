@@ -66,28 +66,28 @@ async def upgrade(
 
     Raises:
         MigrationFailedError: A migration failed; its report says what was done.
-        AiomigrateError: The run could not start, or the lease or the ledger was lost.
+        AiomigrateError: The run could not start or continue, e.g. because the lease was lost.
     """
     run_id, log = environment.new_run()
     database, options, clock = environment.database, environment.options, environment.clock
     start, started_at = clock.monotonic(), clock.wall()
     scripts = await database.scripts()
     store = await database.open()
-    report = ReportBuilder(
+    builder = ReportBuilder(
         Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
     )
     ledger = None if store is None else database.ledger(store, log)
     head, at_target = await read_head_fast(ledger, scripts, database.targets, database.digests)
     if at_target is not None and tables is None and to is None:
         log.debug(ev.RUN_AT_TARGET, lines=len(at_target.lines), deferred=len(at_target.deferred))
-        return report.build(lines=at_target.lines, deferred=at_target.deferred)
+        return builder.build(lines=at_target.lines, deferred=at_target.deferred)
     reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
     before = await UpgradeView(reader, tables, to).read(head)
     deferred = before.plan.deferred or unsettled_lines(before.plan)
     plan = before.plan.part(Part.FAST)
     if not plan.needs_lease:
         log.debug(ev.RUN_AT_TARGET, lines=len(plan.lines), deferred=len(deferred))
-        return report.build(lines=current_versions(plan), deferred=deferred)
+        return builder.build(lines=current_versions(plan), deferred=deferred)
     opened_at = clock.monotonic()
     _, opened = await check_plan(store, before.plan, on_destructive=options.on_destructive)
     log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
@@ -99,13 +99,13 @@ async def upgrade(
     try:
         was_done_here = await session.hold(job)
     except FailedElsewhereError as exc:
-        raise run_failure(job.build_report(report, (exc.step,)), log, elsewhere=True) from None
+        raise run_failure(job.build_report(builder, (exc.step,)), log, elsewhere=True) from None
     if not was_done_here:  # another process did it while this one waited
         head = await ledger.read_head()
         lines = {row.name: row.version for row in head.rows}
         left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE)) or frozenset()
-        return report.build(lease_s=session.lease_s, lines=lines, deferred=tuple(sorted(left)))
-    result = job.build_report(report, tuple(job.results.values()))
+        return builder.build(lease_s=session.lease_s, lines=lines, deferred=tuple(sorted(left)))
+    result = job.build_report(builder, tuple(job.results.values()))
     if any(step.outcome is not Outcome.APPLIED for step in result.steps):
         raise run_failure(result, log)
     log.info(
@@ -173,7 +173,7 @@ class UpgradeJob(Job):
 
         Raises:
             FailedElsewhereError: One of them failed in another process while this one waited.
-            AiomigrateError: The lease or the ledger was lost, or scripts and ledger do not match.
+            AiomigrateError: The run cannot continue, e.g. because scripts and ledger do not match.
         """
         session, run = self._session, self._session.run
         snapshot = await session.take_over(writer, lease, self._view)
@@ -197,18 +197,18 @@ class UpgradeJob(Job):
             snapshot = await self._view.read(None, None)
         await prune_savepoints(run, snapshot, workspace, older_than_s=run.options.keep_s)
 
-    def build_report(self, report: ReportBuilder, steps: tuple[StepReport, ...]) -> Report:
+    def build_report(self, builder: ReportBuilder, steps: tuple[StepReport, ...]) -> Report:
         """Returns the report of the run.
 
         Args:
-            report: Builds the report.
+            builder: Builds the report.
             steps: The reports of the migrations.
         """
         lines = current_versions(self._plan)
         for step in self.results.values():
             if step.outcome is Outcome.APPLIED:
                 lines[step.line] = max(step.version, lines.get(step.line, 0))
-        return report.build(
+        return builder.build(
             lease_s=self._session.lease_s,
             steps=steps,
             lines=lines,
@@ -237,31 +237,31 @@ async def run_background(
     Raises:
         MigrationFailedError: A migration failed; its report says what was done.
         DependencyError: A dependency is pending and is not a background migration.
-        AiomigrateError: The run could not start, or the lease or the ledger was lost.
+        AiomigrateError: The run could not start or continue, e.g. because the lease was lost.
     """
     run_id, log = environment.new_run(background=True)
     database, options, clock = environment.database, environment.options, environment.clock
     start, started_at = clock.monotonic(), clock.wall()
     scripts = await database.scripts()
-    report = ReportBuilder(
+    builder = ReportBuilder(
         Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
     )
     store = await database.open()
     if store is None and scripts.has_background:
         store = await database.connect()
     if store is None:
-        return report.build()
+        return builder.build()
     ledger = database.ledger(store, log)
     reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
     view = UpgradeView(reader, tables, to)
     before = await view.read()
     if not before.plan.needs_background:
-        return report.build(lines=current_versions(before.plan))
+        return builder.build(lines=current_versions(before.plan))
     await check_plan(store, before.plan, on_destructive=options.on_destructive)
     session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
     results = await _run_or_wait(session, view)
     lines = {row.name: row.version for row in (await ledger.read_head()).rows}
-    result = report.build(
+    result = builder.build(
         lease_s=session.lease_s,
         steps=tuple(results.values()),
         lines=lines,
