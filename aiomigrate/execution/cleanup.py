@@ -126,7 +126,7 @@ class Cleanup:
         with anyio.CancelScope(shield=True):
             await self._writer.wait_durable(left.is_durable)
             await self.clean(line, left.version, [], left.branches, left.opened)
-            self.lift(line, left.version)
+            self.set_head_later(line, left.version)
 
     async def clean_after(self, ended: Event) -> None:
         """Repeats the cleanup of a migration whose process may have crashed before its end.
@@ -165,7 +165,7 @@ class Cleanup:
         )
         await self._writer.record(event)
 
-    def lift(self, line: str, version: int) -> None:
+    def set_head_later(self, line: str, version: int) -> None:
         """Sets the head of a line to a version, with the next head update."""
         self._writer.write_row_later(self.head_row(line, version))
 

@@ -340,7 +340,7 @@ class Executor:
         if cleanup or attempt.acted:
             await self._recorder.record(attempt, applied)
             await self._cleanup.clean(script.line, script.version, cleanup, branches, opened)
-            self._cleanup.lift(script.line, script.version)
+            self._cleanup.set_head_later(script.line, script.version)
         elif branches:
             is_durable = self._writer.record_later(applied)
             self._cleanup.postpone(script.line, script.version, branches, opened, is_durable)

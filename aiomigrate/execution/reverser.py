@@ -133,7 +133,7 @@ class Reverser:
                         "Write a migration that reverses the change, and upgrade.",
                     ) from exc
         # The head first: it must never be above the version of the data.
-        self._cleanup.lift(script.line, undo.to)
+        self._cleanup.set_head_later(script.line, undo.to)
         await self._writer.sync()
         await self._recorder.record(
             attempt,
@@ -215,7 +215,7 @@ class Reverser:
             ),
         )
         await self._cleanup.clean(script.line, script.version, cleanup, undo.branches)
-        self._cleanup.lift(script.line, undo.to)
+        self._cleanup.set_head_later(script.line, undo.to)
         report = attempt.report(Outcome.ROLLED_BACK, ran_s)
         log.info(
             ev.STEP_ROLLED_BACK,
@@ -263,7 +263,7 @@ class Reverser:
             events.append(event_of(script, Kind.KEPT))
         await self._recorder.record(attempt, *events)
         if is_back:
-            self._cleanup.lift(script.line, script.version)
+            self._cleanup.set_head_later(script.line, script.version)
         else:
             remedy = f"{remedy} The next run continues the rollback."
         ran_s = self._clock.monotonic() - attempt.started_s

@@ -224,7 +224,7 @@ class StampJob(Job):
                 branches = unfinished.started.detail.get("branches", {})
                 names = [] if is_below else list(unfinished.savepoints)
                 await workspace.cleanup.clean(line, version, names, branches)
-            workspace.cleanup.lift(line, version)
+            workspace.cleanup.set_head_later(line, version)
 
 
 def versions_to_stamp(

@@ -117,7 +117,7 @@ async def settle(
         if (ended := pending_cleanup(state.history, snapshot.journal)) is not None:
             await workspace.cleanup.clean_after(ended)
     for state in outdated:
-        workspace.cleanup.lift(state.line, state.current)
+        workspace.cleanup.set_head_later(state.line, state.current)
     return RowsToOwn(run.ledger, workspace.writer, rows, durable if adoptions else None)
 
 

@@ -271,7 +271,7 @@ def embedding_columns(schema: pa.Schema) -> dict[str, str]:
     """Returns the names of embedding functions by the columns that they refer to.
 
     LanceDB keeps them in the schema's metadata and does not update them when a column is renamed
-    or dropped: the next `add` then fails (facts: 36).
+    or dropped: the next `add` then fails.
     """
     return {
         str(entry[key]): str(entry.get("name", "?"))
