@@ -27,7 +27,6 @@ from aiomigrate.errors import (
 from aiomigrate.migration.checksum import operation_digest
 from aiomigrate.migration.model import Script
 from aiomigrate.operations.base import Missing, Operation
-from aiomigrate.operations.rows import Run
 from aiomigrate.schema.state import WITNESS_PREFIX, TableState, differences
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Table
@@ -248,7 +247,7 @@ def _check_prediction(
     Raises:
         SchemaMismatchError: They differ.
     """
-    if expected is None or target.state is None or isinstance(operation, Run):
+    if expected is None or target.state is None or operation.runs_code:
         return
     if expected.same(target.state):
         return

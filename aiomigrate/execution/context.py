@@ -20,7 +20,6 @@ from aiomigrate.execution.attempt import Attempt
 from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.migration.model import Params, Script
 from aiomigrate.operations.base import Operation
-from aiomigrate.operations.rows import Run
 from aiomigrate.schema.state import TableState
 
 MAX_MERGE_BYTES = 1_000_000
@@ -262,7 +261,7 @@ class Context:
         bound = operation.on(self._script.table)
         for name in bound.tables:
             self._target_of(name)
-        if isinstance(bound, Run):
+        if bound.runs_code:
             raise OperationError(
                 "A function applies op.Run.", "Call that function with the context instead."
             )
@@ -306,7 +305,7 @@ class Functions:
         self._params = params
         self._progress = progress
 
-    async def run(self, attempt: Attempt, operation: Run, log: Any) -> None:
+    async def run(self, attempt: Attempt, operation: Operation, log: Any) -> None:
         """Runs a migration's function with a context.
 
         A crash or a cancellation leaves the commits that the function has made.
@@ -321,6 +320,8 @@ class Functions:
                 or called `sys.exit`.
             Exception: The exception that the function raised.
         """
+        function = operation.code
+        assert function is not None  # noqa: S101 - the caller asked `runs_code`
         script = attempt.script
         applied: list[Operation] = []
 
@@ -340,7 +341,7 @@ class Functions:
         )
         self._tables.has_run_code = True
         try:
-            await operation.function(context)
+            await function(context)
             attempt.acted = context.took_connection or any(
                 t.commits for t in attempt.tables.values()
             )

@@ -52,7 +52,6 @@ from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Kind
 from aiomigrate.migration.checksum import ALGORITHM
 from aiomigrate.migration.model import Script
-from aiomigrate.operations.rows import Run
 from aiomigrate.planning.destructive import destroys
 from aiomigrate.results import Outcome, StepReport
 from aiomigrate.schema.state import TableState
@@ -232,7 +231,7 @@ class Executor:
         operation = script.operations[position]
         facts = {"db.operation.name": attempt.doing, "db.collection.name": operation.table or ""}
         with self._telemetry.span(OPERATION, facts):
-            if isinstance(operation, Run):
+            if operation.runs_code:
                 await self._functions.run(attempt, operation, log)
             else:
                 target = attempt.tables[operation.table or ""]
@@ -241,7 +240,7 @@ class Executor:
 
     async def _start(self, attempt: Attempt) -> None:
         script = attempt.script
-        declared = [o for o in script.operations if not isinstance(o, Run)]
+        declared = [o for o in script.operations if not o.runs_code]
         needing = {o.table for o in declared if o.needs_savepoint and o.table}
         names = script.touches if script.runs_code else sorted(needing)
         lease = self._writer.lease
@@ -474,6 +473,6 @@ def _check_operations(script: Script, tables: Mapping[str, TableTarget]) -> None
     """
     states: dict[str, TableState | None] = {name: t.state for name, t in tables.items()}
     for operation in script.operations:
-        if isinstance(operation, Run):
+        if operation.runs_code:
             return
         states = operation.fold(states)

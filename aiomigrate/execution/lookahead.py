@@ -19,7 +19,6 @@ from aiomigrate.commits.effects import CREATE, Change, Effect, shape_effect
 from aiomigrate.errors import AiomigrateError
 from aiomigrate.migration.model import Script
 from aiomigrate.operations.base import Missing, Operation
-from aiomigrate.operations.rows import Run
 from aiomigrate.operations.target import Target
 from aiomigrate.schema.state import Index, TableState
 
@@ -88,6 +87,14 @@ def _may_follow(
         return False
 
 
+UNPREDICTED = frozenset({
+    "name", "sibling", "progress", "add_fact", "drop", "overwrite", "copy_to", "delete",
+    "insert_missing", "optimize", "fill", "compute", "ask", "uncovered", "sample", "nearest",
+    "set_schema_metadata", "free_bytes", "is_live", "batches",
+})  # fmt: skip
+"""The members of `Target` after whose use nothing more is predicted. All others are predicted."""
+
+
 class _UnpredictedError(Exception):
     """An operation needs data of the table, or makes a commit that cannot be predicted."""
 
@@ -102,7 +109,9 @@ class _PredictedTable:
         self.states: list[TableState] = []
 
     def __getattr__(self, name: str) -> Any:
-        raise _UnpredictedError(name)
+        if name in UNPREDICTED:
+            raise _UnpredictedError(name)
+        raise AttributeError(name)
 
     def _commit(self, change: Change) -> None:
         self.state, effect = change
@@ -182,7 +191,7 @@ def is_predictable(operation: Operation, table: str | None) -> bool:
 
 def is_declarative(operation: Operation) -> bool:
     """Returns whether an operation neither runs code nor does work that is paid for."""
-    return not isinstance(operation, Run) and operation.identity is None
+    return not operation.runs_code and operation.identity is None
 
 
 def _is_independent(operation: Operation) -> bool:
@@ -206,4 +215,4 @@ def advance_detail(done: Collection[int]) -> dict[str, Any]:
 
 def is_quick(script: Script) -> bool:
     """Returns whether a migration neither rewrites rows nor runs code."""
-    return not any(o.traits.rewriting or isinstance(o, Run) for o in script.operations)
+    return not any(o.traits.rewriting or o.runs_code for o in script.operations)

@@ -13,7 +13,6 @@ from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.concurrency import run_each
 from aiomigrate.execution.attempt import Attempt, Recorder
 from aiomigrate.ledger.writer import Writer
-from aiomigrate.operations.tables import CreateTable
 from aiomigrate.schema.state import TableState
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Opened
@@ -109,7 +108,8 @@ class OpenTables:
         is_fresh = self._clock.monotonic() - at_s < _FRESH_S and not attempt.savepoints
         if opened is None:
             first = next(iter(attempt.script.operations), None)
-            is_fresh = is_fresh and isinstance(first, CreateTable) and first.table == name
+            is_created = first is not None and first.creates_table and first.table == name
+            is_fresh = is_fresh and is_created
         return is_fresh, opened if is_fresh else None
 
     def keep(self, attempt: Attempt) -> None:

@@ -25,7 +25,6 @@ from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Kind
 from aiomigrate.migration.checksum import ALGORITHM
 from aiomigrate.migration.model import Script
-from aiomigrate.operations.rows import Run
 from aiomigrate.planning.rollback import Undo, Way
 from aiomigrate.results import Outcome, StepReport
 
@@ -173,7 +172,7 @@ class Reverser:
             if position in attempt.done:
                 continue
             attempt.doing = shorten(operation.describe())
-            if isinstance(operation, Run):
+            if operation.runs_code:
                 await self._functions.run(attempt, operation, log)
                 continue
             target = attempt.tables[operation.table or ""]

@@ -182,7 +182,7 @@ class Migration:
                         line=self.name,
                         version=self.version,
                     )
-            if operation.table is None and not isinstance(operation, Run):
+            if operation.table is None and not operation.runs_code:
                 raise InvalidMigrationError(
                     f"Migration of {self.name!r}: {operation.describe()!r} names no table.",
                     'Pass table="..." to the operation.',
@@ -242,7 +242,7 @@ class Script:
     @property
     def runs_code(self) -> bool:
         """Whether it runs a function of the user, so that its effect cannot be predicted."""
-        return any(isinstance(operation, Run) for operation in self.operations)
+        return any(operation.runs_code for operation in self.operations)
 
     def __str__(self) -> str:
         return f"{self.line} {self.version}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from aiomigrate.errors import OperationError
@@ -92,6 +93,36 @@ class Operation:
     def needs_savepoint(self) -> bool:
         """Whether the table version before it must be protected from cleanup while it runs."""
         return False
+
+    @property
+    def code(self) -> Callable[[Any], Awaitable[None]] | None:
+        """The user's function that it runs with a context, `None` for a declarative operation."""
+        return None
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether it runs a function of the user, so that its effect cannot be predicted."""
+        return self.code is not None
+
+    @property
+    def creates_table(self) -> bool:
+        """Whether its table need not exist before it."""
+        return False
+
+    @property
+    def removes_table(self) -> bool:
+        """Whether no table of its table's name exists after it."""
+        return False
+
+    @property
+    def fills(self) -> tuple[str, ...]:
+        """The columns whose values it sets, if that is all it does; empty for all others."""
+        return ()
+
+    @property
+    def index_config(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Kind and options of the index it builds, for LanceDB to check; `None` for no index."""
+        return None
 
     @property
     def identity(self) -> str | None:
@@ -259,6 +290,26 @@ class Operation:
                 "Create it in an earlier migration, or pass when_missing=op.Missing.SKIP.",
             )
         return state
+
+    def require(self, extra: str, *modules: str) -> None:
+        """Checks that the libraries of an extra are installed.
+
+        Called by `evolve`, so that a plan finds out, not the run.
+
+        Args:
+            extra: The extra of aiomigrate that brings them.
+            modules: Their modules.
+
+        Raises:
+            OperationError: One is not installed.
+        """
+        missing = [module for module in modules if find_spec(module) is None]
+        if missing:
+            raise self.refuse(
+                f"it needs {' and '.join(missing)}, which {'are' if missing[1:] else 'is'} not "
+                "installed.",
+                f"pip install 'aiomigrate[{extra}]'",
+            )
 
     def refuse(self, why: str, remedy: str) -> OperationError:
         """Returns the error to raise if the operation does not fit its table."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import pyarrow as pa
@@ -205,6 +204,10 @@ class Backfill(Operation):
         object.__setattr__(self, "source", given)
 
     @property
+    def fills(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    @property
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
@@ -240,7 +243,7 @@ class Backfill(Operation):
                 f"column {self.column!r} is NOT NULL, so there is no row to fill.",
                 "Allow NULL first with op.SetNullable.",
             )
-        check_extra(self)
+        self.require("backfill", "tenacity", "aiolimiter")
         return before
 
     def predict(self, state: TableState | None, witness: str) -> TableState:
@@ -267,19 +270,6 @@ class Backfill(Operation):
         await finish_fill(target, target.witness, self.key)
         await report_poison(target, target.witness, self, self.key, self.on_poison)
         return filled
-
-
-def check_extra(operation: Operation) -> None:
-    """Checks that the libraries of the extra `backfill` are installed.
-
-    Raises:
-        OperationError: One is not.
-    """
-    if find_spec("tenacity") is None or find_spec("aiolimiter") is None:
-        raise operation.refuse(
-            "it needs tenacity and aiolimiter, which are not installed.",
-            "pip install 'aiomigrate[backfill]'",
-        )
 
 
 def check_key(operation: Operation, state: TableState, key: str) -> None:

@@ -54,6 +54,10 @@ class CreateIndex(Operation):
         return as_reported(Index(self.kind, (self.column,), options=self.options))
 
     @property
+    def index_config(self) -> tuple[str, Mapping[str, Any]]:
+        return (self.kind, self.options)
+
+    @property
     def traits(self) -> Traits:
         return Traits(rewriting=True, reversible="dropping the index", commits="1 or 2")
 

@@ -23,7 +23,6 @@ from aiomigrate.operations.fill import (
     OnPoison,
     Pace,
     Survey,
-    check_extra,
     check_key,
     fill_columns,
     finish_fill,
@@ -227,12 +226,9 @@ class Reembed(Operation):
                 raise self.refuse_missing_column(before, column)
         if self._is_swapped(before):
             return before
-        check_extra(self)
-        if self.engine is Engine.RAY and find_spec("lance_ray") is None:
-            raise self.refuse(
-                "lance-ray is not installed.",
-                "pip install 'aiomigrate[ray]', here and on the cluster.",
-            )
+        self.require("backfill", "tenacity", "aiolimiter")
+        if self.engine is Engine.RAY:  # on the cluster too
+            self.require("ray", "lance_ray")
         self._check_columns(before)
         fields = [f for f in before.schema if f.name != self.column]
         old = before.column(self.column).with_name(self.keep).with_nullable(nullable=True)

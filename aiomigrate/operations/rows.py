@@ -73,6 +73,10 @@ class Update(Operation):
         object.__setattr__(self, "sql", dict(self.sql))
 
     @property
+    def fills(self) -> tuple[str, ...]:
+        return (*self.values, *self.sql)
+
+    @property
     def traits(self) -> Traits:
         return Traits(
             rewriting=True,
@@ -221,6 +225,10 @@ class Run(Operation):
                     f"Run: {value!r} is not an async function.",
                     "Define it with `async def` and one argument, the context.",
                 )
+
+    @property
+    def code(self) -> Up:
+        return self.function
 
     @property
     def traits(self) -> Traits:

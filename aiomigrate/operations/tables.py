@@ -90,6 +90,10 @@ class CreateTable(Operation):
         return rows
 
     @property
+    def creates_table(self) -> bool:
+        return True
+
+    @property
     def traits(self) -> Traits:
         return Traits(reversible="dropping the table")
 
@@ -132,6 +136,10 @@ class DropTable(Operation):
     exist. Write it last in its migration. Readers and writers of the table fail afterwards. Never
     create a table of the same name again: processes with an old handle would write into it.
     """
+
+    @property
+    def removes_table(self) -> bool:
+        return True
 
     @property
     def traits(self) -> Traits:
@@ -181,6 +189,10 @@ class RenameTable(Operation):
 
     @property
     def witnessed(self) -> bool:
+        return True
+
+    @property
+    def removes_table(self) -> bool:
         return True
 
     @property

@@ -16,9 +16,6 @@ from aiomigrate.ledger.history import Journal
 from aiomigrate.ledger.records import Kind
 from aiomigrate.migration.model import Key, Script, Scripts
 from aiomigrate.operations.base import Operation
-from aiomigrate.operations.fill import Backfill
-from aiomigrate.operations.rows import Update
-from aiomigrate.operations.tables import DropTable, RenameTable
 from aiomigrate.schema.state import TableState
 
 _EXISTED = b"aiomigrate:was_there"
@@ -121,8 +118,7 @@ def keeps_savepoint(
         was: The state of each table before the migration.
     """
     table = operation.table or ""
-    removes_table = any(isinstance(o, DropTable | RenameTable) and o.table == table
-                        for o in script.operations)  # fmt: skip
+    removes_table = any(o.removes_table and o.table == table for o in script.operations)
     return operation.needs_savepoint and was.get(table) is not None and not removes_table
 
 
@@ -134,14 +130,9 @@ def fills_new_columns(operation: Operation, before: TableState | None) -> bool:
         before: The table before the operation, with the columns marked that existed before the
             migration (`mark_existing`).
     """
-    filled: Iterable[str]
-    if isinstance(operation, Backfill):
-        filled = (operation.column,)
-    elif isinstance(operation, Update):
-        filled = (*operation.values, *operation.sql)
-    else:
+    if not operation.fills or before is None:
         return False
-    return before is not None and not any(_existed(before, column) for column in filled)
+    return not any(_existed(before, column) for column in operation.fills)
 
 
 def mark_existing(state: TableState | None) -> TableState | None:

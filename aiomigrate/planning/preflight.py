@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from aiomigrate.errors import DestructiveError, OperationError
 from aiomigrate.migration.model import Script
 from aiomigrate.operations.base import Operation
-from aiomigrate.operations.rows import Run
 from aiomigrate.planning.destructive import destroying, keeps_savepoint
 from aiomigrate.planning.plan import Plan, Step
 from aiomigrate.schema.sql import Statement
@@ -99,7 +98,7 @@ def check_operations(
         else:
             steps.append(step)
         for operation in step.script.operations:
-            if isinstance(operation, Run):
+            if operation.runs_code:
                 unpredictable.update(step.script.touches)
             if operation.table is None or not unpredictable.isdisjoint(operation.tables):
                 unpredictable.update(operation.tables)

@@ -16,7 +16,6 @@ from aiomigrate.ledger.history import Journal, pending_cleanup
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Key, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation
-from aiomigrate.operations.rows import Run
 from aiomigrate.planning.destructive import fills_new_columns, mark_existing
 from aiomigrate.planning.reconcile import LineState, Reconciled
 from aiomigrate.schema.state import TableState, decode
@@ -302,7 +301,7 @@ def finish(script: Script, state: LineState, journal: Journal) -> Undo | None:
 
 def _refusal(script: Script, why: str, choices: Sequence[str]) -> RollbackRefusedError:
     choices = [*choices, "write a new migration that reverts the change, and upgrade"]
-    if script.operations and all(isinstance(o, Run) for o in script.operations):
+    if script.operations and all(o.runs_code for o in script.operations):
         choices.append(
             "write its `down` function, accept the changed script with `aiomigrate stamp "
             f"--table {script.line} --to {script.version}` (only while that is the newest applied "
@@ -371,8 +370,8 @@ def inverses(script: Script, was: Mapping[str, str | None]) -> tuple[Operation, 
         script: The migration.
         was: The state of each table before it, as text of `schema.state.encode`.
     """
-    if any(isinstance(o, Run) for o in script.operations):
-        functions = [o.undo(None) for o in reversed(script.operations) if isinstance(o, Run)]
+    if script.runs_code:
+        functions = [o.undo(None) for o in reversed(script.operations) if o.runs_code]
         if len(functions) == len(script.operations) and all(f is not None for f in functions):
             return tuple(o for found in functions for o in found or ())
         return None

@@ -25,7 +25,6 @@ from aiomigrate.ledger.lease import holder_of
 from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.ledger.records import BACKGROUND_LEASE, Event
 from aiomigrate.migration.model import Scripts, Target
-from aiomigrate.operations.indexes import CreateIndex
 from aiomigrate.planning.background import IDLE, Busy, busy_with, known_tables, ready
 from aiomigrate.planning.plan import Plan, build_plan
 from aiomigrate.planning.preflight import OnDestructive, check_operations, in_script
@@ -375,9 +374,9 @@ async def check_plan(
     checked, trials = await anyio.to_thread.run_sync(check_operations, plan, states, on_destructive)
     for step in plan.steps:
         for operation in step.script.operations:
-            if isinstance(operation, CreateIndex):
+            if operation.index_config is not None:
                 try:
-                    index_config(operation.kind, operation.options)
+                    index_config(*operation.index_config)
                 except ConfigurationError as exc:
                     refused = operation.refuse(exc.what, exc.remedy)
                     raise in_script(refused, step.script) from exc

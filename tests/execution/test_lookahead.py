@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 
 from aiomigrate import Migration, MigrationFailedError, op
 from aiomigrate.errors import AiomigrateError
-from aiomigrate.execution.lookahead import MAX_OPERATIONS, _PredictedTable, predict_commits
+from aiomigrate.execution.lookahead import (
+    MAX_OPERATIONS,
+    UNPREDICTED,
+    _PredictedTable,
+    predict_commits,
+)
 from aiomigrate.ledger.history import classify_intents
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.operations.base import Operation
@@ -311,3 +316,14 @@ async def test_what_others_commit_in_the_place_of_ours_is_kept(tmp_path: Path) -
                 await running.upgrade()
         assert theirs in await rows_of(path, "t")
     assert kept >= 3
+
+
+def test_every_member_of_a_target_is_predicted_or_listed_as_unpredicted() -> None:
+    """A new primitive of `Target` is decided on here, instead of silently ending every prediction."""
+    members = {name for name in vars(Target) if not name.startswith("_")}
+    predicted = {name for name in vars(_PredictedTable) if not name.startswith("_")}
+
+    assert predicted | {"state", "witness"} | UNPREDICTED == members
+    assert predicted.isdisjoint(UNPREDICTED)
+    with pytest.raises(AttributeError, match="unheard_of"):
+        _ = _PredictedTable(None, "w").unheard_of
