@@ -14,7 +14,13 @@ from aiomigrate.operations.quality_gate import Gate, GateReport
 from aiomigrate.operations.rebuild import CopyInto, Rebuild
 from aiomigrate.operations.reembed import Reembed
 from aiomigrate.operations.rows import Delete, Run, Update
-from aiomigrate.operations.tables import CreateTable, DropTable, Optimize, RenameTable
+from aiomigrate.operations.tables import (
+    CreateTable,
+    DropTable,
+    Optimize,
+    RenameTable,
+    SetTableMetadata,
+)
 from aiomigrate.schema.state import Index, TableState
 
 __all__ = [
@@ -45,6 +51,7 @@ __all__ = [
     "SetMetadata",
     "SetNotNull",
     "SetNullable",
+    "SetTableMetadata",
     "TableState",
     "Traits",
     "Update",

@@ -15,7 +15,7 @@ from aiomigrate.errors import InvalidMigrationError
 from aiomigrate.operations.base import Missing, Operation, Traits
 from aiomigrate.operations.target import Target
 from aiomigrate.schema.sql import checked_names, checked_new
-from aiomigrate.schema.state import TableState, spell
+from aiomigrate.schema.state import EMBEDDING, TableState, metadata_text, spell
 
 
 class ArrowSchemaSource(Protocol):
@@ -304,3 +304,62 @@ class Optimize(Operation):
 
 
 _MIN_AGE_S = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class SetTableMetadata(Operation):
+    """Set entries of a table's own metadata, and leave the other entries as they are.
+
+    It is one metadata commit, which changes no row and which readers and writers need not know of.
+    It needs pylance (the extra `lance`): lancedb alone cannot change a schema's metadata. It is
+    undone by setting the earlier values.
+
+    Attributes:
+        metadata: Text by key; `None` removes the entry. Keys of LanceDB's own are refused.
+    """
+
+    metadata: Mapping[str, str | None]
+
+    def __post_init__(self) -> None:
+        checked_names("SetTableMetadata", self.metadata)
+        for key, value in self.metadata.items():
+            if value is not None and not isinstance(value, str):
+                raise InvalidMigrationError(
+                    f"SetTableMetadata: {value!r} for {key!r} is not text.",
+                    "Give text, or None to remove the entry.",
+                )
+            if key == EMBEDDING.decode() or key.startswith(("lance", "ARROW:")):
+                raise InvalidMigrationError(
+                    f"SetTableMetadata: {key!r} is an entry of LanceDB's own.",
+                    "Use op.Reembed or op.Rebuild to change a table's embedding functions; choose "
+                    "another key for entries of yours.",
+                )
+        object.__setattr__(self, "metadata", dict(self.metadata))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reversible="setting it back")
+
+    def describe(self) -> str:
+        return f"set table metadata {', '.join(self.metadata)}"
+
+    def evolve(self, state: TableState | None) -> TableState:
+        before = self.existing(state)
+        self.require("lance", "lance")
+        entries = {**metadata_text(before.schema.metadata), **self.metadata}
+        kept: dict[bytes | str, bytes | str] = {k: v for k, v in entries.items() if v is not None}
+        schema = before.schema.with_metadata(kept) if kept else before.schema.remove_metadata()
+        return TableState(schema, before.indexes)
+
+    def done(self, state: TableState | None, witness: str) -> bool:
+        have = metadata_text(self.existing(state).schema.metadata)
+        return all(have.get(key) == value for key, value in self.metadata.items())
+
+    def undo(self, before: TableState | None) -> tuple[Operation, ...]:
+        was = metadata_text(self.existing(before).schema.metadata)
+        back = {key: was.get(key) for key in self.metadata}
+        return (SetTableMetadata(back, table=self.table),)
+
+    async def apply(self, target: Target) -> int:
+        await target.set_schema_metadata(self.metadata)
+        return 0

@@ -196,13 +196,14 @@ def _sql_type(spelled: str) -> str:
 def encode(state: TableState | None) -> str | None:
     """Returns a state as text of some hundred characters, `None` for a missing table.
 
-    Witness columns are left out, and of the metadata all but the embedding functions.
+    Witness columns are left out.
     """
     if state is None:
         return None
-    entry = (state.schema.metadata or {}).get(EMBEDDING)
-    kept = state.schema if not state.witnesses() else pa.schema(state.fields())
-    schema = kept.with_metadata({EMBEDDING: entry} if entry else {}).serialize().to_pybytes()
+    kept = state.schema
+    if state.witnesses():
+        kept = pa.schema(state.fields(), metadata=dict((kept.metadata or {}).items()))
+    schema = kept.serialize().to_pybytes()
     indexes = json.dumps([{**index_to_json(i), "name": i.name} for i in state.indexes])
     whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
     if len(whole) > _UNCOMPRESSED:

@@ -319,7 +319,7 @@ async def test_what_others_commit_in_the_place_of_ours_is_kept(tmp_path: Path) -
 
 
 def test_every_member_of_a_target_is_predicted_or_listed_as_unpredicted() -> None:
-    """A new primitive of `Target` is decided on here, instead of silently ending every prediction."""
+    """A new primitive of `Target` must be decided on: else it would quietly end predictions."""
     members = {name for name in vars(Target) if not name.startswith("_")}
     predicted = {name for name in vars(_PredictedTable) if not name.startswith("_")}
 

@@ -294,6 +294,8 @@ OPERATIONS: dict[str, op.Operation] = {
     "AlterType, all": op.AlterType({"n": pa.float64(), "text": pa.large_string()}, **SKIP),
     "SetMetadata": op.SetMetadata("n", {"unit": "m"}),
     "SetMetadata, all": op.SetMetadata("address.city", {"a": None, "b": "ü"}, **SKIP),
+    "SetTableMetadata": op.SetTableMetadata({"owner": "search"}),
+    "SetTableMetadata, all": op.SetTableMetadata({"a": None, "b": "ü"}, **SKIP),
     # rows
     "Update": op.Update({"n": 1}),
     "Update of every literal": op.Update(
@@ -419,6 +421,7 @@ OPERATIONS: dict[str, op.Operation] = {
     "undo of SetNotNull": _undo(op.SetNotNull("id", "n")),
     "undo of AlterType": _undo(op.AlterType({"text": pa.large_string()})),
     "undo of SetMetadata": _undo(op.SetMetadata("text", {"unit": "x", "more": "y"})),
+    "undo of SetTableMetadata": _undo(op.SetTableMetadata({"owner": "x", "more": "y"})),
     "undo of CreateIndex": _undo(op.CreateIndex("n")),
     "undo of CreateIndex, what it replaced": _undo(
         op.CreateIndex("vector", kind="IvfPq"),

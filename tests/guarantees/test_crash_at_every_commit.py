@@ -287,6 +287,7 @@ async def end_of(database: Path) -> dict[str, Any]:
         assert told != "ghost", name
         state = await (await store.open(name)).state()
         told["metadata"] = {f.name: f.metadata for f in state.schema if f.metadata}
+        told["table metadata"] = state.schema.metadata or {}
         told["indexes"] = sorted((i.name, str(i), sorted(i.options.items())) for i in state.indexes)
     store.close()
     return end

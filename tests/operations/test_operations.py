@@ -598,6 +598,14 @@ CASES = [
         commits=1,
     ),
     Case(
+        name="metadata of a table",
+        operations=[
+            op.SetTableMetadata({"owner": "search", "kept": "yes"}),
+            op.SetTableMetadata({"owner": None, "team": "ranking"}),
+        ],
+        commits=2,
+    ),
+    Case(
         name="build an index anew with other options",
         operations=[
             op.CreateIndex("text", kind="FTS", options={"stem": False}),
@@ -1109,6 +1117,14 @@ INVALID: dict[str, tuple[Callable[[], object], str]] = {
     "optimize away what is young": (
         lambda: op.Optimize(cleanup_older_than_s=60), "younger than an hour",
     ),
+    "table metadata that is no text": (
+        lambda: op.SetTableMetadata({"a": 1}),  # type: ignore[dict-item]
+        "not text",
+    ),
+    "table metadata of LanceDB": (
+        lambda: op.SetTableMetadata({"embedding_functions": "[]"}), "LanceDB's own",
+    ),
+    "no table metadata": (lambda: op.SetTableMetadata({}), "nothing"),
     "metadata that is no text": (lambda: op.SetMetadata("a", {"b": 1}), "not text"),  # type: ignore[dict-item]
     "rows that do not fit": (
         lambda: op.CreateTable(THINGS, rows=[{"id": "a", "n": "x"}]), "do not fit",
