@@ -51,7 +51,7 @@ class MigrationManager:
 
     _store_type: type[Store] = Store  # tests subclass it to inject faults
 
-    def __init__(
+    def __init__(  # long, since it declares and documents every option
         self,
         database: str | Path | Connection,
         *,

@@ -50,7 +50,7 @@ async def make(path: str, rows: int) -> None:
             await table.add(data)
 
 
-async def main(path: str, rows: int, intrusions: int) -> dict[str, Any]:
+async def main(path: str, rows: int, intrusions: int) -> dict[str, Any]:  # noqa: C901 - one scene after another
     """Re-embeds; others commit while the first attempts are under way."""
     import ray
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     lease_options,
     running_options,
 )
-def upgrade(
+def upgrade(  # long, since its signature declares the options
     call: Call,
     *,
     table: Tables = None,

@@ -21,7 +21,7 @@ from aiomigrate.errors import StoreError
 from aiomigrate.schema.digests import digests
 from aiomigrate.schema.state import TableState
 from aiomigrate.store.connection import Store
-from aiomigrate.store.table import Commit, Table
+from aiomigrate.store.table import Commit, Opened, Table
 
 
 def foreign_commits(
@@ -67,7 +67,7 @@ _REPLAY = "aiomigrate-replay-"
 # ---- is that commit the announced one? ----------------------------------------------------------
 
 
-async def matches_announcement(
+async def matches_announcement(  # noqa: C901 - one case for each kind of effect
     store: Store, name: str, base: int, effect: Mapping[str, Any]
 ) -> bool:
     """Returns whether the commit after `base` has the effect that was announced.
@@ -226,3 +226,12 @@ async def _windows(table: Table, columns: Sequence[str], start: int = 0) -> Any:
         rows = await table.window(columns, start, _WINDOW_ROWS)
         yield rows
         start += max(len(rows), 1)
+
+
+async def is_at_head(known: Opened) -> bool:
+    """Returns whether a handle is still at the latest version; moves it there."""
+    try:
+        await known.table.refresh()
+        return await known.table.version() == known.version
+    except StoreError:
+        return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,47 @@ Change = tuple[TableState, Effect]
 """The state of the table after a commit, and the effect of the commit."""
 
 CREATE: Effect = {"do": "create"}
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncedCommits:
+    """The commits to one table that the journal announces and that are not made yet.
+
+    Attributes:
+        effects: Their effects, in order.
+    """
+
+    effects: tuple[Effect, ...] = ()
+
+    @classmethod
+    def of(cls, effect: Effect, predicted: Sequence[Effect]) -> AnnouncedCommits:
+        """Returns what is announced before a commit: it, and what is predicted to follow it.
+
+        Args:
+            effect: Its effect.
+            predicted: The effects of the next commits as predicted; ignored unless they begin
+                with this one.
+        """
+        begins = bool(predicted) and predicted[0] == effect
+        return cls(tuple(predicted) if begins else (effect,))
+
+    def begin_with(self, effect: Effect) -> bool:
+        """Returns whether the next announced commit has this effect."""
+        return self.effects[:1] == (effect,)
+
+    def first(self) -> AnnouncedCommits:
+        """Returns the next announced commit alone: the others were predicted from it."""
+        return AnnouncedCommits(self.effects[:1])
+
+    def after_commit(self, base: int, version: int) -> AnnouncedCommits:
+        """Returns those that remain after the next one was made.
+
+        Args:
+            base: The table_version it was announced for.
+            version: The table_version it became. If a foreign commit came between, nothing that
+                was predicted holds any more.
+        """
+        return AnnouncedCommits(self.effects[1:] if version == base + 1 else ())
 
 
 def add_columns(state: TableState, fields: Sequence[pa.Field[Any]]) -> Change:

@@ -7,7 +7,6 @@ attributes it. A crash or a cancellation between two commits leaves the earlier 
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,25 +18,28 @@ from aiomigrate.backfill import caller, engine
 from aiomigrate.backfill.ray import Transform as ClusterTransform
 from aiomigrate.backfill.ray import add_by_ray
 from aiomigrate.commits import effects
-from aiomigrate.commits.commit_identity import foreign_commits
+from aiomigrate.commits.commit_identity import foreign_commits, same_content
 from aiomigrate.commits.effects import (
+    AnnouncedCommits,
     Effect,
     add_effect,
     insert_effect,
     merge_effect,
     shape_effect,
 )
-from aiomigrate.commits.tracked_table import TrackedTable
+from aiomigrate.commits.tracked_table import OVERWRITE_ATTEMPTS, TrackedTable
 from aiomigrate.errors import (
     CommitConflictError,
     KeepsProgressError,
     MigrationTimeoutError,
+    OperationError,
+    OverwriteLostError,
     StaleHandleError,
     StoreError,
 )
 from aiomigrate.operations.fill import Filling, Pace
 from aiomigrate.schema import paths
-from aiomigrate.schema.state import Index
+from aiomigrate.schema.state import Index, remember
 from aiomigrate.store.table import Table
 
 
@@ -48,6 +50,82 @@ class TableTarget(TrackedTable):
     `OperationError` if the table does not exist or the migration has ended, `LeaseLostError` if
     another process has taken over, and `StoreError` if LanceDB fails.
     """
+
+    async def copy_to(self, name: str) -> None:
+        """Copies rows, schema and indexes to a new table, and compares them afterwards.
+
+        If another writer commits meanwhile, the table is copied again. The copy that an
+        interrupted run left is recognised by its witness column and completed.
+
+        Args:
+            name: The new table.
+
+        Raises:
+            LeaseLostError: Another process has taken over; nothing more was written.
+            OperationError: Another table of that name exists.
+            OverwriteLostError: Other writers committed during each of `OVERWRITE_ATTEMPTS`
+                attempts.
+        """
+        copy = self.sibling(name)
+        copy.witness = self.witness
+        if copy.state is not None and not copy.state.has(self.witness):
+            raise OperationError(
+                f"Table {name!r} already exists.", "Drop it first, or choose another name."
+            )
+        for _ in range(OVERWRITE_ATTEMPTS):
+            state = self._current()
+            is_copied = (
+                copy.state is not None
+                and copy.state.shape()["fields"] == state.shape()["fields"]
+                and await same_content(self.table, copy.table)
+            )
+            if not is_copied:
+                fields = [*state.fields(), remember(self.witness, {})]
+                await copy.replace_by(
+                    self, pa.schema(fields, metadata=dict((state.schema.metadata or {}).items()))
+                )
+            for index in state.indexes:
+                if copy.state is None or index not in copy.state.indexes:
+                    await copy.create_index(index, index.options)
+            base = self.version
+            await self.reopen()
+            if self.version == base:
+                return
+        raise OverwriteLostError(
+            f"Other writers committed to table {self.name!r} during each of {OVERWRITE_ATTEMPTS} "
+            f"attempts to copy it to {name!r}.",
+            "Stop its writers, then run again.",
+        )
+
+    async def replace_by(self, other: TableTarget, schema: pa.Schema) -> None:
+        """Replaces the content of this table by the rows of another one, in one commit.
+
+        Args:
+            other: The table to copy; its progress callback is called.
+            schema: The Arrow schema; columns that `other` does not have are NULL.
+        """
+
+        async def rows() -> AsyncIterator[pa.RecordBatch]:
+            total, done = await other.count_rows(), 0
+            async for batch in other.table.batches(None, None, _COPY_ROWS):
+                have = dict(zip(batch.schema.names, batch.columns, strict=True))
+                nulls: list[Any] = [
+                    None if f.name in have else pa.nulls(len(batch), f.type) for f in schema
+                ]
+                columns = [have.get(f.name, n) for f, n in zip(schema, nulls, strict=True)]
+                done += len(batch)
+                other.progress(done, total)
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+        exists = self._state is not None
+        await self._may_write()
+        making = self._store.create_from(self.name, schema, rows(), overwrite=exists)
+        if exists:
+            self._table = await making
+            self._record_version(await self._table.version())
+            self._state = await self._table.state()
+        else:
+            await self._finish_create(making)
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
         """Adds nullable columns, or missing fields of a struct column, in one commit."""
@@ -94,11 +172,11 @@ class TableTarget(TrackedTable):
         if self._built_index == (index, self.version):
             return
         with anyio.move_on_after(timeout_s):
-            passes = 0
-            while await self.table.uncovered(index) and passes < _INDEX_PASSES:
+            for passes in range(_INDEX_PASSES):
+                if not await self.table.uncovered(index):
+                    break
                 self.progress(passes, None)
                 await self.optimize(None)
-                passes += 1
             return
         raise MigrationTimeoutError(
             f"The index {index} of table {self.name!r} did not cover its rows in {timeout_s:g} s.",
@@ -150,11 +228,11 @@ class TableTarget(TrackedTable):
         effect = effects.update(values, sql, where)
         count = await self.count_rows()
         # An announced update is made: counting the matching rows takes as long.
-        is_predicted = count < _LIVE_ROWS and self._announced[:1] == [effect]
+        is_predicted = count < _LIVE_ROWS and self._announced.begin_with(effect)
         if count and where is not None and not is_predicted:
             count = await self.count_rows(where)
         if not count:
-            self._announced.clear()  # what was predicted after it is announced again
+            self._announced = AnnouncedCommits()  # what was predicted after it is announced again
             return 0
         if unless_live and count >= _LIVE_ROWS and await self._is_committed_to():
             return None
@@ -227,10 +305,7 @@ class TableTarget(TrackedTable):
     async def ask(
         self, function: Callable[..., Any], values: Sequence[Any], kind: pa.DataType, pace: Pace
     ) -> list[Any]:
-        """Calls a function with values in the way that `fill` does; nothing is written.
-
-        Returns:
-            The results as Python values, in the order of `values`.
+        """Calls a function with values as `fill` does; returns its results as Python values.
 
         Raises:
             KeepsProgressError: Every attempt failed.
@@ -290,67 +365,10 @@ class TableTarget(TrackedTable):
             "while other processes write.",
         )
 
-    async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
-        """Returns a random sample of the matching rows.
-
-        Args:
-            where: SQL condition on the rows.
-            columns: The columns to read.
-            rows: The size of the sample; fewer are returned if fewer match.
-            seed: The same seed and rows give the same sample.
-
-        Returns:
-            One Arrow table, empty if no row matches.
-        """
-        ids = await self.table.row_ids(where)
-        chosen = sorted(random.Random(seed).sample(ids, min(rows, len(ids))))  # noqa: S311
-        if not chosen:
-            return (await self.table.read("false", columns)).slice(0, 0)
-        listed = ", ".join(map(str, chosen))
-        return await self.table.read(f"_rowid IN ({listed})", columns)
-
-    async def nearest(
-        self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
-    ) -> list[list[Any]]:
-        """Returns the keys of the nearest rows for each vector.
-
-        Args:
-            column: The vector column.
-            vectors: The query vectors.
-            rows: How many rows to return per vector.
-            key: The key column.
-            where: SQL condition on the rows.
-        """
-        found: list[list[Any]] = []
-        for done, vector in enumerate(vectors):
-            self.progress(done, len(vectors), "comparing neighbours")
-            found.append(await self.table.nearest(column, vector, rows, key, where))
-        return found
-
     async def set_schema_metadata(self, metadata: Mapping[str, str | None]) -> None:
         """Sets entries of the schema's metadata in one commit; `None` removes an entry."""
         effect = shape_effect(self._current())
         await self._commit(effect, lambda table: table.set_schema_metadata(metadata))
-
-    def free_bytes(self) -> int | None:
-        """Returns the free bytes of the disk, `None` if they are unknown."""
-        return self._store.free_bytes()
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The table's Arrow schema as last read."""
-        return self._current().schema
-
-    async def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows of the latest table_version in the table's order, with `_rowid`.
-
-        Args:
-            where: SQL condition on the rows.
-            columns: The columns to read besides `_rowid`.
-        """
-        other = await self._store.open(self.name)  # `table` moves to each new commit
-        async for batch in other.scan(where, columns, _SCAN_ROWS):
-            yield batch
 
     async def merge_columns(self, key: str, data: pa.Table, *, crowded: bool) -> int:
         """Sets columns of the rows whose keys are given, in one commit.
@@ -390,10 +408,6 @@ class TableTarget(TrackedTable):
         self.rows += changed
         return changed
 
-    async def uncovered(self, index: Index) -> int:
-        """Returns the number of rows that an index does not cover."""
-        return await self.table.uncovered(index)
-
     async def is_live(self) -> bool:
         """Returns whether the table is large and under concurrent writes.
 
@@ -404,11 +418,9 @@ class TableTarget(TrackedTable):
 
     async def _is_committed_to(self) -> bool:
         recent = await self.table.recent_commits(_LIVE_S)
-        foreign = [v for v in recent if v <= self.before or self._is_foreign(v)]
+        spans = [(0, self.before), *self.foreign]
+        foreign = [v for v in recent if any(first <= v <= last for first, last in spans)]
         return len(foreign) >= _LIVE_COMMITS
-
-    def _is_foreign(self, version: int) -> bool:
-        return any(first <= version <= last for first, last in self.foreign)
 
     async def insert_missing(self, key: str, rows: pa.Table) -> int:
         """Inserts the rows whose keys do not exist, in one commit; returns their number."""
@@ -445,15 +457,6 @@ class TableTarget(TrackedTable):
             others = foreign_commits(made, before=before, after=self.version, compacted=compacted)
             self.foreign = [*known, *((version, version) for version in others)]
 
-    async def batches(
-        self, where: str | None, columns: Sequence[str] | None, rows: int
-    ) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows as of the start, in batches of at most `rows` rows."""
-        async for batch in self.table.batches(where, columns, rows):
-            yield batch
-
-    # ---- for functions only ---------------------------------------------------------------------
-
     async def add(self, data: pa.Table) -> None:
         """Appends rows in one commit."""
         await self._commit(add_effect(data), lambda t: t.add(data))
@@ -488,10 +491,10 @@ _COMPUTE_ATTEMPTS = 3
 _COMMITTED_FIRST = (CommitConflictError, StaleHandleError)
 _MERGE_ATTEMPTS = 8
 _DROP_ATTEMPTS = 5
-_SCAN_ROWS = 1024
 _INDEX_PASSES = 3
 _BATCH_ROWS = 20_000
 _PASSES = 20
 _LIVE_ROWS = 20_000
 _LIVE_S = 60.0
 _LIVE_COMMITS = 3
+_COPY_ROWS = 4096

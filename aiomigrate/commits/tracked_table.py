@@ -8,6 +8,7 @@ decided in `execution.executor` and `execution.recovery`.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -15,21 +16,23 @@ import anyio
 import pyarrow as pa
 
 from aiomigrate.commits import effects
-from aiomigrate.commits.commit_identity import same_content
-from aiomigrate.commits.effects import CREATE, Effect
+from aiomigrate.commits.commit_identity import is_at_head
+from aiomigrate.commits.effects import CREATE, AnnouncedCommits, Effect
 from aiomigrate.commits.savepoints import Guard, unresolved_overwrite
 from aiomigrate.errors import (
     OperationError,
     OverwriteLostError,
     StaleHandleError,
-    StoreError,
     TableVersionGoneError,
     UnresolvedError,
 )
 from aiomigrate.operations.target import Transform
-from aiomigrate.schema.state import Index, TableState, remember
+from aiomigrate.schema.state import Index, TableState
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Opened, Table
+
+OnProgress = Callable[[int, int | None, str], None]
+"""Called with the progress of an operation: done, total if known, and a note."""
 
 Announce = Callable[[str, int, Sequence[Effect], Sequence[tuple[int, int]]], Awaitable[None]]
 """Announces commits durably: called with the table, the table_version that the first is based on,
@@ -49,12 +52,8 @@ class TrackedTable:
         rows: Number of rows that they changed.
         retries: Number of commits that were retried.
         witness: The witness column of the current operation, empty if it needs none.
-        ended: Whether the migration has ended; every later write is refused.
         keeps_progress: Whether it holds results of paid work, which are never undone.
         facts: What operations report about their work, JSON values by topic.
-        on_progress: Called with the progress of the current operation: done, total, a note.
-        protect: Creates the savepoint, once the first commit is announced; `None` if none is due.
-        predicted: Effects of the next commits (`execution.lookahead`), announced together.
     """
 
     def __init__(
@@ -84,18 +83,18 @@ class TrackedTable:
         self.retries = 0
         self.was: TableState | None = None
         self.witness = ""
-        self.ended = False
+        self._ended = False
         self.keeps_progress = False
         self.facts: dict[str, Any] = {}
-        self.on_progress: Callable[[int, int | None, str], None] = lambda done, total, note: None
-        self.protect: Callable[[], Awaitable[None]] | None = None
-        self.predicted: Sequence[Effect] = ()
+        self._on_progress: OnProgress = lambda done, total, note: None
+        self._protect: Callable[[], Awaitable[None]] | None = None
+        self._predicted: Sequence[Effect] = ()
         self._protecting: anyio.Lock | None = None
         self._store = store
         self._guard = guard
         self._announce = announce
         self._others = others
-        self._announced: list[Effect] = []
+        self._announced = AnnouncedCommits()
         self._built_index: tuple[Index, int] | None = None  # and its table_version
         self._table: Table | None = None
         self._state: TableState | None = None
@@ -111,7 +110,7 @@ class TrackedTable:
         Raises:
             StoreError: The table exists but cannot be read.
         """
-        if known is None or not (is_latest or await _is_latest(known)):
+        if known is None or not (is_latest or await is_at_head(known)):
             await self._read()
         else:
             self._table, self.version, self._state = known.table, known.version, known.state
@@ -130,6 +129,38 @@ class TrackedTable:
             with contextlib.suppress(TableVersionGoneError):
                 self.was = await (await self._table.at(version)).state()
 
+    def begin_operation(self, witness: str, on_progress: OnProgress) -> None:
+        """Sets what belongs to the operation that changes the table next.
+
+        Args:
+            witness: The name of its witness column.
+            on_progress: Called with its progress: rows done, rows in all, and a note.
+        """
+        self.witness = witness
+        self._on_progress = on_progress
+
+    def protect_with(self, protect: Callable[[], Awaitable[None]]) -> None:
+        """Sets what makes the savepoint, once, right before the first commit."""
+        self._protect = protect
+
+    def expect(self, effects: Sequence[Effect]) -> None:
+        """Sets the predicted effects of the next commits, to be announced together."""
+        self._predicted = effects
+
+    def end(self) -> None:
+        """Ends the migration: later writes, of tasks that it left behind, are refused."""
+        self._ended = True
+
+    async def reopen_restored(self) -> None:
+        """Moves to the latest version after a restore, whose commit is this migration's own.
+
+        The foreign commits that the restore discards are named by the plan.
+        """
+        known = self.version
+        await self.reopen()
+        self.foreign = []
+        self.commits += self.version != known
+
     async def _read(self) -> None:
         self._table = await self._store.find(self.name)
         self.version = 0 if self._table is None else await self._table.version()
@@ -143,7 +174,7 @@ class TrackedTable:
         await self._read()
         if self.version != known:  # lower: the table was dropped and created again
             self.foreign.append((min(known, self.version) + 1, self.version))
-            del self._announced[1:]  # predicted for another table_version
+            self._announced = self._announced.first()  # the rest: for another table_version
 
     @property
     def state(self) -> TableState | None:
@@ -158,9 +189,8 @@ class TrackedTable:
             OperationError: The table does not exist.
         """
         if self._table is None:
-            raise OperationError(
-                f"Table {self.name!r} does not exist.", "Create it in an earlier migration."
-            )
+            what = f"Table {self.name!r} does not exist."
+            raise OperationError(what, "Create it in an earlier migration.")
         return self._table
 
     @property
@@ -178,7 +208,7 @@ class TrackedTable:
     @property
     def is_announced(self) -> bool:
         """Whether an announced commit is not made yet."""
-        return bool(self._announced)
+        return bool(self._announced.effects)
 
     async def _commit(
         self,
@@ -199,42 +229,38 @@ class TrackedTable:
         table = self.table
         # Not announced again if a foreign commit came first: on this fresh handle the commit may
         # succeed, and after a foreign commit the base is no longer used.
-        if self._announced[:1] != [effect]:
+        if not self._announced.begin_with(effect):
             await self._announce_commit(self.version, effect)
         await self._may_write()
         table.on_commit = self._record_version
         base = self.version
         await run(table)
-        self._mark_made(base)
+        self._announced = self._announced.after_commit(base, self.version)
         indexed = bool(self._current().indexes) or read_indexes or self.version != base + 1
         state = await table.state(indexed=indexed)
         self._state = state.with_known_shape(self._current() if after is None else after)
 
     async def _announce_commit(self, base: int, effect: Effect) -> None:
         self._refuse_if_ended()
-        predicted, self.predicted = self.predicted, ()
-        announced = list(predicted) if predicted and predicted[0] == effect else [effect]
-        await self._announce(self.name, base, announced, self.foreign)
+        predicted, self._predicted = self._predicted, ()
+        announced = AnnouncedCommits.of(effect, predicted)
+        await self._announce(self.name, base, announced.effects, self.foreign)
         self._announced = announced
-
-    def _mark_made(self, base: int) -> None:
-        """Removes the commit just made from those announced; all if a foreign one came between."""
-        del self._announced[: 1 if self.version == base + 1 else None]
 
     async def _may_write(self) -> None:
         """Creates the savepoint if that is still to be done, and checks the lease."""
         self._refuse_if_ended()
-        if self.protect is not None:
+        if self._protect is not None:
             self._protecting = self._protecting or anyio.Lock()
             async with self._protecting:
-                if self.protect is not None:
-                    await self.protect()
-                    self.protect = None
+                if self._protect is not None:
+                    await self._protect()
+                    self._protect = None
         await self._guard()
         self._refuse_if_ended()
 
     def _refuse_if_ended(self) -> None:
-        if self.ended:
+        if self._ended:
             raise OperationError(
                 f"The migration that writes to table {self.name!r} has ended.",
                 "Await every task that the function starts before it returns.",
@@ -250,8 +276,6 @@ class TrackedTable:
         assert self._state is not None  # noqa: S101 - every caller holds an open table
         return self._state
 
-    # ---- whole tables ---------------------------------------------------------------------------
-
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table in one commit, empty by default.
 
@@ -266,7 +290,7 @@ class TrackedTable:
         await self._may_write()
         making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
         await self._store.settle(self.name, lambda: self._finish_create(making))
-        self._mark_made(base)
+        self._announced = self._announced.after_commit(base, self.version)
         self.rows += 0 if rows is None else len(rows)
 
     async def _finish_create(self, making: Awaitable[Table]) -> None:
@@ -313,13 +337,13 @@ class TrackedTable:
 
         Raises:
             LeaseLostError: Another process has taken over; nothing was written.
-            OverwriteLostError: Other writers committed during each of `_OVERWRITE_ATTEMPTS`
+            OverwriteLostError: Other writers committed during each of `OVERWRITE_ATTEMPTS`
                 attempts.
             StaleHandleError: Another writer changed the schema, so `schema` no longer fits.
             UnresolvedError: Restoring a foreign commit conflicted with another commit.
         """
         shape = self._current().shape()
-        for _ in range(_OVERWRITE_ATTEMPTS):
+        for _ in range(OVERWRITE_ATTEMPTS):
             base, source = self.version, self.table
             effect = {"do": "overwrite", "witness": self.witness}
             await self._announce_commit(base, effect)
@@ -333,7 +357,7 @@ class TrackedTable:
                     "Run again.",
                 )
         raise OverwriteLostError(
-            f"Other writers committed to table {self.name!r} during each of {_OVERWRITE_ATTEMPTS} "
+            f"Other writers committed to table {self.name!r} during each of {OVERWRITE_ATTEMPTS} "
             "attempts to rebuild it. Their commits were not lost, and the table was not rebuilt.",
             "Run again when fewer processes write, or stop them during the migration.",
         )
@@ -375,90 +399,13 @@ class TrackedTable:
         self.retries += 1
         return False
 
-    async def copy_to(self, name: str) -> None:
-        """Copies rows, schema and indexes to a new table, and compares them afterwards.
-
-        If another writer commits meanwhile, the table is copied again. The copy that an
-        interrupted run left is recognised by its witness column and completed.
-
-        Args:
-            name: The new table.
-
-        Raises:
-            LeaseLostError: Another process has taken over; nothing more was written.
-            OperationError: Another table of that name exists.
-            OverwriteLostError: Other writers committed during each of `_OVERWRITE_ATTEMPTS`
-                attempts.
-        """
-        copy = self.sibling(name)
-        copy.witness = self.witness
-        if copy.state is not None and not copy.state.has(self.witness):
-            raise OperationError(
-                f"Table {name!r} already exists.", "Drop it first, or choose another name."
-            )
-        for _ in range(_OVERWRITE_ATTEMPTS):
-            state = self._current()
-            is_copied = (
-                copy.state is not None
-                and copy.state.shape()["fields"] == state.shape()["fields"]
-                and await same_content(self.table, copy.table)
-            )
-            if not is_copied:
-                fields = [*state.fields(), remember(self.witness, {})]
-                await copy.replace_by(
-                    self, pa.schema(fields, metadata=dict((state.schema.metadata or {}).items()))
-                )
-            for index in state.indexes:
-                if copy.state is None or index not in copy.state.indexes:
-                    await copy.create_index(index, index.options)
-            base = self.version
-            await self.reopen()
-            if self.version == base:
-                return
-        raise OverwriteLostError(
-            f"Other writers committed to table {self.name!r} during each of {_OVERWRITE_ATTEMPTS} "
-            f"attempts to copy it to {name!r}.",
-            "Stop its writers, then run again.",
-        )
-
-    async def replace_by(self, other: TrackedTable, schema: pa.Schema) -> None:
-        """Replaces the content of this table by the rows of another one, in one commit.
-
-        Args:
-            other: The table to copy; its progress callback is called.
-            schema: The Arrow schema; columns that `other` does not have are NULL.
-        """
-
-        async def rows() -> AsyncIterator[pa.RecordBatch]:
-            total, done = await other.count_rows(), 0
-            async for batch in other.table.batches(None, None, _COPY_ROWS):
-                columns = [
-                    batch.column(field.name)
-                    if field.name in batch.schema.names
-                    else pa.nulls(len(batch), field.type)
-                    for field in schema
-                ]
-                done += len(batch)
-                other.progress(done, total)
-                yield pa.RecordBatch.from_arrays(columns, schema=schema)
-
-        exists = self._state is not None
-        await self._may_write()
-        making = self._store.create_from(self.name, schema, rows(), overwrite=exists)
-        if exists:
-            self._table = await making
-            self._record_version(await self._table.version())
-            self._state = await self._table.state()
-        else:
-            await self._finish_create(making)
-
     def sibling(self, name: str) -> Self:
         """Returns another table that the migration touches, given by name."""
         return self._others[name]
 
     def progress(self, done: int, total: int | None, note: str = "") -> None:
         """Reports the progress of the current operation, `total` being `None` if unknown."""
-        self.on_progress(done, total, note)
+        self._on_progress(done, total, note)
 
     def add_fact(self, topic: str, what: Any) -> None:
         """Adds a JSON value to the migration's report and history."""
@@ -477,15 +424,74 @@ class TrackedTable:
         )
         self._built_index = (index, self.version) if self.version == base + 1 else None
 
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's Arrow schema as last read."""
+        return self._current().schema
 
-async def _is_latest(known: Opened) -> bool:
-    """Returns whether a handle is still at the latest version; moves it there."""
-    try:
-        await known.table.refresh()
-        return await known.table.version() == known.version
-    except StoreError:
-        return False
+    async def uncovered(self, index: Index) -> int:
+        """Returns the number of rows that an index does not cover."""
+        return await self.table.uncovered(index)
+
+    async def batches(
+        self, where: str | None, columns: Sequence[str] | None, rows: int
+    ) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows as of the start, in batches of at most `rows` rows."""
+        async for batch in self.table.batches(where, columns, rows):
+            yield batch
+
+    async def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
+        """Yields the matching rows of the latest table_version in the table's order, with `_rowid`.
+
+        Args:
+            where: SQL condition on the rows.
+            columns: The columns to read besides `_rowid`.
+        """
+        other = await self._store.open(self.name)  # `table` moves to each new commit
+        async for batch in other.scan(where, columns, _SCAN_ROWS):
+            yield batch
+
+    async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
+        """Returns a random sample of the matching rows.
+
+        Args:
+            where: SQL condition on the rows.
+            columns: The columns to read.
+            rows: The size of the sample; fewer are returned if fewer match.
+            seed: The same seed and rows give the same sample.
+
+        Returns:
+            One Arrow table, empty if no row matches.
+        """
+        ids = await self.table.row_ids(where)
+        chosen = sorted(random.Random(seed).sample(ids, min(rows, len(ids))))  # noqa: S311
+        if not chosen:
+            return (await self.table.read("false", columns)).slice(0, 0)
+        listed = ", ".join(map(str, chosen))
+        return await self.table.read(f"_rowid IN ({listed})", columns)
+
+    async def nearest(
+        self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
+    ) -> list[list[Any]]:
+        """Returns the keys of the nearest rows for each vector.
+
+        Args:
+            column: The vector column.
+            vectors: The query vectors.
+            rows: How many rows to return per vector.
+            key: The key column.
+            where: SQL condition on the rows.
+        """
+        found: list[list[Any]] = []
+        for done, vector in enumerate(vectors):
+            self.progress(done, len(vectors), "comparing neighbours")
+            found.append(await self.table.nearest(column, vector, rows, key, where))
+        return found
+
+    def free_bytes(self) -> int | None:
+        """Returns the free bytes of the disk, `None` if they are unknown."""
+        return self._store.free_bytes()
 
 
-_OVERWRITE_ATTEMPTS = 3
-_COPY_ROWS = 4096
+OVERWRITE_ATTEMPTS = 3
+_SCAN_ROWS = 1024

@@ -112,13 +112,12 @@ class Applier:
             SchemaMismatchError: The table afterwards is not as predicted.
             StoreError: LanceDB failed, or other commits came first `_ATTEMPTS` times.
         """
-        target.witness = witness
 
         def report(done: int, total: int | None, note: str) -> None:
             text = operation.describe()
             self._progress(script, f"{text} ({note})" if note else text, done, total)
 
-        target.on_progress = report
+        target.begin_operation(witness, report)
         if target.state is None and operation.when_missing is Missing.SKIP:
             return
         for attempt in range(_ATTEMPTS):

@@ -26,6 +26,7 @@ from aiomigrate.errors import (
 )
 from aiomigrate.ledger.records import Event, Kind, new_event
 from aiomigrate.ledger.writer import Writer
+from aiomigrate.migration.checksum import ALGORITHM
 from aiomigrate.migration.model import Script
 from aiomigrate.results import Outcome, StepReport
 from aiomigrate.schema.state import encode
@@ -107,6 +108,19 @@ class Attempt:
     def changes(self) -> dict[str, Any]:
         """Returns what an `applied` event records about the tables, by table."""
         return {t.name: _change_of(t) for t in self.tables.values()}
+
+    def event(self, kind: Kind, **facts: Any) -> Event:
+        """Returns an event with what identifies the script: description, checksum and source."""
+        script = self.script
+        return event_of(
+            script,
+            kind,
+            description=script.description,
+            checksum=script.checksum,
+            algorithm=ALGORITHM,
+            source=script.source,
+            **facts,
+        )
 
     def report(self, outcome: Outcome, ran_s: float, **more: Any) -> StepReport:
         """Returns the result of the attempt.

@@ -49,12 +49,12 @@ from aiomigrate.execution.lookahead import (
 )
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.history import Unfinished
-from aiomigrate.ledger.records import Kind
-from aiomigrate.migration.checksum import ALGORITHM
+from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script
 from aiomigrate.planning.destructive import destroys
 from aiomigrate.results import Outcome, StepReport
 from aiomigrate.schema.state import TableState
+from aiomigrate.store.table import Table
 from aiomigrate.telemetry import OPERATION
 
 
@@ -135,13 +135,7 @@ class Executor:
                     limit.deadline = anyio.current_time() + self._timeout_s
                 with limit:
                     with self._writer.working():
-                        if unfinished is not None:
-                            self._tables.invalidate((*script.touches, *unfinished.savepoints))
-                            await self._recovery.recover(attempt, unfinished)
-                        elif is_retry:
-                            for name in script.touches:
-                                await self._recovery.drop_leftovers(script, name)
-                        await self._begin(attempt)
+                        await self._begin(attempt, unfinished, is_retry=is_retry)
                     await run_each(
                         chains(script.operations, attempt.done),
                         partial(self._run_chain, attempt, log),
@@ -164,7 +158,7 @@ class Executor:
             attempt.waited_s += slot.waited_s
             attempt.started_s += slot.waited_s
             for target in attempt.tables.values():
-                target.ended = True  # refuses writes of tasks that the function left behind
+                target.end()
         result: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
@@ -181,9 +175,17 @@ class Executor:
             version=script.version,
         )
 
-    # ---- forward --------------------------------------------------------------------------------
-
-    async def _begin(self, attempt: Attempt) -> None:
+    async def _begin(
+        self, attempt: Attempt, unfinished: Unfinished | None, *, is_retry: bool
+    ) -> None:
+        """Recovers what an earlier attempt left, opens the tables, and records the start."""
+        script = attempt.script
+        if unfinished is not None:
+            self._tables.invalidate((*script.touches, *unfinished.savepoints))
+            await self._recovery.recover(attempt, unfinished)
+        elif is_retry:
+            for name in script.touches:
+                await self._recovery.drop_leftovers(script, name)
         await self._tables.open_for(attempt)
         if not attempt.resumed:
             _check_operations(attempt.script, attempt.tables)
@@ -224,7 +226,7 @@ class Executor:
         named = (
             (script.operations[position], _witness_of(script, position)) for position in of_table
         )
-        target.predicted = await predict_commits(named, target.state)
+        target.expect(await predict_commits(named, target.state))
 
     async def _apply(self, attempt: Attempt, position: int, log: Any) -> None:
         script = attempt.script
@@ -250,19 +252,14 @@ class Executor:
             for name in names
             if attempt.tables[name].state is not None
         }
-        started = event_of(
-            script,
+        started = attempt.event(
             Kind.STARTED,
-            description=script.description,
-            checksum=script.checksum,
-            algorithm=ALGORITHM,
-            source=script.source,
             tables={t.name: {"before": t.before} for t in attempt.tables.values()},
             detail={"branches": attempt.branches},
         )
         # Each is created before the first commit to its table; unchanged tables need none.
         for name in attempt.branches:
-            attempt.tables[name].protect = partial(self._protect, attempt, name)
+            attempt.tables[name].protect_with(partial(self._protect, attempt, name))
         if all(map(is_declarative, script.operations)):
             attempt.held_back.append(started)  # written with the first announcement
         else:
@@ -289,64 +286,32 @@ class Executor:
             raise
 
     async def _finish(self, attempt: Attempt, log: Any) -> StepReport:
+        """Records the migration as applied; removes what it needed only while it ran."""
         script = attempt.script
         ran_s = max(0.0, self._clock.monotonic() - attempt.started_s - attempt.ledger_s)
         await self._cleanup.clean_line(script.line)
-        cleanup = [t.name for t in attempt.tables.values() if t.state and t.state.witnesses()]
-        if not attempt.is_quick and any(t.version != t.before for t in attempt.tables.values()):
-            with self._writer.working(), contextlib.suppress(StoreError):
-                existing = [t for t in attempt.tables.values() if t.state is not None]
-                attempt.size = await _total_size(existing)
+        await self._measure(attempt)
         report = attempt.report(Outcome.APPLIED, ran_s)
         made = attempt.made_branches()
         was = {t.name: t.was for t in attempt.tables.values()}
         destroyed = destroys(script, was) if made and self._keeps else ()
-        detail: dict[str, Any] = {
-            "cleanup": cleanup,
-            "branches": {t: b for t, b in made.items() if t not in destroyed},
-            "kept": {t: b for t, b in made.items() if t in destroyed},
-            "told": attempt.facts(),
-            "depended_s": attempt.depended_s,
-        }
-        applied = event_of(
-            script,
-            Kind.APPLIED,
-            at=self._clock.wall(),  # it may be written with a later commit
-            description=script.description,
-            checksum=script.checksum,
-            algorithm=ALGORITHM,
-            source=script.source,
-            tables=attempt.changes(),
-            waited_s=attempt.waited_s,
-            ran_s=ran_s,
-            ledger_s=attempt.ledger_s,
-            rows=report.rows,
-            commits=report.commits,
-            retries=report.retries,
-            size=attempt.size,
-            detail={key: value for key, value in detail.items() if value},
-        )
-        branches = detail["branches"]
-        opened = {
-            name: handle.table
-            for name in branches
-            if (handle := attempt.tables[name].opened) is not None
-        }
+        branches = {t: b for t, b in made.items() if t not in destroyed}
+        kept = {t: b for t, b in made.items() if t in destroyed}
+        cleanup = [t.name for t in attempt.tables.values() if t.state and t.state.witnesses()]
+        applied = self._applied_event(attempt, report, cleanup, branches, kept)
         # `applied` may be recorded later unless witnesses are dropped or a function acted. If a
         # crash loses it, operations are found done or set the same values again, and a function
         # that committed nothing runs again. No later commit precedes it: later commits are
         # announced later in the same journal.
         if cleanup or attempt.acted:
-            await self._recorder.record(attempt, applied)
-            await self._cleanup.clean(script.line, script.version, cleanup, branches, opened)
-            self._cleanup.set_head_later(script.line, script.version)
+            await self._record_and_clean(attempt, applied, cleanup, branches)
         elif branches:
             is_durable = self._writer.record_later(applied)
-            self._cleanup.postpone(script.line, script.version, branches, opened, is_durable)
+            handles = _handles(attempt, branches)
+            self._cleanup.postpone(script.line, script.version, branches, handles, is_durable)
         else:
-            self._writer.record_later(
-                applied, head_row=self._cleanup.head_row(script.line, script.version)
-            )
+            head_row = self._cleanup.head_row(script.line, script.version)
+            self._writer.record_later(applied, head_row=head_row)
         if not (cleanup or script.runs_code):  # else the tables may have changed since
             self._tables.keep(attempt)
         if attempt.ledger_s != report.ledger_s:
@@ -364,7 +329,51 @@ class Executor:
         )
         return report
 
-    # ---- back -----------------------------------------------------------------------------------
+    async def _measure(self, attempt: Attempt) -> None:
+        """Measures the bytes of data in the tables of a migration that took some time."""
+        tables = attempt.tables.values()
+        if attempt.is_quick or all(t.version == t.before for t in tables):
+            return
+        with self._writer.working(), contextlib.suppress(StoreError):
+            attempt.size = await _total_size([t for t in tables if t.state is not None])
+
+    def _applied_event(
+        self,
+        attempt: Attempt,
+        report: StepReport,
+        cleanup: Sequence[str],
+        branches: Mapping[str, str],
+        kept: Mapping[str, str],
+    ) -> Event:
+        detail = {
+            "cleanup": cleanup,
+            "branches": branches,
+            "kept": kept,
+            "told": attempt.facts(),
+            "depended_s": attempt.depended_s,
+        }
+        return attempt.event(
+            Kind.APPLIED,
+            at=self._clock.wall(),  # it may be written with a later commit
+            tables=attempt.changes(),
+            waited_s=attempt.waited_s,
+            ran_s=report.ran_s,
+            ledger_s=attempt.ledger_s,
+            rows=report.rows,
+            commits=report.commits,
+            retries=report.retries,
+            size=attempt.size,
+            detail={key: value for key, value in detail.items() if value},
+        )
+
+    async def _record_and_clean(
+        self, attempt: Attempt, applied: Event, cleanup: list[str], branches: Mapping[str, str]
+    ) -> None:
+        script = attempt.script
+        await self._recorder.record(attempt, applied)
+        handles = _handles(attempt, branches)
+        await self._cleanup.clean(script.line, script.version, cleanup, branches, handles)
+        self._cleanup.set_head_later(script.line, script.version)
 
     async def _undo(self, attempt: Attempt, exc: Exception | None, log: Any) -> StepReport:
         """Undoes the attempt if all commits since are its own, and records the failure.
@@ -374,68 +383,74 @@ class Executor:
             exc: What was raised, `None` for a cancellation.
             log: A logger bound to the migration.
         """
-        script = attempt.script
+        under_way = sorted(self._store.abandoned & attempt.tables.keys())
+        restored, error = await self._restore(attempt, exc, under_way, log)
+        unresolved = error if isinstance(error, UnresolvedError) else None
+        is_back = unresolved is None and not (attempt.goes_on or under_way)
+        why = "cancelled" if exc is None else failure_text(exc, self._store, attempt.doing)
+        ran_s = self._clock.monotonic() - attempt.started_s
+        detail: dict[str, Any] = {"cancelled": True} if exc is None else {}
+        if unresolved is not None:
+            detail["unresolved"] = str(unresolved)
+        failed = attempt.event(
+            Kind.FAILED,
+            tables={t: {"before": b, "after": a} for t, (b, a) in attempt.versions().items()},
+            waited_s=attempt.waited_s,
+            ran_s=ran_s,
+            error=why if exc is None else failure_trace(exc, self._store),
+            detail=detail,
+        )
+        restored_event = [event_of(attempt.script, Kind.RESTORED)] if is_back else []
+        await self._recorder.record(attempt, *restored_event, failed)
+        await self._cleanup.clean_line(attempt.script.line)
+        if is_back:
+            await self._applier.clean([], attempt.made_branches())
+        log.error(
+            ev.STEP_FAILED, error=why, restored=restored, unresolved=unresolved is not None,
+            ran_s=round(ran_s, 4),
+        )  # fmt: skip
+        remedy = remedy_of(attempt, exc, error)
+        if unresolved is not None and exc is not unresolved:
+            why = f"{why} {unresolved.what}"
+        if is_back and attempt.script.runs_code:
+            why += await self._changes_left(attempt)
+        if under_way:
+            why = f"{why} A commit to {', '.join(under_way)} is still under way."
+            remedy = "Run again: the next run finds out whether it was made."
         outcome = Outcome.CANCELLED if exc is None else Outcome.FAILED
+        return attempt.report(outcome, ran_s, error=why, remedy=remedy)
+
+    async def _restore(
+        self, attempt: Attempt, exc: Exception | None, under_way: Sequence[str], log: Any
+    ) -> tuple[bool, AiomigrateError | None]:
+        """Returns every table to its savepoint, unless another run is to decide that.
+
+        Returns:
+            Whether anything had to be done, and the error that says what to do next, if one does.
+        """
         error = exc if isinstance(exc, AiomigrateError) else None
         restored = False
-        under_way = self._store.abandoned & attempt.tables.keys()
         if under_way:
             # A mutation may still commit at any time: the next holder of the lease recovers.
-            log.warning(ev.COMMIT_UNRESOLVED, tables=sorted(under_way))
+            log.warning(ev.COMMIT_UNRESOLVED, tables=under_way)
         # A resumed migration is not undone: the next run continues from there again.
         elif not isinstance(exc, UnresolvedError) and not attempt.goes_on:
             try:
                 restored = await self._recovery.undo(attempt)
             except UnresolvedError as unresolvable:
                 error = unresolvable
-        why = "cancelled" if exc is None else failure_text(exc, self._store, attempt.doing)
-        trace = "" if exc is None else failure_trace(exc, self._store)
-        unresolved_now = isinstance(error, UnresolvedError)
-        if unresolved_now:
+        if isinstance(error, UnresolvedError):
             log.error(ev.STEP_UNRESOLVED, error=str(error))
-        is_back = not (unresolved_now or attempt.goes_on or under_way)
-        events = []
-        if is_back:
-            events.append(event_of(script, Kind.RESTORED))
-        detail: dict[str, Any] = {"cancelled": True} if exc is None else {}
-        if unresolved_now and error is not None:
-            detail["unresolved"] = str(error)
-        ran_s = self._clock.monotonic() - attempt.started_s
-        events.append(
-            event_of(
-                script,
-                Kind.FAILED,
-                description=script.description,
-                checksum=script.checksum,
-                algorithm=ALGORITHM,
-                source=script.source,
-                tables={t: {"before": b, "after": a} for t, (b, a) in attempt.versions().items()},
-                waited_s=attempt.waited_s,
-                ran_s=ran_s,
-                error=trace or why,
-                detail=detail,
-            )
+        return restored, error
+
+    async def _changes_left(self, attempt: Attempt) -> str:
+        changed = await self._changed_elsewhere(attempt)
+        if not changed:
+            return ""
+        return (
+            f" (Table {', '.join(changed)} was changed by other writers or through "
+            "ctx.connection during the migration; those changes were left as they are.)"
         )
-        await self._recorder.record(attempt, *events)
-        await self._cleanup.clean_line(script.line)
-        if is_back:
-            await self._applier.clean([], attempt.made_branches())
-        log.error(
-            ev.STEP_FAILED, error=why, restored=restored, unresolved=unresolved_now,
-            ran_s=round(ran_s, 4),
-        )  # fmt: skip
-        remedy = remedy_of(attempt, exc, error)
-        if unresolved_now and error is not None and exc is not error:
-            why = f"{why} {error.what}"
-        if is_back and script.runs_code and (moved := await self._changed_elsewhere(attempt)):
-            why = (
-                f"{why} (Table {', '.join(moved)} was changed by other writers or through "
-                "ctx.connection during the migration; those changes were left as they are.)"
-            )
-        if under_way:
-            why = f"{why} A commit to {', '.join(sorted(under_way))} is still under way."
-            remedy = "Run again: the next run finds out whether it was made."
-        return attempt.report(outcome, ran_s, error=why, remedy=remedy)
 
     async def _changed_elsewhere(self, attempt: Attempt) -> list[str]:
         """Returns the tables that have commits not made by the migration, and none made by it."""
@@ -446,6 +461,12 @@ class Executor:
             if not target.commits and live != target.version:
                 found.append(target.name)
         return found
+
+
+def _handles(attempt: Attempt, tables: Iterable[str]) -> dict[str, Table]:
+    """Returns the open handles of some tables."""
+    opened = {name: attempt.tables[name].opened for name in tables}
+    return {name: handle.table for name, handle in opened.items() if handle is not None}
 
 
 def _witness_of(script: Script, position: int) -> str:

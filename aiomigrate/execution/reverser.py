@@ -104,7 +104,7 @@ class Reverser:
             failure = exc
         finally:
             for target in attempt.tables.values():
-                target.ended = True
+                target.end()
         report: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
@@ -136,13 +136,8 @@ class Reverser:
         await self._writer.sync()
         await self._recorder.record(
             attempt,
-            event_of(
-                script,
+            attempt.event(
                 Kind.ROLLING_BACK,
-                description=script.description,
-                checksum=script.checksum,
-                algorithm=ALGORITHM,
-                source=script.source,
                 tables={t.name: {"before": t.before} for t in attempt.tables.values()},
                 detail={
                     "to": undo.to,
@@ -185,10 +180,7 @@ class Reverser:
         for table, (head, to) in undo.restores.items():
             target = attempt.tables[table]
             await self._recovery.restore_table(attempt, table, to, head)
-            known = target.version
-            await target.reopen()
-            target.foreign = []  # the plan names the discarded commits
-            target.commits += target.version != known
+            await target.reopen_restored()
 
     async def _finish(self, attempt: Attempt, undo: Undo, log: Any) -> StepReport:
         script = attempt.script
@@ -199,13 +191,8 @@ class Reverser:
             detail["discards"] = {t: [list(s) for s in spans] for t, spans in undo.discards.items()}
         await self._recorder.record(
             attempt,
-            event_of(
-                script,
+            attempt.event(
                 Kind.ROLLED_BACK,
-                description=script.description,
-                checksum=script.checksum,
-                algorithm=ALGORITHM,
-                source=script.source,
                 tables=attempt.changes(),
                 waited_s=attempt.waited_s,
                 ran_s=ran_s,

@@ -282,7 +282,7 @@ class MetadataTables:
             "(--on-unsafe-store warn).",
         )
 
-    async def _adopt_structure(self) -> Known | None:
+    async def _adopt_structure(self) -> Known | None:  # noqa: C901 - one loop of look, decide, change: proved as a whole
         """Adds aiomigrate's columns and primary key to a head that another system created.
 
         Returns:

@@ -187,7 +187,7 @@ _REFUSED_S = 5.0
 """Seconds for which a refused write of the lease row is retried."""
 
 
-async def acquire(
+async def acquire(  # noqa: C901 - the protocol of waiting and taking: proved as a whole
     ledger: Ledger,
     *,
     owner: str,

@@ -57,7 +57,7 @@ class Trial:
         return in_script(error, self.script)
 
 
-def check_operations(
+def check_operations(  # noqa: C901 - one pass over the plan, with the states that it predicts
     plan: Plan,
     tables: Mapping[str, TableState | None],
     on_destructive: OnDestructive = OnDestructive.KEEP,

@@ -201,7 +201,7 @@ def _dependents_error(
     )
 
 
-def decide(
+def decide(  # noqa: C901 - one case for each way to undo
     script: Script,
     state: LineState,
     journal: Journal,
