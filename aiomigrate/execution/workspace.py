@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiomigrate.clock import Clock
@@ -98,7 +99,7 @@ class Workspace:
                 applier,
                 recorder,
                 check=writer.check,
-                branch_of=lambda script: branch_name(lease.epoch, lease.owner, script),
+                branch_of=partial(branch_name, lease.epoch, lease.owner),
                 log=log,
             ),
             cleanup=Cleanup(store, writer, applier, tables, digest_at=digest_at, clock=clock),

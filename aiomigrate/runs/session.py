@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 import anyio
 
@@ -171,7 +172,7 @@ class Session:
             clock=run.clock,
             log=run.log,
             stamp={"run_id": run.run_id, "host": HOST, "pid": os.getpid(), "tool": __version__},
-            phase=lambda: self.phase(job.doing),
+            phase=partial(self.phase, job.doing),
         )
         async with anyio.create_task_group() as group:
             try:
@@ -245,7 +246,7 @@ class Session:
             writer,
             run.store,
             params=run.options.params,
-            digest_at=lambda line, version: digest_at(run.scripts, line, version),
+            digest_at=partial(digest_at, run.scripts),
             clock=run.clock,
             log=run.log,
             progress=self.board.running,
