@@ -23,8 +23,8 @@ from aiomigrate.planning.rollback import Undo, decide, to_undo, unattributed_tab
 from aiomigrate.results import Report, StepReport
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.scheduler import Scheduler
-from aiomigrate.runs.session import Job, Session
-from aiomigrate.runs.settlement import ReportBuilder, current_versions, run_failure, settle
+from aiomigrate.runs.session import Job, RunStart, Session
+from aiomigrate.runs.settlement import current_versions, settle
 from aiomigrate.runs.snapshot import Snapshot, SnapshotReader, read_folded
 from aiomigrate.store.connection import Store
 
@@ -86,23 +86,18 @@ async def rollback(
         MigrationFailedError: Undoing a migration failed; its report says what was undone.
         AiomigrateError: The run could not start or continue, e.g. because the lease was lost.
     """
-    run_id, log = environment.new_run()
-    database, options, clock = environment.database, environment.options, environment.clock
-    start, started_at = clock.monotonic(), clock.wall()
-    scripts = await database.scripts()
-    builder = ReportBuilder(
-        Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
-    )
+    run = await RunStart.begin(environment)
+    builder, database = run.builder, environment.database
     plan = await plan_rollback(environment, line, to=to, allow_destructive=allow_destructive)
     if not plan.needs_lease:
         return builder.build(lines=current_versions(plan))
     store = await database.connect()
-    ledger = database.ledger(store, log)
-    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
-    reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
-    job = RollbackJob(session, RollbackView(reader, line, to, allow_destructive))
+    ledger = database.ledger(store, run.log)
+    session = run.session(store, ledger)
+    view = RollbackView(run.reader(store, ledger), line, to, allow_destructive)
+    job = RollbackJob(session, view)
     if plan.steps:
-        log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
+        run.log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
     await session.hold(job)
     executed = job.plan or plan
     lines = current_versions(executed)
@@ -116,10 +111,7 @@ async def rollback(
         lines=lines,
         ledger_commits=ledger.commits,
     )
-    if any(not step.outcome.is_done for step in result.steps):
-        raise run_failure(result, log)
-    log.info(ev.RUN_FINISHED, rolled_back=len(result.steps), total_s=round(result.total_s, 4))
-    return result
+    return run.finish(result, rolled_back=len(result.steps), total_s=round(result.total_s, 4))
 
 
 @dataclass(frozen=True, slots=True)

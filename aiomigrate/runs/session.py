@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import anyio
 
@@ -22,18 +24,84 @@ from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.codec import Head
 from aiomigrate.ledger.history import seen_epochs
 from aiomigrate.ledger.lease import HOST, Lease, acquire, is_unfenced, phase_text
+from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.ledger.records import BACKGROUND_LEASE, HeadRow, Kind, new_event
 from aiomigrate.ledger.writer import Writer
+from aiomigrate.migration.model import Scripts
 from aiomigrate.planning.preflight import OnDestructive
 from aiomigrate.planning.reconcile import digest_at
-from aiomigrate.runs.environment import Run
+from aiomigrate.results import Report
+from aiomigrate.runs.environment import Environment, Run
 from aiomigrate.runs.progress import ProgressBoard
-from aiomigrate.runs.snapshot import Snapshot, View
+from aiomigrate.runs.settlement import ReportBuilder, run_failure
+from aiomigrate.runs.snapshot import Snapshot, SnapshotReader, View
+from aiomigrate.store.connection import Store
 from aiomigrate.telemetry import LEASE
 from aiomigrate.version import __version__
 
 _HEAD_FRAGMENTS = 8
 _JOURNAL_FRAGMENTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """A run that has begun: what upgrade, background run and rollback have in common.
+
+    Attributes:
+        environment: The manager's database, options, clocks and logger.
+        run_id: The identifier of the run.
+        log: A logger bound to the run.
+        scripts: All migrations.
+        builder: Builds the report when the run has ended.
+    """
+
+    environment: Environment
+    run_id: str
+    log: Any
+    scripts: Scripts
+    builder: ReportBuilder
+
+    @classmethod
+    async def begin(cls, environment: Environment, **keys: object) -> RunStart:
+        """Begins a run and loads the scripts. Reads no database.
+
+        Args:
+            environment: The manager's database, options, clocks and logger.
+            keys: Further keys of the run's log entries.
+
+        Raises:
+            ScriptError: A script is wrong.
+        """
+        run_id, log = environment.new_run(**keys)
+        clock, database = environment.clock, environment.database
+        start, started_at = clock.monotonic(), clock.wall()
+        scripts = await database.scripts()
+        report = Report(run_id=run_id, database=database.name, started_at=started_at)
+        builder = ReportBuilder(report, start, clock, scripts)
+        return cls(environment, run_id, log, scripts, builder)
+
+    def reader(self, store: Store | None, ledger: Ledger | None) -> SnapshotReader:
+        """Returns what reads the database for the run; both are `None` where there is none."""
+        on_ahead = self.environment.options.on_ahead
+        return SnapshotReader(store, ledger, self.scripts, on_ahead=on_ahead, log=self.log)
+
+    def session(self, store: Store, ledger: Ledger) -> Session:
+        """Returns what takes the lease for the run."""
+        context = self.environment.context(
+            store, ledger, self.scripts, run_id=self.run_id, log=self.log
+        )
+        return Session(context)
+
+    def finish(self, report: Report, **facts: object) -> Report:
+        """Logs that the run has finished, with some facts, and returns its report.
+
+        Raises:
+            MigrationFailedError: A migration was not applied, or not undone.
+        """
+        if any(not step.outcome.is_done for step in report.steps):
+            raise run_failure(report, self.log)
+        self.log.info(ev.RUN_FINISHED, **facts)
+        return report
 
 
 class Job:

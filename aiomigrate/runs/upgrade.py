@@ -27,7 +27,7 @@ from aiomigrate.results import Outcome, Report, StepReport
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.maintenance import prune_savepoints
 from aiomigrate.runs.scheduler import Scheduler
-from aiomigrate.runs.session import Job, Session
+from aiomigrate.runs.session import Job, RunStart, Session
 from aiomigrate.runs.settlement import (
     ReportBuilder,
     current_versions,
@@ -38,7 +38,6 @@ from aiomigrate.runs.settlement import (
 )
 from aiomigrate.runs.snapshot import (
     Snapshot,
-    SnapshotReader,
     UpgradeView,
     View,
     check_plan,
@@ -68,34 +67,29 @@ async def upgrade(
         MigrationFailedError: A migration failed; its report says what was done.
         AiomigrateError: The run could not start or continue, e.g. because the lease was lost.
     """
-    run_id, log = environment.new_run()
-    database, options, clock = environment.database, environment.options, environment.clock
-    start, started_at = clock.monotonic(), clock.wall()
-    scripts = await database.scripts()
+    run = await RunStart.begin(environment)
+    log, builder, database = run.log, run.builder, environment.database
     store = await database.open()
-    builder = ReportBuilder(
-        Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
-    )
     ledger = None if store is None else database.ledger(store, log)
-    head, at_target = await read_head_fast(ledger, scripts, database.targets, database.digests)
+    head, at_target = await read_head_fast(ledger, run.scripts, database.targets, database.digests)
     if at_target is not None and tables is None and to is None:
         log.debug(ev.RUN_AT_TARGET, lines=len(at_target.lines), deferred=len(at_target.deferred))
         return builder.build(lines=at_target.lines, deferred=at_target.deferred)
-    reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
-    before = await UpgradeView(reader, tables, to).read(head)
+    before = await UpgradeView(run.reader(store, ledger), tables, to).read(head)
     deferred = before.plan.deferred or unsettled_lines(before.plan)
     plan = before.plan.part(Part.FAST)
     if not plan.needs_lease:
         log.debug(ev.RUN_AT_TARGET, lines=len(plan.lines), deferred=len(deferred))
         return builder.build(lines=current_versions(plan), deferred=deferred)
-    opened_at = clock.monotonic()
-    _, opened = await check_plan(store, before.plan, on_destructive=options.on_destructive)
+    opened_at = environment.clock.monotonic()
+    on_destructive = environment.options.on_destructive
+    _, opened = await check_plan(store, before.plan, on_destructive=on_destructive)
     log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
     store = store or await database.connect()
     ledger = ledger or database.ledger(store, log)
-    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
-    reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
-    job = UpgradeJob(session, before, UpgradeView(reader, tables, to), opened, opened_at)
+    session = run.session(store, ledger)
+    view = UpgradeView(run.reader(store, ledger), tables, to)
+    job = UpgradeJob(session, before, view, opened, opened_at)
     try:
         was_done_here = await session.hold(job)
     except FailedElsewhereError as exc:
@@ -103,19 +97,16 @@ async def upgrade(
     if not was_done_here:  # another process did it while this one waited
         head = await ledger.read_head()
         lines = {row.name: row.version for row in head.rows}
-        left = ready(head.rows, scripts, head.leases.get(BACKGROUND_LEASE)) or frozenset()
+        left = ready(head.rows, run.scripts, head.leases.get(BACKGROUND_LEASE)) or frozenset()
         return builder.build(lease_s=session.lease_s, lines=lines, deferred=tuple(sorted(left)))
     result = job.build_report(builder, tuple(job.results.values()))
-    if any(step.outcome is not Outcome.APPLIED for step in result.steps):
-        raise run_failure(result, log)
-    log.info(
-        ev.RUN_FINISHED,
+    return run.finish(
+        result,
         applied=len(result.applied),
         total_s=round(result.total_s, 4),
         lease_s=round(result.lease_s, 4),
         ledger_commits=result.ledger_commits,
     )
-    return result
 
 
 class UpgradeJob(Job):
@@ -239,26 +230,20 @@ async def run_background(
         DependencyError: A dependency is pending and is not a background migration.
         AiomigrateError: The run could not start or continue, e.g. because the lease was lost.
     """
-    run_id, log = environment.new_run(background=True)
-    database, options, clock = environment.database, environment.options, environment.clock
-    start, started_at = clock.monotonic(), clock.wall()
-    scripts = await database.scripts()
-    builder = ReportBuilder(
-        Report(run_id=run_id, database=database.name, started_at=started_at), start, clock, scripts
-    )
+    run = await RunStart.begin(environment, background=True)
+    builder, database = run.builder, environment.database
     store = await database.open()
-    if store is None and scripts.has_background:
+    if store is None and run.scripts.has_background:
         store = await database.connect()
     if store is None:
         return builder.build()
-    ledger = database.ledger(store, log)
-    reader = SnapshotReader(store, ledger, scripts, on_ahead=options.on_ahead, log=log)
-    view = UpgradeView(reader, tables, to)
+    ledger = database.ledger(store, run.log)
+    view = UpgradeView(run.reader(store, ledger), tables, to)
     before = await view.read()
     if not before.plan.needs_background:
         return builder.build(lines=current_versions(before.plan))
-    await check_plan(store, before.plan, on_destructive=options.on_destructive)
-    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
+    await check_plan(store, before.plan, on_destructive=environment.options.on_destructive)
+    session = run.session(store, ledger)
     results = await _run_or_wait(session, view)
     lines = {row.name: row.version for row in (await ledger.read_head()).rows}
     result = builder.build(
@@ -267,10 +252,7 @@ async def run_background(
         lines=lines,
         ledger_commits=ledger.commits,
     )
-    if any(step.outcome is not Outcome.APPLIED for step in result.steps):
-        raise run_failure(result, log)
-    log.info(ev.RUN_FINISHED, applied=len(result.applied), total_s=round(result.total_s, 4))
-    return result
+    return run.finish(result, applied=len(result.applied), total_s=round(result.total_s, 4))
 
 
 async def _run_or_wait(session: Session, view: View) -> Mapping[Key, StepReport]:
