@@ -561,7 +561,8 @@ async def test_two_scripts_with_one_version_are_an_error(database: Path) -> None
 @pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", 2**31, None])
 def test_a_version_that_is_no_positive_integer_is_an_error(version: Any) -> None:
     """A migration cannot even be built with it."""
-    with pytest.raises(InvalidMigrationError, match=r"'memos'.*not a positive integer.*Use the number"):
+    expected = r"'memos'.*not a positive integer.*Use the number"
+    with pytest.raises(InvalidMigrationError, match=expected):
         Migration(table="memos", version=version, operations=[op.CreateTable(MEMOS)])
 
 
