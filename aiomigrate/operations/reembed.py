@@ -304,15 +304,16 @@ class Reembed(Operation):
         was = self.existing(before)
         named = (was.schema.metadata or {}).get(EMBEDDING)
         text = named.decode() if named and self.column in embedding_columns(was.schema) else None
-        return (
-            SwapBack(
-                self.column,
-                self.keep,
-                not_null=not was.column(self.column).nullable,
-                embedding=text,
-                table=self.table,
-            ),
+        back = SwapBack(
+            self.column,
+            self.keep,
+            not_null=not was.column(self.column).nullable,
+            embedding=text,
+            table=self.table,
         )
+        if text is not None:
+            back.require("lance", "lance")
+        return (back,)
 
     async def apply(self, target: Target) -> int:
         shadow, fill = f"{target.witness}_new", f"{target.witness}_fill"
