@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import shutil
@@ -188,3 +189,19 @@ def test_modules_are_few_and_small() -> None:
     assert len(top) <= 18
     assert len(exports) <= 5
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_operations_are_asked_and_not_told_apart_by_class() -> None:
+    """Outside of `operations`, no code depends on which operation it is given."""
+    classes = [c for c in map(op.__dict__.get, op.__all__) if inspect.isclass(c)]
+    kinds = {c.__name__ for c in classes if issubclass(c, Operation) and c is not Operation}
+    found = []
+    for path in MODULES:
+        if path.parent.name == "operations":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                named = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                found += [f"{path.name}: {name}" for name in named & kinds]
+
+    assert found == []
