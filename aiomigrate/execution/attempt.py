@@ -46,6 +46,7 @@ class Attempt:
         done: Positions of the operations that are known to be complete.
         doing: The description of the current operation, empty before the first.
         resumed: Whether it continues an attempt whose process crashed.
+        is_recovering: Whether the recovery of a crashed process's attempt has not succeeded yet.
         acted: Whether its function committed or took the connection, so that it must not run again.
         savepoints: table_version of each table when the first attempt began, if it is resumed.
         branches: Savepoint branch by table, created or still to be created.
@@ -67,6 +68,7 @@ class Attempt:
     done: frozenset[int] = frozenset()
     doing: str = ""
     resumed: bool = False
+    is_recovering: bool = False
     acted: bool = False
     savepoints: Mapping[str, int] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -80,9 +82,17 @@ class Attempt:
     started_s: float = 0.0
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the work stays after a failure, so that the next run continues."""
-        return self.resumed or any(t.keeps_progress for t in self.tables.values())
+    def keeps_work(self) -> bool:
+        """Whether a failure leaves everything as it is, for the next run to continue.
+
+        Also while an earlier attempt is recovered: its tables are not open yet, so that nothing
+        here could undo it, and nothing may be recorded as restored before it is.
+        """
+        return (
+            self.is_recovering
+            or self.resumed
+            or any(t.keeps_progress for t in self.tables.values())
+        )
 
     @contextlib.contextmanager
     def operating(self) -> Iterator[None]:
@@ -252,8 +262,13 @@ def remedy_of(attempt: Attempt, exc: Exception | None, error: AiomigrateError | 
     if isinstance(exc, OverwriteLostError):
         return exc.remedy  # an unchanged migration continues
     remedy = error.remedy if error else "Correct the migration and run again."
-    if attempt.goes_on and not isinstance(error, (UnresolvedError, KeepsProgressError)):
-        remedy = f"{remedy} Completed work is kept: the next run continues from there."
+    if attempt.keeps_work and not isinstance(error, (UnresolvedError, KeepsProgressError)):
+        kept = (
+            "the next run recovers it"
+            if attempt.is_recovering
+            else "the next run continues from there"
+        )
+        remedy = f"{remedy} Completed work is kept: {kept}."
     return remedy
 
 

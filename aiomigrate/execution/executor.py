@@ -383,10 +383,11 @@ class Executor:
             exc: What was raised, `None` for a cancellation.
             log: A logger bound to the migration.
         """
-        under_way = sorted(self._store.abandoned & attempt.tables.keys())
+        touched = {*attempt.script.touches, *attempt.tables}  # none is open during a recovery
+        under_way = sorted(self._store.abandoned & touched)
         restored, error = await self._restore(attempt, exc, under_way, log)
         unresolved = error if isinstance(error, UnresolvedError) else None
-        is_back = unresolved is None and not (attempt.goes_on or under_way)
+        is_back = unresolved is None and not (attempt.keeps_work or under_way)
         why = "cancelled" if exc is None else failure_text(exc, self._store, attempt.doing)
         ran_s = self._clock.monotonic() - attempt.started_s
         detail: dict[str, Any] = {"cancelled": True} if exc is None else {}
@@ -434,7 +435,7 @@ class Executor:
             # A mutation may still commit at any time: the next holder of the lease recovers.
             log.warning(ev.COMMIT_UNRESOLVED, tables=under_way)
         # A resumed migration is not undone: the next run continues from there again.
-        elif not isinstance(exc, UnresolvedError) and not attempt.goes_on:
+        elif not isinstance(exc, UnresolvedError) and not attempt.keeps_work:
             try:
                 restored = await self._recovery.undo(attempt)
             except UnresolvedError as unresolvable:

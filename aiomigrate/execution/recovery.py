@@ -146,6 +146,11 @@ class Recovery:
             StoreError: LanceDB failed.
             UnresolvedError: Other writers committed in between; a person must decide.
         """
+        attempt.is_recovering = True
+        await self._resume_or_restore(attempt, unfinished)
+        attempt.is_recovering = False  # not if that failed: then nothing may count as restored
+
+    async def _resume_or_restore(self, attempt: Attempt, unfinished: Unfinished) -> None:
         script = attempt.script
         self._log.info(
             ev.STEP_RECOVERING,

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import pytest
 
 from aiomigrate import Context, Migration, MigrationManager, op
-from aiomigrate.errors import MigrationFailedError, StoreError
-from tests.faults import DyingStore, dying_manager
+from aiomigrate.errors import AiomigrateError, MigrationFailedError, StoreError
+from tests.faults import DyingStore, Fault, dying_manager, faulty_manager
 from tests.guarantees.test_crash_at_every_commit import (
     OPTIONS,
     Crashes,
@@ -151,4 +151,46 @@ async def test_a_death_while_a_killed_function_is_undone(tmp_path: Path) -> None
             wrong.append(await crashes.difference(path, f"died {when} {recovery[at - 1]}"))
 
     assert ("restore", TABLE) in recovery
+    assert [text for text in wrong if text] == []
+
+
+async def recovery_calls(crashes: Crashes, first: int) -> int:
+    """Returns how many calls a run makes that recovers a killed function, reads included."""
+    path = crashes.copy()
+    await dies(path, FUNCTION.migrations, dying_manager(first, "after"))
+    async with counting_manager()(path, migrations=FUNCTION.migrations, **OPTIONS) as manager:
+        await manager.upgrade()
+        store: Any = manager._database.store
+        return len(store.calls)
+
+
+def counting_manager() -> type[MigrationManager]:
+    """Returns a manager class that counts its calls on the table."""
+    return faulty_manager(Fault(mutations=False, table=TABLE))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_failure_while_a_killed_function_is_undone(tmp_path: Path, when: str) -> None:
+    """Where recovery itself fails, at a read or at the restore, the next run recovers.
+
+    Nothing may be recorded as restored that was not: the function would run on what it left.
+    """
+    crashes = Crashes(FUNCTION, tmp_path)
+    await crashes.prepare()
+    first = next(
+        n for n, (verb, table) in enumerate(crashes.calls, 1) if (verb, table) == ("update", TABLE)
+    )
+    wrong = []
+    failed = 0
+    for at in range(1, await recovery_calls(crashes, first) + 1):
+        path = crashes.copy()
+        await dies(path, FUNCTION.migrations, dying_manager(first, "after"))
+        fault = Fault(action="reset", at=at, when=when, mutations=False, table=TABLE)
+        try:
+            await migrated(path, FUNCTION.migrations, faulty_manager(fault))
+        except AiomigrateError:
+            failed += 1
+        wrong.append(await crashes.difference(path, f"failed {when} call {at}"))
+
+    assert failed > 3
     assert [text for text in wrong if text] == []
