@@ -152,7 +152,10 @@ class LeaseTimeoutError(LeaseError):
 
 
 class LeaseLostError(LeaseError):
-    """Raised when another process takes over this process's lease. Nothing more is written."""
+    """Raised when this process no longer holds its lease, which another one may have taken.
+
+    Nothing more is written.
+    """
 
 
 class BackgroundBusyError(LeaseError):
@@ -244,7 +247,7 @@ class MigrationTimeoutError(AiomigrateError):
 
 
 class UnresolvedError(AiomigrateError):
-    """Raised when undoing a migration would discard another writer's commit.
+    """Raised when undoing would discard a foreign commit, or LanceDB failed while undoing.
 
     The table is left as it is; the remedy names the choices.
     """

@@ -84,12 +84,12 @@ class MigrationManager:
             concurrency: Maximum number of migrations that run at the same time.
             lease_ttl: Seconds without a renewal after which another process may take the lease.
             lease_wait: Seconds to wait for another process that is migrating.
-            timeout: Seconds one migration may take; `None` for no limit.
+            timeout: Seconds one migration may run; `None` for no limit. Rollbacks have none.
             storage_options: As for `lancedb.connect_async`. Never logged or shown.
             on_ahead: Whether a database that is newer than the scripts is an error.
             on_destructive: What to do about steps that discard data: keep a savepoint, so that
                 they can be undone; allow them; or refuse them.
-            keep_savepoints: Seconds to keep those savepoints; the next run then deletes them.
+            keep_savepoints: Seconds to keep those; later upgrades with pending work delete them.
             on_unsafe_store: What to do about an object store that ignores conditional writes and
                 therefore loses commits. The store is tested when the ledger is created.
             on_progress: Called in the event loop with each `Progress`. The first exception it

@@ -360,7 +360,7 @@ def prune(
 ) -> Exit:
     """Delete the savepoints of destructive migrations, to free their disk space.
 
-    Each run also deletes savepoints, by default those older than a week.
+    An upgrade with pending work also deletes savepoints, by default those older than a week.
 
     Example: aiomigrate prune --older-than 86400
     """

@@ -1,7 +1,7 @@
 """Fenced restores and savepoint branches.
 
 LanceDB's `restore` never fails and silently discards concurrent commits; version arithmetic on a
-pinned handle detects that (facts: restore, measured: 84 of 84). Every function here refuses to
+pinned handle detects that (measured: 84 of 84). Every function here refuses to
 discard a commit that the migration is not known to have made. When to restore is decided in
 `execution.executor` and `execution.recovery`; which commits a migration made is checked in
 `commits.commit_identity`.
@@ -78,7 +78,7 @@ async def restore_fenced(
 async def vacate(store: Store, name: str, *, head: int, guard: Guard, script: Script) -> int:
     """Empties a table that a failed migration created, if its version is the expected one.
 
-    A table name is never dropped and used again (facts: 11). The table is overwritten by an empty
+    A table name is never dropped and used again. The table is overwritten by an empty
     one with a marker column, which counts as no table and which `CreateTable` overwrites.
 
     Args:

@@ -47,12 +47,12 @@ class TrackedTable:
         before: Its table_version when the migration began, 0 if it did not exist.
         was: Its state when the migration began, `None` if it did not exist.
         version: The last table_version read or made.
-        foreign: Ranges of foreign table_versions since `before`, first and last.
+        foreign: table_versions of other writers since `before`, as (first, last) ranges.
         commits: Number of commits that the migration made.
         rows: Number of rows that they changed.
         retries: Number of commits that were retried.
         witness: The witness column of the current operation, empty if it needs none.
-        keeps_progress: Whether it holds results of paid work, which are never undone.
+        keeps_progress: Whether it holds results of a backfill, which a failure does not undo.
         facts: What operations report about their work, JSON values by topic.
     """
 

@@ -193,7 +193,7 @@ class Applier:
         tables: Iterable[str],
         announce: Callable[[str, int, TableState], Awaitable[None]] | None = None,
     ) -> None:
-        """Makes pending schema changes of a crashed or paused process fail (facts: 10d).
+        """Makes pending schema changes of a crashed or paused process fail.
 
         Renames a column of each table to its own name, a commit that changes nothing else.
 

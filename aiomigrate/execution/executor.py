@@ -299,10 +299,9 @@ class Executor:
         kept = {t: b for t, b in made.items() if t in destroyed}
         cleanup = [t.name for t in attempt.tables.values() if t.state and t.state.witnesses()]
         applied = self._applied_event(attempt, report, cleanup, branches, kept)
-        # `applied` may be recorded later unless witnesses are dropped or a function acted. If a
-        # crash loses it, operations are found done or set the same values again, and a function
-        # that committed nothing runs again. No later commit precedes it: later commits are
-        # announced later in the same journal.
+        # If no witness is dropped and no function committed, `applied` need not be durable yet:
+        # after a crash that loses it, the next run finds each operation done, or repeats it with
+        # the same result. Later commits are announced later in the same journal, so none precedes.
         if cleanup or attempt.acted:
             await self._record_and_clean(attempt, applied, cleanup, branches)
         elif branches:
@@ -376,7 +375,7 @@ class Executor:
         self._cleanup.set_head_later(script.line, script.version)
 
     async def _undo(self, attempt: Attempt, exc: Exception | None, log: Any) -> StepReport:
-        """Undoes the attempt if all commits since are its own, and records the failure.
+        """Undoes the attempt if no other writer has committed since, and records the failure.
 
         Args:
             attempt: The attempt.
@@ -424,7 +423,7 @@ class Executor:
     async def _restore(
         self, attempt: Attempt, exc: Exception | None, under_way: Sequence[str], log: Any
     ) -> tuple[bool, AiomigrateError | None]:
-        """Returns every table to its savepoint, unless another run is to decide that.
+        """Returns every table to its savepoint, unless the next run must decide that.
 
         Returns:
             Whether anything had to be done, and the error that says what to do next, if one does.

@@ -324,7 +324,7 @@ class Recovery:
         """Returns the latest table_version of the migration, `None` if there is nothing to undo.
 
         A commit that was announced and not made also has to be undone: a paused process may still
-        make it, and only a restore makes a late append fail (facts: 12).
+        make it, and only a restore makes a late append fail (measured).
 
         Raises:
             UnresolvedError: A commit since the savepoint is not known to be the migration's.

@@ -153,7 +153,7 @@ class Writer:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Marks that a migration is executing operations, so that its events may soon follow."""
+        """Counts a running migration: a journal commit may wait briefly for its events."""
         self._working += 1
         try:
             yield
@@ -375,5 +375,5 @@ class Writer:
     def _lost(self, why: str) -> LeaseLostError:
         return LeaseLostError(
             f"The lease (epoch {self.lease.epoch}) was lost: {why}. Nothing more was written.",
-            "Another process continues the migrations; run again to see their state.",
+            "Run again: the next run, or the process that took the lease, continues.",
         )

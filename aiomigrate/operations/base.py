@@ -81,7 +81,7 @@ class Operation:
 
     @property
     def repeats(self) -> bool:
-        """Whether one that does not show can be repeated with the same effect on the same rows."""
+        """Whether one without a visible effect may run twice with the same result."""
         return False
 
     @property
@@ -106,12 +106,12 @@ class Operation:
 
     @property
     def creates_table(self) -> bool:
-        """Whether its table need not exist before it."""
+        """Whether it creates its table."""
         return False
 
     @property
     def removes_table(self) -> bool:
-        """Whether no table of its table's name exists after it."""
+        """Whether its table no longer exists under its name afterwards."""
         return False
 
     @property
@@ -180,7 +180,7 @@ class Operation:
         return None
 
     def fold(self, states: Mapping[str, TableState | None]) -> dict[str, TableState | None]:
-        """Predicts all tables after this operation. Pure.
+        """Applies `evolve` to this operation's table, among all tables. Pure.
 
         Args:
             states: The tables before, by name; at least those in `tables`.
@@ -215,7 +215,7 @@ class Operation:
         raise NotImplementedError
 
     def after(self, state: TableState) -> TableState | None:
-        """Predicts the table after this operation; caches the prediction in the state.
+        """Returns `evolve(state)`, cached in the state.
 
         Raises:
             OperationError: The operation does not fit this table.
@@ -245,7 +245,7 @@ class Operation:
         return after.same(state)
 
     def predict(self, state: TableState | None, witness: str) -> TableState | None:
-        """Predicts the table after `apply`, which may resume an interrupted run. Pure.
+        """Predicts the table after `apply`, which may resume; by default as `evolve`. Pure.
 
         Args:
             state: The table as it is, perhaps half changed.
