@@ -207,9 +207,7 @@ def encode(state: TableState | None) -> str | None:
     indexes = json.dumps([{**index_to_json(i), "name": i.name} for i in state.indexes])
     whole = len(schema).to_bytes(4, "big") + schema + indexes.encode()
     if len(whole) > _UNCOMPRESSED:
-        # A small window: zlib's default one allocates and frees 256 KB each time.
-        packer = zlib.compressobj(wbits=12, memLevel=5)
-        whole = packer.compress(whole) + packer.flush()
+        whole = zlib.compress(whole)
     return base64.b64encode(whole).decode()
 
 
