@@ -9,7 +9,13 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiomigrate.ledger.history import fold, seen_epochs, valid_events
+from aiomigrate.ledger.history import (
+    classify_intents,
+    fold,
+    pending_cleanup,
+    seen_epochs,
+    valid_events,
+)
 from aiomigrate.ledger.records import Event, Kind
 
 AT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -278,3 +284,57 @@ def test_nothing_written_after_a_take_over_by_older_holders_counts(
     ]  # fmt: skip
 
     assert fold([*settled, *late]).events == fold(settled).events
+
+
+# ---- what is complete, announced, or still to be cleaned up --------------------------------------
+
+
+def test_a_new_attempt_begins_with_nothing_complete() -> None:
+    """What an attempt completed before it was undone is to be done again by the next one."""
+    events = [
+        event(1, 1, Kind.STARTED, 2),
+        event(1, 2, Kind.INTENDED, 2, detail={"base": 4}),
+        event(1, 3, Kind.ADVANCED, 2, detail={"operations": 1, "also": [2]}),
+        event(1, 4, Kind.FAILED, 2),
+        event(1, 5, Kind.RESTORED, 2),
+        event(1, 6, Kind.STARTED, 2),
+    ]
+
+    left = fold(events).of("memos").unfinished
+
+    assert left is not None
+    assert left.started == events[-1]
+    assert left.done_of(3) == frozenset()
+    assert left.intents == ()
+    assert left.failed is None
+
+
+def test_a_predicted_commit_that_was_announced_anew_was_not_made() -> None:
+    """An announcement at a table_version proves the predictions for it wrong, not those before."""
+    events = [
+        event(1, 1, Kind.INTENDED, 2, detail={"base": 3}),
+        event(1, 2, Kind.INTENDED, 2, detail={"base": 4, "foreseen": True}),
+        event(1, 3, Kind.INTENDED, 2, detail={"base": 5, "foreseen": True}),
+        event(1, 4, Kind.INTENDED, 2, detail={"base": 5}),
+        event(1, 5, Kind.INTENDED, 2, detail={"base": 6, "foreseen": True}),
+    ]
+
+    made, last = classify_intents(events)
+
+    assert keys(made) == [(1, 1), (1, 2)]
+    assert keys(last) == [(1, 4), (1, 5)]
+
+
+def test_the_cleanup_of_an_earlier_time_does_not_count_for_a_later_one() -> None:
+    """Applied, undone and applied again: what the second time left is still to be removed."""
+    first = [
+        event(1, 1, Kind.APPLIED, 1, detail={"cleanup": ["memos"]}),
+        event(1, 2, Kind.CLEANED, 1),
+        event(1, 3, Kind.ROLLING_BACK, 1),
+        event(1, 4, Kind.ROLLED_BACK, 1),
+    ]
+    again = event(1, 5, Kind.APPLIED, 1, detail={"cleanup": ["memos"]})
+    crashed, ended = fold([*first, again]), fold([*first, again, event(1, 6, Kind.CLEANED, 1)])
+
+    assert pending_cleanup(crashed.of("memos"), crashed) == again
+    assert pending_cleanup(ended.of("memos"), ended) is None
