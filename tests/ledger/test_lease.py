@@ -22,8 +22,9 @@ from aiomigrate.errors import (
 )
 from aiomigrate.ledger.codec import Head
 from aiomigrate.ledger.lease import Lease, LeaseOptions, acquire, is_unfenced, phase_text, unlock
+from aiomigrate.ledger.lease import take as try_take
 from aiomigrate.ledger.ledger import Ledger
-from aiomigrate.ledger.records import RUN_LEASE, HeadRow
+from aiomigrate.ledger.records import BACKGROUND_LEASE, RUN_LEASE, HeadRow
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.schema.sql import sql_literal
 from aiomigrate.store.connection import Store
@@ -633,3 +634,62 @@ async def test_a_row_that_another_system_keeps_taking_does_not_cost_the_lease(
     assert beats == [1, 2, 3]
     assert [(r.name, r.version, r.epoch) for r in head.rows] == [("users", 1, lease.epoch)]
     assert writer.error is None
+
+
+# ---- what a taken lease says of itself ----------------------------------------------------------
+
+
+async def test_each_lease_begins_above_every_epoch_of_the_other(tmp_path: Path) -> None:
+    """Epochs of both leases order what they write for one line, so none repeats or falls back."""
+    _, ledger = await ledger_at(tmp_path / "db")
+    held = {"epoch": 7, "owner": "me"}
+    assert await ledger.update_lease(held, "epoch = 0", RUN_LEASE) == 1
+    await ledger.ensure_lease(BACKGROUND_LEASE)
+    background = await try_take(
+        ledger, await ledger.read_head(), BACKGROUND_LEASE, "behind", "", Clock()
+    )
+    assert await ledger.update_lease({"owner": ""}, "epoch = 7", RUN_LEASE) == 1
+    run = await take(ledger, "next")
+
+    assert isinstance(background, Lease)
+    assert run is not None
+    assert (background.epoch, run.epoch) == (8, 9)
+
+
+@pytest.mark.parametrize("how", ["given back", "unlocked", "never held"])
+async def test_only_a_lease_that_was_given_back_vouches_for_its_holder(
+    tmp_path: Path, how: str
+) -> None:
+    """Whoever was unlocked may only be paused: it has not said that it writes nothing more."""
+    _, ledger = await ledger_at(tmp_path / "db")
+    if how != "never held":
+        lease = await take(ledger, "holder", row_ttl_s=0.0)
+        assert lease is not None
+        if how == "unlocked":
+            assert await unlock(ledger, options=LeaseOptions(ttl_s=0.0), clock=Hand().clock)
+        else:
+            writer = Writer(
+                ledger, lease, LeaseOptions(), clock=Clock(), log=LOG, stamp={}, phase=str
+            )
+            writer.close(release=True)
+            await writer.run()
+    taken = await take(ledger, "next")
+
+    assert taken is not None
+    assert taken.returned == (1 if how == "given back" else None)
+
+
+async def test_a_lease_counts_from_before_the_update_that_took_it(tmp_path: Path) -> None:
+    """Others may have seen the row from then on: a slow commit shortens what is left of the TTL."""
+    store, ledger = await ledger_at(tmp_path / "db")
+    hand = Hand()
+
+    async def pass_time() -> None:
+        hand.now += 20
+
+    store.updating = store.updated = pass_time
+    lease = await take(ledger, "me", clock=hand.clock)
+
+    assert lease is not None
+    assert hand.now == 1040
+    assert lease.taken_at == 1000
