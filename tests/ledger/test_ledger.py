@@ -25,7 +25,7 @@ from aiomigrate.ledger.codec import (
     versions_if_current,
 )
 from aiomigrate.ledger.ledger import Ledger
-from aiomigrate.ledger.records import RUN_LEASE, Event, HeadRow, Kind
+from aiomigrate.ledger.records import BACKGROUND_LEASE, RUN_LEASE, Event, HeadRow, Kind
 from aiomigrate.store.connection import Store
 
 T = TypeVar("T")
@@ -602,3 +602,40 @@ def test_rows_of_others_twice_are_left_to_them() -> None:
     found = versions_if_current(head_of(row("a", 1), theirs, theirs), {"a": 1}, {"a": "a1"})
 
     assert found == {"a": 1, "else": 7}
+
+
+# ---- epochs -------------------------------------------------------------------------------------
+
+
+async def test_taking_a_lease_over_leaves_the_rows_of_the_other_lease(tmp_path: Path) -> None:
+    """A run does not fence the background work beside it: its lines and its lease stay its own."""
+    store, ledger = await founded(tmp_path / "db")
+    await grown(store, ledger)
+    await ledger.ensure_lease(BACKGROUND_LEASE)
+    await ledger.own_rows([dataclasses.replace(row("c", 0, 2, "behind"), lease=BACKGROUND_LEASE)])
+    await ledger.take_rows(RUN_LEASE, 5, "newer")
+    head = await ledger.read_head()
+
+    assert {r.name: (r.epoch, r.owner) for r in head.rows if r.is_ours} == {
+        "a": (5, "newer"),
+        "b": (5, "newer"),
+        "c": (2, "behind"),
+    }
+    assert head.leases[BACKGROUND_LEASE].epoch == 0
+
+
+async def test_who_founds_a_head_anew_is_above_every_epoch_ever_used(tmp_path: Path) -> None:
+    """It holds the lease at once, under an epoch that no event of an earlier holder carries."""
+    store, ledger = await founded(tmp_path / "db")
+    await ledger.append([event(0, epoch=41), event(1, epoch=7)], "me")
+    await store.connection.drop_table(HEAD)
+    given: list[int] = []
+
+    def first(epoch: int) -> list[HeadRow]:
+        given.append(epoch)
+        return [lease_row(epoch, "founder")]
+
+    head = await bind(await connect(tmp_path / "db")).ensure(first)
+
+    assert given == [42]
+    assert (head.leases[RUN_LEASE].epoch, head.leases[RUN_LEASE].owner) == (42, "founder")
