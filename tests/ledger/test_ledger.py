@@ -604,7 +604,7 @@ def test_rows_of_others_twice_are_left_to_them() -> None:
     assert found == {"a": 1, "else": 7}
 
 
-# ---- epochs -------------------------------------------------------------------------------------
+# ---- two leases ---------------------------------------------------------------------------------
 
 
 async def test_taking_a_lease_over_leaves_the_rows_of_the_other_lease(tmp_path: Path) -> None:
@@ -622,20 +622,3 @@ async def test_taking_a_lease_over_leaves_the_rows_of_the_other_lease(tmp_path: 
         "c": (2, "behind"),
     }
     assert head.leases[BACKGROUND_LEASE].epoch == 0
-
-
-async def test_who_founds_a_head_anew_is_above_every_epoch_ever_used(tmp_path: Path) -> None:
-    """It holds the lease at once, under an epoch that no event of an earlier holder carries."""
-    store, ledger = await founded(tmp_path / "db")
-    await ledger.append([event(0, epoch=41), event(1, epoch=7)], "me")
-    await store.connection.drop_table(HEAD)
-    given: list[int] = []
-
-    def first(epoch: int) -> list[HeadRow]:
-        given.append(epoch)
-        return [lease_row(epoch, "founder")]
-
-    head = await bind(await connect(tmp_path / "db")).ensure(first)
-
-    assert given == [42]
-    assert (head.leases[RUN_LEASE].epoch, head.leases[RUN_LEASE].owner) == (42, "founder")
