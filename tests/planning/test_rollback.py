@@ -62,6 +62,7 @@ FOREIGN = {
     "while it ran": ([event(2, "tags", 1, (4, 5))], 5, [(2, 2)]),
     "after it": ([], 6, [(5, 6)]),
     "before a later migration": ([event(2, "tags", 1, (6, 7))], 7, [(5, 6)]),
+    "once before a later migration": ([event(2, "tags", 1, (5, 6))], 6, [(5, 5)]),
     "while a later migration ran": ([event(2, "tags", 1, (4, 7), (5, 6))], 7, [(5, 6)]),
     "while a later migration ran that failed": (
         [event(2, "tags", 1, (4, 8), (5, 5), kind=Kind.FAILED)], 8, [(5, 5)],
@@ -96,3 +97,15 @@ def test_a_table_behind_its_migration_is_not_the_one_it_changed() -> None:
 
     with pytest.raises(RollbackRefusedError, match="not the one that it changed"):
         decided(journal, {"memos": 3})
+
+
+def test_a_migration_that_was_stamped_since_is_not_restored_by_what_was_recorded_before() -> None:
+    """A stamp says that the data is as it should be now: the old table_versions are void."""
+    stamp = Event(
+        lease="run", epoch=2, seq=1, at=AT, kind=Kind.STAMPED, line="memos", version=1,
+        detail={"checksums": {"1": "memos1"}},
+    )  # fmt: skip
+    journal = fold([event(1, "memos", 1, (1, 4)), stamp])
+
+    with pytest.raises(RollbackRefusedError, match="did not apply it"):
+        decided(journal, {"memos": 4})
