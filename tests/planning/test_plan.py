@@ -17,9 +17,10 @@ from aiomigrate.errors import DependencyError, OperationError, TargetError
 from aiomigrate.ledger.history import Journal, fold
 from aiomigrate.ledger.records import Event, HeadRow, Kind
 from aiomigrate.migration.model import Key
-from aiomigrate.planning.plan import build_plan
+from aiomigrate.planning.plan import build_plan, build_rollback
 from aiomigrate.planning.preflight import check_operations
 from aiomigrate.planning.reconcile import OnAhead, digest_at, reconcile
+from aiomigrate.planning.rollback import Undo, Way
 from tests.planning.test_reconcile import AT
 
 
@@ -395,3 +396,41 @@ def test_any_plan_satisfies_every_constraint(drawn: tuple[list[Script], dict[str
         del waiting[line, version]
     assert order(plan(sorted(scripts, key=lambda s: s.key), at)) == order(planned)
     assert plan(sorted(scripts, key=lambda s: s.key), at).steps == planned.steps
+
+
+# ---- rollbacks and interrupted migrations --------------------------------------------------------
+
+
+def test_what_depends_on_a_migration_is_undone_before_it() -> None:
+    """Also where the two share neither line nor table, and only just satisfy the dependency."""
+    scripts = Scripts((script("memos", 1), script("users", 1, depends_on={"memos": 1})))
+    undo = Undo(way=Way.INVERSE, to=0)
+    undos = {("users", 1): undo, ("memos", 1): undo}
+    planned = build_rollback(undos, reconcile([], Journal(), scripts), scripts)
+
+    assert order(planned) == [("users", 1), ("memos", 1)]
+    assert after(planned, "users", 1) == ()
+    assert after(planned, "memos", 1) == (("users", 1),)
+
+
+def test_an_interrupted_migration_is_not_judged_by_the_tables_that_it_has_changed() -> None:
+    """What it has done already must not stop its recovery; other tables are judged all the same."""
+    done = [op.SetNullable("a", table="memos"), op.RenameColumns({"a": "b"}, table="memos")]
+    scripts = Scripts(
+        (
+            script("memos", 1, operations=done),
+            script("memos", 2, operations=[op.SetNullable("b", table="memos")]),
+            script("users", 1, operations=[op.DropIndex("a", table="users")]),
+        )
+    )
+    started = Event(lease="run", epoch=1, seq=1, at=AT, kind=Kind.STARTED, line="memos", version=1)
+    decided = reconcile([], fold([started]), scripts)
+    renamed = {"memos": op.TableState(pa.schema([("b", pa.int64())])), "users": None}
+
+    check_operations(build_plan(decided, scripts, tables=["memos"]), renamed)
+    with pytest.raises(OperationError, match="users"):
+        check_operations(build_plan(decided, scripts), renamed)
+    with pytest.raises(OperationError, match="no column 'a'"):
+        check_operations(
+            build_plan(reconcile([], Journal(), scripts), scripts, tables=["memos"]), renamed
+        )
