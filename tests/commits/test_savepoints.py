@@ -16,14 +16,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiomigrate.commits.commit_identity import matches_announcement
+from aiomigrate.commits.commit_identity import foreign_commits, matches_announcement
 from aiomigrate.commits.effects import add_effect, digest, merge_effect, shape_effect
-from aiomigrate.commits.savepoints import branch_name, drop_branch, restore_fenced
+from aiomigrate.commits.savepoints import (
+    branch_name,
+    drop_branch,
+    restore_fenced,
+    restore_overwritten,
+    vacate,
+)
 from aiomigrate.errors import LeaseLostError, StoreError, UnresolvedError
 from aiomigrate.migration.model import Script
-from aiomigrate.schema.state import Index
+from aiomigrate.schema.state import Index, TableState
 from aiomigrate.store.connection import Store
-from aiomigrate.store.table import Table
+from aiomigrate.store.table import Commit, Table
 
 T = TypeVar("T")
 Effect = Mapping[str, Any]
@@ -671,3 +677,65 @@ def test_a_digest_tells_null_from_what_looks_like_it(
     assert digest(pa.table({"x": pa.array(one, kind)})) != digest(
         pa.table({"x": pa.array(other, kind)})
     )
+
+
+# ---- tables that were made, overwritten or optimized ---------------------------------------------
+
+
+async def test_a_table_is_not_emptied_without_the_lease(tmp_path: Path) -> None:
+    """The guard is asked before the commit that takes a created table away, and stops it."""
+    store, _ = await made(tmp_path / "db")
+
+    async def lost() -> None:
+        raise LeaseLostError("The lease was lost.", "Run again.")
+
+    with pytest.raises(LeaseLostError):
+        await vacate(store, "t", head=SAVEPOINT, guard=lost, script=SCRIPT)
+
+    now = await store.open("t")
+    assert await now.version() == SAVEPOINT
+    assert await ids(now) == [1, 2, 3, 4, 5]
+
+
+async def test_a_table_that_was_emptied_again_is_not_the_one_to_be_created(tmp_path: Path) -> None:
+    """Where a create was announced, only a commit that leaves a table is that create."""
+    store, _ = await made(tmp_path / "db")
+    emptied = await vacate(store, "t", head=SAVEPOINT, guard=safe, script=SCRIPT)
+    again = await vacate(store, "t", head=emptied, guard=safe, script=SCRIPT)
+    await store.create("t", SCHEMA, overwrite=True)
+
+    assert not await matches_announcement(store, "t", emptied, {"do": "create"})
+    assert await matches_announcement(store, "t", again, {"do": "create"})
+
+
+async def test_what_an_overwrite_covered_is_brought_back_once(tmp_path: Path) -> None:
+    """A crash before or after the restore: the first look restores, the next does nothing."""
+    store, table = await changed(tmp_path / "db")  # here row 6 is of another writer
+    schema = pa.schema([*SCHEMA, pa.field("witness", pa.bool_())])
+    await store.create("t", schema, overwrite=True)
+    versions = []
+    for _ in range(2):
+        await restore_overwritten(
+            store, "t", base=SAVEPOINT, witness="witness", guard=safe, script=SCRIPT
+        )
+        versions.append(await (await store.open("t")).version())
+
+    await table.refresh()
+    assert versions == [6, 6]
+    assert await ids(table) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("rows_at_5", [10, 11])
+def test_a_commit_that_changed_the_number_of_rows_was_not_made_by_an_optimization(
+    rows_at_5: int,
+) -> None:
+    """However alike schema, indexes and files are: it is named as another writer's."""
+    state = TableState(SCHEMA)
+    found = [
+        Commit(version=version, rows=count, files=("a",), state=state)
+        for version, count in [(4, 10), (5, rows_at_5), (6, rows_at_5)]
+    ]
+
+    foreign = foreign_commits(found, before=4, after=6, compacted=False)
+
+    assert foreign == ([] if rows_at_5 == 10 else [5])
