@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiomigrate.commits.commit_identity import foreign_commits, matches_announcement
-from aiomigrate.commits.effects import add_effect, digest, merge_effect, shape_effect
+from aiomigrate.commits.effects import add_effect, digest, insert_effect, merge_effect, shape_effect
 from aiomigrate.commits.savepoints import (
     branch_name,
     drop_branch,
@@ -739,3 +739,40 @@ def test_a_commit_that_changed_the_number_of_rows_was_not_made_by_an_optimizatio
     foreign = foreign_commits(found, before=4, after=6, compacted=False)
 
     assert foreign == ([] if rows_at_5 == 10 else [5])
+
+
+NO_INSERT: dict[str, Act] = {
+    "update": lambda t: t.update(values={"a": "theirs"}, where="id = 1"),
+    "delete": lambda t: t.delete("id = 2"),
+    "merge": lambda t: t.merge("id", MERGED.slice(0, 1)),
+    "add a column": lambda t: t.add_columns([pa.field("theirs", pa.string())]),
+    "drop a column": lambda t: t.drop_columns(["n"]),
+}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="defect: any commit that appends no row passes as an announced insert"
+)
+@pytest.mark.parametrize("act", NO_INSERT.values(), ids=NO_INSERT)
+async def test_a_commit_that_inserts_nothing_is_not_an_announced_insert(
+    tmp_path: Path, act: Act
+) -> None:
+    """An insert leaves rows and columns as they were: what changes one of them is not ours."""
+    case = Case(fixed(insert_effect(rows(7, 8))), lambda t: t.insert_new("id", rows(7, 8)), act)
+
+    assert await judged(tmp_path / "ours", case, case.ours)
+    assert not await judged(tmp_path / "theirs", case, case.theirs)
+
+
+@pytest.mark.xfail(strict=True, reason="defect: any change of the filled column passes as the fill")
+async def test_an_update_of_the_filled_column_is_not_an_announced_fill(tmp_path: Path) -> None:
+    """The column may be in use while it is filled: another writer's value is not the function's."""
+    data = rows(1, 2).select(["id", "a"])
+    case = Case(
+        fixed({"do": "fill", "key": "id", "columns": ["a"]}),
+        lambda t: t.merge_columns("id", data, by_index=False),
+        lambda t: t.update(values={"a": "theirs"}, where="id = 1"),
+    )
+
+    assert await judged(tmp_path / "ours", case, case.ours)
+    assert not await judged(tmp_path / "theirs", case, case.theirs)
