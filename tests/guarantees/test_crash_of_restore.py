@@ -23,6 +23,7 @@ from tests.guarantees.test_crash_at_every_commit import (
     dies,
     migrated,
 )
+from tests.operations.test_operations import THINGS
 from tests.tools import TABLE
 
 T = TypeVar("T")
@@ -193,4 +194,38 @@ async def test_a_failure_while_a_killed_function_is_undone(tmp_path: Path, when:
         wrong.append(await crashes.difference(path, f"failed {when} call {at}"))
 
     assert failed > 3
+    assert [text for text in wrong if text] == []
+
+
+MADE = Journey(
+    name="made",
+    tables={},
+    migrations=[
+        Migration(
+            table=TABLE,
+            version=1,
+            operations=[
+                op.CreateTable(THINGS, rows=MANY),
+                op.Update(sql={"n": "n + 10"}),
+                op.CreateIndex("id"),
+            ],
+        )
+    ],
+)
+
+
+async def test_a_death_while_a_table_that_was_made_is_taken_away_again(tmp_path: Path) -> None:
+    """Dead before or after any call, the next run makes the table again, with all its rows."""
+    crashes = Crashes(MADE, tmp_path)
+    await crashes.prepare()
+    back = await calls_of_the_way_back(crashes, "create_index", 1)
+    wrong = []
+    for at in range(1, len(back) + 1):
+        for when in ("before", "after"):
+            path = crashes.copy()
+            kind = failing_manager("create_index", 1, at, when)
+            await died_failing(path, MADE.migrations, kind)
+            wrong.append(await crashes.difference(path, f"died {when} {back[at - 1]}"))
+
+    assert ("overwrite", TABLE) in back
     assert [text for text in wrong if text] == []
