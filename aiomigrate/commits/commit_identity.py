@@ -19,7 +19,7 @@ from aiomigrate.commits.effects import digest, row_digests, shape_effect
 from aiomigrate.commits.savepoints import drop_branch
 from aiomigrate.errors import StoreError
 from aiomigrate.schema.digests import digests
-from aiomigrate.schema.state import TableState
+from aiomigrate.schema.state import WITNESS_PREFIX, TableState
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Commit, Opened, Table
 
@@ -91,7 +91,7 @@ async def matches_announcement(  # noqa: C901 - one case for each kind of effect
         after = await (await store.open(name)).at(base + 1)
         if effect["do"] == "create":
             fresh = base == 0 or await _is_leftover(store, name, base)
-            return fresh and not (await after.state()).is_leftover
+            return fresh and await _was_created(after, effect)
         if effect["do"] == "vacate":
             return await _is_leftover(store, name, base + 1)
         if effect["do"] == "restore":
@@ -114,7 +114,7 @@ async def matches_announcement(  # noqa: C901 - one case for each kind of effect
                 return await _same(before, after)
             case "fill":
                 same = (await before.state()).shape() == (await after.state()).shape()
-                return same and await _same_rows(before, after, effect["columns"])
+                return same and await _was_filled(before, after, effect["columns"])
             case _:
                 # Without this, another writer's schema change could pass as this change of rows.
                 same = (await before.state()).shape() == (await after.state()).shape()
@@ -141,6 +141,45 @@ async def _was_inserted(before: Table, after: Table, effect: Mapping[str, Any]) 
     async for rows in _windows(after, effect["columns"], start=old):
         if not announced.issuperset(row_digests(rows)):
             return False
+    return await _begins_like(before, after)
+
+
+async def _begins_like(before: Table, after: Table) -> bool:
+    """Returns whether the rows of a table_version are the first ones of a later one, unchanged."""
+    state = await before.state()
+    if state.shape() != (await after.state()).shape():
+        return False
+    names, start = state.schema.names, 0
+    async for rows in _windows(before, names):
+        if digest(rows) != digest(await after.window(names, start, len(rows))):
+            return False
+        start += len(rows)
+    return True
+
+
+async def _was_created(after: Table, effect: Mapping[str, Any]) -> bool:
+    state = await after.state()
+    if state.is_leftover:
+        return False
+    if "fields" not in effect:  # announced by release 0.1.0
+        return True
+    if state.shape()["fields"] != effect["fields"]:
+        return False
+    return await after.count_rows() == int(effect["rows"])
+
+
+async def _was_filled(before: Table, after: Table, columns: Collection[str]) -> bool:
+    """Returns whether only some columns changed, those of aiomigrate's own among them.
+
+    A fill marks each row that it fills, in a witness column; another writer's update of the filled
+    column does not. One that changed nothing may count as ours: undoing it loses nothing.
+    """
+    if not await _same_rows(before, after, columns):
+        return False
+    marks = [name for name in columns if name.startswith(WITNESS_PREFIX)]
+    names = (await before.state()).schema.names
+    if marks and await _same_rows(before, after, [n for n in names if n not in marks]):
+        return await _same_rows(before, after, ())
     return True
 
 

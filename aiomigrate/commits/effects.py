@@ -27,8 +27,6 @@ Effect = Mapping[str, Any]
 Change = tuple[TableState, Effect]
 """The state of the table after a commit, and the effect of the commit."""
 
-CREATE: Effect = {"do": "create"}
-
 
 @dataclass(frozen=True, slots=True)
 class AnnouncedCommits:
@@ -69,6 +67,12 @@ class AnnouncedCommits:
                 was predicted holds any more.
         """
         return AnnouncedCommits(self.effects[1:] if version == base + 1 else ())
+
+
+def create_effect(schema: pa.Schema, rows: pa.Table | None = None) -> Effect:
+    """Returns the journal entry for creating a table: its columns, and how many rows it has."""
+    fields = TableState(schema).shape()["fields"]
+    return {"do": "create", "fields": fields, "rows": 0 if rows is None else len(rows)}
 
 
 def add_columns(state: TableState, fields: Sequence[pa.Field[Any]]) -> Change:

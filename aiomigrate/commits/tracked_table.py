@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from aiomigrate.commits import effects
 from aiomigrate.commits.commit_identity import is_at_head
-from aiomigrate.commits.effects import CREATE, AnnouncedCommits, Effect
+from aiomigrate.commits.effects import AnnouncedCommits, Effect, create_effect
 from aiomigrate.commits.savepoints import Guard, unresolved_overwrite
 from aiomigrate.errors import (
     OperationError,
@@ -286,7 +286,7 @@ class TrackedTable:
             UnresolvedError: Restoring it conflicted with another commit.
         """
         base = self.version
-        await self._announce_commit(base, CREATE)
+        await self._announce_commit(base, create_effect(schema, rows))
         await self._may_write()
         making = self._store.create(self.name, schema, rows, overwrite=self.version > 0)
         await self._store.settle(self.name, lambda: self._finish_create(making))

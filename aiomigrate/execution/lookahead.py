@@ -15,7 +15,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from aiomigrate.commits import effects
-from aiomigrate.commits.effects import CREATE, Change, Effect, shape_effect
+from aiomigrate.commits.effects import Change, Effect, create_effect, shape_effect
 from aiomigrate.errors import AiomigrateError
 from aiomigrate.migration.model import Script
 from aiomigrate.operations.base import Missing, Operation
@@ -125,7 +125,7 @@ class _PredictedTable:
         return self.state
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
-        self._commit((TableState(schema), CREATE))
+        self._commit((TableState(schema), create_effect(schema, rows)))
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
         self._commit(effects.add_columns(self._current, fields))
