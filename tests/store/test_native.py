@@ -9,6 +9,7 @@ import lancedb
 import lancedb.index
 import pyarrow as pa
 import pytest
+from lancedb.embeddings import EmbeddingFunction, get_registry
 from lancedb.merge import LanceMergeInsertBuilder
 
 import aiomigrate
@@ -68,6 +69,15 @@ async def test_an_index_reports_its_parameters(tmp_path: Path) -> None:
         name for name in ("index_type", "columns", "name") if not hasattr(config, name)
     } == set()
     assert "base_tokenizer" in _native.index_details(config)
+
+
+def test_embedding_functions_have_what_a_re_embedding_asks_of_them() -> None:
+    """`operations.quality_gate` reads these of the user's object, which may be lancedb's."""
+    registered = get_registry().get("openai")
+
+    assert callable(EmbeddingFunction.compute_source_embeddings)
+    assert callable(EmbeddingFunction.safe_model_dump)
+    assert registered.__embedding_function_registry_alias__ == "openai"
 
 
 @pytest.mark.parametrize("kind", KINDS)
