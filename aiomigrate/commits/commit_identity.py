@@ -169,10 +169,10 @@ async def _was_created(after: Table, effect: Mapping[str, Any]) -> bool:
 
 
 async def _was_filled(before: Table, after: Table, columns: Collection[str]) -> bool:
-    """Returns whether only some columns changed, those of aiomigrate's own among them.
+    """Returns whether only the given columns changed, the witness columns among them.
 
-    A fill marks each row that it fills, in a witness column; another writer's update of the filled
-    column does not. One that changed nothing may count as ours: undoing it loses nothing.
+    A fill marks each row that it fills in a witness column; an update by another writer does not.
+    A commit that changed nothing also matches: undoing it loses nothing.
     """
     if not await _same_rows(before, after, columns):
         return False

@@ -109,10 +109,9 @@ class TableTarget(TrackedTable):
             total, done = await other.count_rows(), 0
             async for batch in other.table.batches(None, None, _COPY_ROWS):
                 have = dict(zip(batch.schema.names, batch.columns, strict=True))
-                nulls: list[Any] = [
-                    None if f.name in have else pa.nulls(len(batch), f.type) for f in schema
+                columns = [
+                    have[f.name] if f.name in have else pa.nulls(len(batch), f.type) for f in schema
                 ]
-                columns = [have.get(f.name, n) for f, n in zip(schema, nulls, strict=True)]
                 done += len(batch)
                 other.progress(done, total)
                 yield pa.RecordBatch.from_arrays(columns, schema=schema)

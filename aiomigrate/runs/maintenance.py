@@ -20,9 +20,9 @@ from aiomigrate.migration.checksum import ALGORITHM
 from aiomigrate.migration.model import Scripts, Target
 from aiomigrate.planning.destructive import Kept, contracted, kept_savepoints
 from aiomigrate.runs.environment import Environment, Run
-from aiomigrate.runs.session import Job, Session
+from aiomigrate.runs.session import Job, RunStart, Session
 from aiomigrate.runs.settlement import head_row, shapes_of
-from aiomigrate.runs.snapshot import LedgerView, Snapshot, SnapshotReader, UncheckedView, View
+from aiomigrate.runs.snapshot import LedgerView, Snapshot, UncheckedView, View
 from aiomigrate.text import nearest
 
 
@@ -44,16 +44,16 @@ async def prune(environment: Environment, *, older_than_s: float) -> tuple[Kept,
         StoreError: A LanceDB call failed.
     """
     database = environment.database
-    scripts = await database.scripts()
+    await database.scripts()  # wrong scripts are refused even where there is no database
     store = await database.open()
     if store is None:
         return ()
-    run_id, log = environment.new_run()
-    ledger = database.ledger(store, log)
-    reader = SnapshotReader(store, ledger, scripts, on_ahead=environment.options.on_ahead, log=log)
+    run = await RunStart.begin(environment)
+    ledger = database.ledger(store, run.log)
+    reader = run.reader(store, ledger)
     if not kept_savepoints((await reader.read()).journal):
         return ()
-    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
+    session = run.session(store, ledger)
     job = PruneJob(session, LedgerView(reader), older_than_s)
     await session.hold(job)
     return job.pruned
@@ -162,10 +162,10 @@ async def stamp(
     versions = versions_to_stamp(scripts, tables, to)
     if not versions:
         return versions
-    run_id, log = environment.new_run()
+    run = await RunStart.begin(environment)
     store = await database.connect()
-    ledger = database.ledger(store, log)
-    session = Session(environment.context(store, ledger, scripts, run_id=run_id, log=log))
+    ledger = database.ledger(store, run.log)
+    session = run.session(store, ledger)
     await session.hold(StampJob(session, UncheckedView(ledger, scripts), versions))
     return versions
 

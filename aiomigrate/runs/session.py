@@ -45,7 +45,7 @@ _JOURNAL_FRAGMENTS = 64
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """A run that has begun: what upgrade, background run and rollback have in common.
+    """A run that has begun: what every verb that takes the lease has in common.
 
     Attributes:
         environment: The manager's database, options, clocks and logger.
