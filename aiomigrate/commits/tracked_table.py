@@ -151,6 +151,10 @@ class TrackedTable:
         """Ends the migration: later writes, of tasks that it left behind, are refused."""
         self._ended = True
 
+    def record_restore(self, version: int) -> None:
+        """Notes the table_version of the restore that undid the migration."""
+        self.version = version
+
     async def reopen_restored(self) -> None:
         """Moves to the latest version after a restore, whose commit is this migration's own.
 

@@ -7,8 +7,9 @@ here (`execution.executor`, `execution.recovery`, `execution.reverser`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from aiomigrate.errors import (
     OverwriteLostError,
     UnresolvedError,
 )
+from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Event, Kind, new_event
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.migration.checksum import ALGORITHM
@@ -36,7 +38,7 @@ from aiomigrate.telemetry import LEDGER, Telemetry
 
 @dataclass(eq=False)
 class Attempt:
-    """One attempt of a migration.
+    """One attempt of a migration. Only its own methods and the `Recorder` change it.
 
     Attributes:
         script: The migration.
@@ -80,6 +82,96 @@ class Attempt:
     ledger_s: float = 0.0
     size: int | None = None
     started_s: float = 0.0
+
+    def begin(self, now_s: float, ready_at: float) -> None:
+        """Starts counting the time that the migration runs.
+
+        Args:
+            now_s: Monotonic time.
+            ready_at: Monotonic time from which waiting is counted.
+        """
+        self.started_s = now_s
+        self.waited_s = now_s - ready_at
+
+    def add_wait(self, waited_s: float) -> None:
+        """Counts seconds that it waited for its slot since it began as time that it waited."""
+        self.waited_s += waited_s
+        self.started_s += waited_s
+
+    def begin_recovery(self) -> None:
+        """Notes that an earlier attempt must be recovered before anything else is done."""
+        self.is_recovering = True
+
+    def end_recovery(self) -> None:
+        """Notes that the earlier attempt is recovered."""
+        self.is_recovering = False
+
+    def resume(self, unfinished: Unfinished, done: frozenset[int]) -> None:
+        """Continues an attempt that did not end.
+
+        Args:
+            unfinished: The earlier attempt.
+            done: Positions of the operations that it completed.
+        """
+        self.resumed = True
+        self.done = done
+        self.savepoints = unfinished.savepoints
+        self.branches = dict(unfinished.started.detail.get("branches", {}))
+
+    def open(self, tables: Mapping[str, TableTarget]) -> None:
+        """Adds open tables."""
+        self.tables |= tables
+
+    def end(self) -> None:
+        """Ends the use of its tables: they refuse every later commit."""
+        for target in self.tables.values():
+            target.end()
+
+    def plan_branches(self, branches: Mapping[str, str]) -> None:
+        """Sets the savepoint branch of each table, before they are created."""
+        self.branches = dict(branches)
+
+    def protect(self, table: str, branch: str) -> None:
+        """Notes that the savepoint branch of a table exists, or may exist."""
+        self.branches[table] = branch
+        self.protected |= {table}
+
+    def unprotect(self, table: str) -> None:
+        """Notes that a table has no savepoint branch, since its table_version was cleaned up."""
+        self.protected -= {table}
+
+    def begin_operation(self, text: str) -> None:
+        """Notes the description of the operation that runs now, for the text of a failure."""
+        self.doing = shorten(text)
+
+    def complete(self, position: int, count: int) -> None:
+        """Notes a completed operation; its event is written before the next commit of a table.
+
+        Args:
+            position: Its position.
+            count: The number of operations.
+        """
+        self.done |= {position}
+        self.held_back = [e for e in self.held_back if e.kind != Kind.ADVANCED]
+        if len(self.done) < count:
+            self.hold_back(event_of(self.script, Kind.ADVANCED, detail=advance_detail(self.done)))
+
+    def hold_back(self, event: Event) -> None:
+        """Keeps an event until the next announcement of a commit, and writes it with that."""
+        self.held_back.append(event)
+
+    def take_held_back(self) -> list[Event]:
+        """Returns the events to be written before the next commit, and forgets them."""
+        taken, self.held_back = self.held_back, []
+        return taken
+
+    def end_function(self, *, took_connection: bool) -> None:
+        """Notes that the function returned; it must not run again if it may have committed."""
+        self.acted = took_connection or any(t.commits for t in self.tables.values())
+
+    def measure(self, size: int) -> None:
+        """Sets the bytes of data in its tables."""
+        self.size = size
 
     @property
     def keeps_work(self) -> bool:
@@ -174,6 +266,13 @@ def _change_of(target: TableTarget) -> dict[str, Any]:
     return change
 
 
+def advance_detail(done: Collection[int]) -> dict[str, Any]:
+    """Returns which operations are complete, as an `advanced` event records it."""
+    count = next(number for number in itertools.count() if number not in done)
+    also = sorted(position for position in done if position > count)
+    return {"operations": count, **({"also": also} if also else {})}
+
+
 def event_of(script: Script, kind: Kind, **facts: Any) -> Event:
     """Returns an event of a migration; the writer adds host and process, and the time."""
     return new_event(kind, line=script.line, version=script.version, **facts)
@@ -241,7 +340,7 @@ class Recorder:
         async def announce(
             table: str, base: int, effects: Sequence[Effect], foreign: Sequence[tuple[int, int]]
         ) -> None:
-            held_back, attempt.held_back = attempt.held_back, []
+            held_back = attempt.take_held_back()
             events = [
                 announcement(attempt.script, table, base + n, effect, foreign, predicted=n > 0)
                 for n, effect in enumerate(effects)

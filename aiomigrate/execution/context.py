@@ -342,9 +342,7 @@ class Functions:
         self._tables.has_run_code = True
         try:
             await function(context)
-            attempt.acted = context.took_connection or any(
-                t.commits for t in attempt.tables.values()
-            )
+            attempt.end_function(took_connection=context.took_connection)
         except anyio.get_cancelled_exc_class() as exc:
             await anyio.lowlevel.checkpoint_if_cancelled()  # raises if the run was cancelled
             raise OperationError(

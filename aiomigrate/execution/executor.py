@@ -37,10 +37,8 @@ from aiomigrate.execution.attempt import (
     failure_text,
     failure_trace,
     remedy_of,
-    shorten,
 )
 from aiomigrate.execution.lookahead import (
-    advance_detail,
     chains,
     is_declarative,
     is_predictable,
@@ -124,12 +122,13 @@ class Executor:
         slot = Slot(self._slots, limit, self._clock)
         # Quick migrations release their slot while they wait for the journal, so that many of them
         # are announced in one journal commit.
-        attempt = Attempt(script, is_quick=is_quick(script), depended_s=depended_s)
-        attempt.slot = slot if attempt.is_quick else None
+        quick = is_quick(script)
+        attempt = Attempt(
+            script, is_quick=quick, slot=slot if quick else None, depended_s=depended_s
+        )
         try:
             async with slot:  # not held while waiting for the journal at the end
-                attempt.started_s = self._clock.monotonic()
-                attempt.waited_s = attempt.started_s - ready_at
+                attempt.begin(self._clock.monotonic(), ready_at)
                 log.debug(ev.STEP_STARTED, description=script.description)
                 if self._timeout_s is not None:
                     limit.deadline = anyio.current_time() + self._timeout_s
@@ -155,10 +154,8 @@ class Executor:
                 raise
             failure = exc
         finally:
-            attempt.waited_s += slot.waited_s
-            attempt.started_s += slot.waited_s
-            for target in attempt.tables.values():
-                target.end()
+            attempt.add_wait(slot.waited_s)
+            attempt.end()
         result: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
@@ -198,20 +195,15 @@ class Executor:
             for number, position in enumerate(chain):
                 operation = script.operations[position]
                 text = operation.describe()
-                attempt.doing = shorten(text)
+                attempt.begin_operation(text)
                 await self._predict(attempt, chain[number:])
                 self._progress(script, text, len(attempt.done), len(script.operations))
                 try:
                     await self._apply(attempt, position, log)
                 except Exception:
-                    attempt.doing = shorten(text)  # another chain may have changed it
+                    attempt.begin_operation(text)  # another chain may have changed it
                     raise
-                attempt.done |= {position}
-                # Durable before the next commit of its table: written with its announcement.
-                attempt.held_back = [e for e in attempt.held_back if e.kind != Kind.ADVANCED]
-                if len(attempt.done) < len(script.operations):
-                    done = event_of(script, Kind.ADVANCED, detail=advance_detail(attempt.done))
-                    attempt.held_back.append(done)
+                attempt.complete(position, len(script.operations))
 
     async def _predict(self, attempt: Attempt, left: Sequence[int]) -> None:
         """Predicts the next commits to a table, if there may be more than one."""
@@ -247,11 +239,13 @@ class Executor:
         names = script.touches if script.runs_code else sorted(needing)
         lease = self._writer.lease
         # Recorded before they exist: after a crash this is the only reference to them.
-        attempt.branches = {
-            name: branch_name(lease.epoch, lease.owner, script)
-            for name in names
-            if attempt.tables[name].state is not None
-        }
+        attempt.plan_branches(
+            {
+                name: branch_name(lease.epoch, lease.owner, script)
+                for name in names
+                if attempt.tables[name].state is not None
+            }
+        )
         started = attempt.event(
             Kind.STARTED,
             tables={t.name: {"before": t.before} for t in attempt.tables.values()},
@@ -261,20 +255,20 @@ class Executor:
         for name in attempt.branches:
             attempt.tables[name].protect_with(partial(self._protect, attempt, name))
         if all(map(is_declarative, script.operations)):
-            attempt.held_back.append(started)  # written with the first announcement
+            attempt.hold_back(started)  # written with the first announcement
         else:
             await self._recorder.record(attempt, started)
 
     async def _protect(self, attempt: Attempt, name: str) -> None:
         """Creates the savepoint branch of one table, unless its version was cleaned up."""
         branch, target = attempt.branches[name], attempt.tables[name]
-        attempt.protected |= {name}
+        attempt.protect(name, branch)
         await self._writer.check()
         try:
             await target.table.create_branch(branch, target.before)
         except TableVersionGoneError:
             # Other writers committed and cleaned up: it could not be restored in any case.
-            attempt.protected -= {name}
+            attempt.unprotect(name)
             return
         try:
             await self._writer.check()
@@ -334,7 +328,7 @@ class Executor:
         if attempt.is_quick or all(t.version == t.before for t in tables):
             return
         with self._writer.working(), contextlib.suppress(StoreError):
-            attempt.size = await _total_size([t for t in tables if t.state is not None])
+            attempt.measure(await _total_size([t for t in tables if t.state is not None]))
 
     def _applied_event(
         self,

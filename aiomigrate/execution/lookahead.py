@@ -202,17 +202,6 @@ def _is_independent(operation: Operation) -> bool:
     )
 
 
-def advance_detail(done: Collection[int]) -> dict[str, Any]:
-    """Returns the detail of an `advanced` event: which operations are complete. Pure.
-
-    Args:
-        done: Positions of the complete operations.
-    """
-    count = next(number for number in itertools.count() if number not in done)
-    also = sorted(position for position in done if position > count)
-    return {"operations": count, **({"also": also} if also else {})}
-
-
 def is_quick(script: Script) -> bool:
     """Returns whether a migration neither rewrites rows nor runs code."""
     return not any(o.traits.rewriting or o.runs_code for o in script.operations)

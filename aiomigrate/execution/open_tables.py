@@ -66,7 +66,7 @@ class OpenTables:
                 await target.resume_from(attempt.savepoints[target.name])
 
         await run_each(tables.values(), opened)
-        attempt.tables |= tables  # only now: unopened tables have no state to report
+        attempt.open(tables)  # only now: unopened tables have no state to report
 
     def remember(self, seen: Mapping[str, Opened | None], at_s: float) -> None:
         """Remembers tables as they were just read, for the next migration.

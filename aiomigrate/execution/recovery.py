@@ -25,7 +25,8 @@ from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.errors import OperationError, StoreError, TableVersionGoneError, UnresolvedError
 from aiomigrate.execution.applier import Applier
 from aiomigrate.execution.attempt import Attempt, Recorder, announcement, event_of
-from aiomigrate.ledger.history import Unfinished, classify_intents
+from aiomigrate.execution.ownership import claim_of, goes_back
+from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script
 from aiomigrate.schema.state import TableState
@@ -98,12 +99,14 @@ class Recovery:
                     attempt, *[_restore_announcement(attempt.script, t) for t in back]
                 )
             for target in back:
-                target.version = await self._restore(
-                    attempt.script,
-                    target.name,
-                    target.before,
-                    target.version,
-                    protected=target.name in attempt.protected,
+                target.record_restore(
+                    await self._restore(
+                        attempt.script,
+                        target.name,
+                        target.before,
+                        target.version,
+                        protected=target.name in attempt.protected,
+                    )
                 )
         except StoreError as exc:
             raise UnresolvedError(
@@ -146,9 +149,9 @@ class Recovery:
             StoreError: LanceDB failed.
             UnresolvedError: Other writers committed in between; a person must decide.
         """
-        attempt.is_recovering = True
+        attempt.begin_recovery()
         await self._resume_or_restore(attempt, unfinished)
-        attempt.is_recovering = False  # not if that failed: then nothing may count as restored
+        attempt.end_recovery()  # not if that failed: then nothing may count as restored
 
     async def _resume_or_restore(self, attempt: Attempt, unfinished: Unfinished) -> None:
         script = attempt.script
@@ -158,18 +161,19 @@ class Recovery:
             version=script.version,
             savepoints=dict(unfinished.savepoints),
         )
-        effects = [intent.detail["effect"]["do"] for intent in unfinished.intents]
-        going_back = "restore" in effects or "vacate" in effects
+        effects = [intent.detail["effect"] for intent in unfinished.intents]
+        going_back = any(map(goes_back, effects))
         if unfinished.started.checksum == script.checksum and not (script.runs_code or going_back):
             await self._resume(attempt, unfinished, done=unfinished.done_of(len(script.operations)))
             return
-        if "fill" in effects and not going_back and await self._can_continue(script):
+        filled = any(effect["do"] == "fill" for effect in effects)
+        if filled and not going_back and await self._can_continue(script):
             # Corrected, but the paid results are in the table: each operation continues from them.
             await self._resume(attempt, unfinished, done=frozenset())
             return
         restores: list[tuple[str, int, int]] = []
         for table, savepoint in unfinished.savepoints.items():
-            head = await self._owned_head(script, unfinished, table, savepoint)
+            head = await self._head_to_undo(script, table, savepoint, unfinished)
             if head is not None:
                 restores.append((table, savepoint, head))
         if restores:
@@ -213,10 +217,7 @@ class Recovery:
         self, attempt: Attempt, unfinished: Unfinished, *, done: frozenset[int]
     ) -> None:
         script = attempt.script
-        attempt.done = done
-        attempt.resumed = True
-        attempt.savepoints = unfinished.savepoints
-        attempt.branches = dict(unfinished.started.detail.get("branches", {}))
+        attempt.resume(unfinished, done)
         await self._renew_savepoints(attempt)
         for intent in unfinished.intents:
             if intent.detail["effect"]["do"] == "overwrite":
@@ -245,10 +246,9 @@ class Recovery:
             try:
                 await self._check()
                 await table.create_branch(own, attempt.savepoints[name])
-                attempt.branches[name] = own
-                attempt.protected |= {name}
+                attempt.protect(name, own)
             except TableVersionGoneError:  # the savepoint was cleaned up
-                del attempt.branches[name]
+                attempt.unprotect(name)
             await self.drop_leftovers(attempt.script, name, but=own)
 
     async def drop_leftovers(self, script: Script, name: str, *, but: str = "") -> None:
@@ -285,11 +285,7 @@ class Recovery:
             )
 
         # Not where a restore was announced: the table_version shows whether it was made.
-        restored = {
-            i.detail["table"]
-            for i in unfinished.intents
-            if i.detail["effect"]["do"] in ("restore", "vacate")
-        }
+        restored = {i.detail["table"] for i in unfinished.intents if goes_back(i.detail["effect"])}
         restores = unfinished.started.detail.get("restores", {})
         await self._applier.fence(unfinished.savepoints.keys() - restored - set(restores), announce)
 
@@ -318,52 +314,27 @@ class Recovery:
         )
         await self._restore(attempt.script, table, to, head, protected=False)
 
-    async def _owned_head(
-        self, script: Script, unfinished: Unfinished, table: str, savepoint: int
+    async def _head_to_undo(
+        self, script: Script, table: str, savepoint: int, unfinished: Unfinished
     ) -> int | None:
-        """Returns the latest table_version of the migration, `None` if there is nothing to undo.
-
-        A commit that was announced and not made also has to be undone: a paused process may still
-        make it, and only a restore makes a late append fail (measured).
+        """Returns the table_version to restore a table from, `None` if there is nothing to undo.
 
         Raises:
             UnresolvedError: A commit since the savepoint is not known to be the migration's.
         """
         found = await self._store.find(table)
-        head = 0 if found is None else await found.version()
-        known, last = classify_intents(i for i in unfinished.intents if i.detail["table"] == table)
-        if not last or head == 0:
-            return None  # every commit is announced: none was made, or nothing is left
-        expected = savepoint or int((*known, *last)[0].detail["base"])
-        several = False  # whether the effect before may make several commits
-        for intent in (*known, *last):
-            base = int(intent.detail["base"])
-            effect = intent.detail["effect"]["do"]
-            going_back = effect in (
-                "restore",
-                "vacate",
-            )  # commits before were checked then
-            if intent.detail.get("foreign"):
-                spans = [(int(a), int(b)) for a, b in intent.detail["foreign"]]
-                raise unresolved(script, table, savepoint, spans)
-            if base > expected and not (going_back or several):
-                raise unresolved(script, table, savepoint, [(expected + 1, base)])
-            expected = base + 1
-            several = effect == "optimize"
-        made = int(last[0].detail["base"])
-        for intent in last:
-            effect = intent.detail["effect"]
-            if head == made:
-                return head  # not made, but perhaps announced together with the one before
-            if not await matches_announcement(self._store, table, made, effect):
+        if found is None:
+            return None
+        head = await found.version()
+        claim = claim_of(script, table, savepoint, unfinished.intents)
+        if claim is None:
+            return None  # every commit is announced first: none was made
+        made = 0
+        while (effect := claim.expected_at(head, made)) is not None:
+            if not await matches_announcement(self._store, table, claim.base + made, effect):
                 break
-            if effect["do"] in ("restore", "vacate"):
-                return None  # it is restored; commits on top of that stay
             made += 1
-        else:
-            if head == made or several:
-                return head
-        raise unresolved(script, table, savepoint, [(made + 1, head)])
+        return claim.head_to_undo(head, made)
 
 
 def _restore_effect(to: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from aiomigrate.errors import (
     UnresolvedError,
 )
 from aiomigrate.execution.applier import witness_name
-from aiomigrate.execution.attempt import Attempt, event_of, failure_text, failure_trace, shorten
+from aiomigrate.execution.attempt import Attempt, event_of, failure_text, failure_trace
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Kind
@@ -78,8 +78,8 @@ class Reverser:
             AiomigrateError: The ledger cannot be written.
         """
         log = self._log.bind(table=script.line, version=script.version)
-        attempt = Attempt(script, started_s=self._clock.monotonic(), depended_s=depended_s)
-        attempt.waited_s = attempt.started_s - ready_at
+        attempt = Attempt(script, depended_s=depended_s)
+        attempt.begin(self._clock.monotonic(), ready_at)
         failure: Exception | None = None
         begun = {} if unfinished is None else unfinished.savepoints
         self._tables.invalidate((*script.touches, *undo.restores, *begun))
@@ -103,8 +103,7 @@ class Reverser:
                 raise
             failure = exc
         finally:
-            for target in attempt.tables.values():
-                target.end()
+            attempt.end()
         report: StepReport
         with anyio.CancelScope(shield=True):
             if failure is None:
@@ -156,25 +155,22 @@ class Reverser:
                 line=attempt.script.line,
                 version=attempt.script.version,
             )
-        attempt.resumed = True
-        attempt.done = unfinished.done_of(len(undo.operations))
+        attempt.resume(unfinished, unfinished.done_of(len(undo.operations)))
         await self._recovery.fence_resumed(attempt, unfinished)
-        attempt.savepoints = unfinished.savepoints
         await self._tables.open_for(attempt)
 
     async def _invert(self, attempt: Attempt, undo: Undo, log: Any) -> None:
         for position, operation in enumerate(undo.operations):
             if position in attempt.done:
                 continue
-            attempt.doing = shorten(operation.describe())
+            attempt.begin_operation(operation.describe())
             if operation.runs_code:
                 await self._functions.run(attempt, operation, log)
-                continue
-            target = attempt.tables[operation.table or ""]
-            witness = witness_name(attempt.script, operation, undo.operations[:position])
-            await self._applier.apply(operation, target, attempt.script, witness)
-            done = {"operations": position + 1}
-            attempt.held_back = [event_of(attempt.script, Kind.ADVANCED, detail=done)]
+            else:
+                target = attempt.tables[operation.table or ""]
+                witness = witness_name(attempt.script, operation, undo.operations[:position])
+                await self._applier.apply(operation, target, attempt.script, witness)
+            attempt.complete(position, len(undo.operations))
 
     async def _restore(self, attempt: Attempt, undo: Undo) -> None:
         for table, (head, to) in undo.restores.items():

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiomigrate import Context, Migration, MigrationFailedError, Outcome, Progress, op
-from aiomigrate.execution.lookahead import advance_detail, chains
+from aiomigrate.execution.attempt import advance_detail
+from aiomigrate.execution.lookahead import chains
 from aiomigrate.ledger.history import fold
 from aiomigrate.ledger.records import Kind
 from aiomigrate.manager import MigrationManager
