@@ -5,12 +5,10 @@ The verbs themselves are in `migrate` and `inspect`.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import gc
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -256,22 +254,9 @@ class Call:
         Raises:
             ConfigurationError: A setting is invalid.
         """
-        with _paused_collection():
-            from aiomigrate.manager import MigrationManager
+        from aiomigrate.manager import MigrationManager
 
         return MigrationManager(self.settings.uri, on_progress=self.tracker, **self.options())
-
-
-@contextlib.contextmanager
-def _paused_collection() -> Iterator[None]:
-    """Pauses Python's garbage collector, which takes an eighth of the time to import modules."""
-    is_collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_collecting:
-            gc.enable()
 
 
 def verb(*groups: Callable[..., None]) -> Callable[[Callable[..., Exit]], Callable[..., None]]:

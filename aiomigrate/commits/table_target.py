@@ -128,19 +128,19 @@ class TableTarget(TrackedTable):
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> None:
         """Adds nullable columns, or missing fields of a struct column, in one commit."""
-        after, effect = effects.add_columns(self._current(), fields)
-        await self._commit(effect, lambda t: t.add_columns(fields), after=after)
+        _, effect = effects.add_columns(self._current(), fields)
+        await self._commit(effect, lambda t: t.add_columns(fields))
 
     async def drop_columns(self, names: Sequence[str]) -> None:
         """Drops columns in one commit."""
-        after, effect = effects.drop_columns(self._current(), names)
+        _, effect = effects.drop_columns(self._current(), names)
         # LanceDB drops even the last column that holds data, and fails only at the next read.
-        await self._commit(effect, lambda t: t.drop_columns(names), read_indexes=True, after=after)
+        await self._commit(effect, lambda t: t.drop_columns(names), read_indexes=True)
 
     async def alter_columns(self, alterations: Sequence[Mapping[str, Any]]) -> None:
         """Renames columns, changes their nullability or their type, in one commit."""
-        after, effect = effects.alter_columns(self._current(), alterations)
-        await self._commit(effect, lambda t: t.alter_columns(alterations), after=after)
+        _, effect = effects.alter_columns(self._current(), alterations)
+        await self._commit(effect, lambda t: t.alter_columns(alterations))
 
     async def set_metadata(self, column: str, metadata: Mapping[str, str | None]) -> None:
         """Sets entries of a column's metadata in one commit; `None` removes an entry."""
@@ -192,8 +192,8 @@ class TableTarget(TrackedTable):
             StaleHandleError: The index was renewed after each of `_DROP_ATTEMPTS` drops.
         """
         for _ in range(_DROP_ATTEMPTS):
-            after, effect = effects.drop_index(self._current(), name)
-            await self._commit(effect, lambda t: t.drop_index(name), after=after)
+            _, effect = effects.drop_index(self._current(), name)
+            await self._commit(effect, lambda t: t.drop_index(name))
             if all(index.name != name for index in self._current().indexes):
                 return
         raise StaleHandleError(
@@ -351,7 +351,7 @@ class TableTarget(TrackedTable):
         for attempt in range(1, _COMPUTE_ATTEMPTS + 1):
             self.progress(0, None, f"on the cluster, attempt {attempt}")
             try:
-                await self._commit(shape_effect(after), run, after=after)
+                await self._commit(shape_effect(after), run)
             except _COMMITTED_FIRST:
                 self.retries += 1
                 await self.reopen()

@@ -219,7 +219,6 @@ class TrackedTable:
         effect: Effect,
         run: Callable[[Table], Awaitable[int]],
         *,
-        after: TableState | None = None,
         read_indexes: bool = False,
     ) -> None:
         """Announces and makes one commit.
@@ -227,7 +226,6 @@ class TrackedTable:
         Args:
             effect: The effect of the commit, for the journal.
             run: Makes the commit; returns its table_version.
-            after: The expected state afterwards; by default the state before.
             read_indexes: Whether to read the indexes even if there were none before.
         """
         table = self.table
@@ -241,8 +239,7 @@ class TrackedTable:
         await run(table)
         self._announced = self._announced.after_commit(base, self.version)
         indexed = bool(self._current().indexes) or read_indexes or self.version != base + 1
-        state = await table.state(indexed=indexed)
-        self._state = state.with_known_shape(self._current() if after is None else after)
+        self._state = await table.state(indexed=indexed)
 
     async def _announce_commit(self, base: int, effect: Effect) -> None:
         self._refuse_if_ended()
@@ -421,11 +418,9 @@ class TrackedTable:
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index in one commit."""
-        after, effect = effects.create_index(self._current(), index)
+        _, effect = effects.create_index(self._current(), index)
         base = self.version
-        await self._commit(
-            effect, lambda t: t.create_index(index, options), read_indexes=True, after=after
-        )
+        await self._commit(effect, lambda t: t.create_index(index, options), read_indexes=True)
         self._built_index = (index, self.version) if self.version == base + 1 else None
 
     @property

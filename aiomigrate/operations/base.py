@@ -193,7 +193,7 @@ class Operation:
         if name is None:  # code that belongs to no table
             return after
         if states[name] is not None or self.when_missing is not Missing.SKIP:
-            after[name] = _evolved(self, states[name])
+            after[name] = self.evolve(states[name])
         return after
 
     def describe(self) -> str:
@@ -214,19 +214,6 @@ class Operation:
         """
         raise NotImplementedError
 
-    def after(self, state: TableState) -> TableState | None:
-        """Returns `evolve(state)`, cached in the state.
-
-        Raises:
-            OperationError: The operation does not fit this table.
-        """
-        for known, after in state.predicted:
-            if known is self:
-                return after
-        after = self.evolve(state)
-        state.predicted.append((self, after))
-        return after
-
     def done(self, state: TableState | None, witness: str) -> bool:
         """Returns whether the effect is already there. Pure.
 
@@ -239,7 +226,7 @@ class Operation:
         """
         if not self.shows:
             return False
-        after = _evolved(self, state)
+        after = self.evolve(state)
         if state is None or after is None:
             return state is after
         return after.same(state)
@@ -257,7 +244,7 @@ class Operation:
         Raises:
             OperationError: The operation does not fit this table.
         """
-        return _evolved(self, state)
+        return self.evolve(state)
 
     async def apply(self, target: Target) -> int:
         """Changes the table; called only if not `done`. Returns the number of rows changed.
@@ -347,7 +334,3 @@ def refuse_embedding(operation: Operation, state: TableState, columns: Iterable[
                 "Use op.Rebuild(function, schema=...) with a schema that drops or renames the "
                 "column: it also rewrites the table's metadata.",
             )
-
-
-def _evolved(operation: Operation, state: TableState | None) -> TableState | None:
-    return operation.evolve(None) if state is None else operation.after(state)

@@ -75,28 +75,18 @@ class TableState:
     Attributes:
         schema: Fields with Arrow types and nullability; metadata is not compared.
         indexes: Its indexes, in any order.
-        predicted: A cache of the states that operations produce from this one (see
-            `Operation.after`).
     """
 
     schema: pa.Schema
     indexes: tuple[Index, ...] = ()
-    _shape: list[Mapping[str, Any]] = field(default_factory=list, init=False, repr=False)
-    _witness_names: list[list[str]] = field(default_factory=list, init=False, repr=False)
-    predicted: list[tuple[object, TableState | None]] = field(
-        default_factory=list, init=False, repr=False
-    )
 
     def shape(self) -> Mapping[str, Any]:
         """Returns a JSON value that is equal for equal shapes.
 
         It ignores the order of columns, the names of indexes, metadata, and witness columns.
         """
-        if not self._shape:  # cached: called several times per operation
-            fields = dict(sorted((f.name, spell(f)) for f in self.fields()))
-            indexes = sorted({str(index) for index in self.indexes})
-            self._shape.append({"fields": fields, "indexes": indexes})
-        return self._shape[0]
+        fields = dict(sorted((f.name, spell(f)) for f in self.fields()))
+        return {"fields": fields, "indexes": sorted({str(index) for index in self.indexes})}
 
     def fields(self) -> list[pa.Field[Any]]:
         """Returns the table's fields without witness columns."""
@@ -112,20 +102,11 @@ class TableState:
     def same(self, other: TableState) -> bool:
         """Returns whether both states have the same shape."""
         if len(self.schema) == len(other.schema):
-            if self._is_like(other):
+            if self.indexes == other.indexes and self.schema.equals(other.schema):
                 return True
         elif not (self.witnesses() or other.witnesses()):
             return False
         return self.shape() == other.shape()
-
-    def _is_like(self, other: TableState) -> bool:
-        return self.indexes == other.indexes and self.schema.equals(other.schema)
-
-    def with_known_shape(self, other: TableState) -> TableState:
-        """Returns this state, with the cached shape of another one if both are equal."""
-        if self._is_like(other):
-            object.__setattr__(self, "_shape", other._shape)
-        return self
 
     def has(self, column: str) -> bool:
         """Returns whether the column at a path exists."""
@@ -139,10 +120,7 @@ class TableState:
 
     def witnesses(self) -> list[str]:
         """Returns the names of the witness columns."""
-        if not self._witness_names:
-            names = self.schema.names
-            self._witness_names.append([name for name in names if name.startswith(WITNESS_PREFIX)])
-        return self._witness_names[0]
+        return [name for name in self.schema.names if name.startswith(WITNESS_PREFIX)]
 
     def with_fields(self, fields: Iterable[pa.Field[Any]]) -> TableState:
         """Returns this state with other fields; drops indexes on columns that no longer exist."""

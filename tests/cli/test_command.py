@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pty
@@ -215,29 +214,6 @@ class TestHelp:
         )
 
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-    @pytest.mark.parametrize("was", [True, False])
-    def test_collects_no_garbage_while_lancedb_is_loaded(
-        self, call: Call, monkeypatch: pytest.MonkeyPatch, was: bool
-    ) -> None:
-        """And afterwards, even where it could not be loaded, as before."""
-        seen: list[bool] = []
-
-        class Manager:
-            @property
-            def MigrationManager(self) -> None:  # noqa: N802 - the name that is imported
-                seen.append(gc.isenabled())
-                raise ImportError
-
-        monkeypatch.setitem(sys.modules, "aiomigrate.manager", Manager())
-        (gc.enable if was else gc.disable)()
-        try:
-            call("status")
-            after = gc.isenabled()
-        finally:
-            gc.enable()
-
-        assert (seen, after) == ([False], was)
 
     @pytest.mark.parametrize("name", ["typer", "rich"])
     def test_without_the_extra(self, name: str) -> None:
