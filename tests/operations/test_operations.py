@@ -1519,14 +1519,12 @@ def moved(state: op.TableState) -> st.SearchStrategy[op.TableState]:
 def test_two_states_are_the_same_if_their_shapes_are(
     states: tuple[op.TableState, op.TableState],
 ) -> None:
-    """However that is found out; and one that came as foreseen has the shape that was foreseen."""
+    """However that is found out: by their schemas or by their shapes."""
     one, other = states
     equal = one.shape() == other.shape()
-    fresh = op.TableState(one.schema, one.indexes)
 
     assert one.same(other) is equal
     assert other.same(one) is equal
-    assert fresh.with_known_shape(other).shape() == one.shape()
 
 
 def shout(batch: pa.RecordBatch) -> list[str]:
