@@ -20,7 +20,8 @@ from aiomigrate.ledger.records import BACKGROUND_LEASE, Event, HeadRow, Holder
 from aiomigrate.migration.model import Scripts, Target
 from aiomigrate.planning.background import deferred_by_head
 from aiomigrate.planning.plan import Plan
-from aiomigrate.planning.reconcile import OnAhead, Reconciled, digest_at, pending, reconcile
+from aiomigrate.planning.reconcile import OnAhead, Reconciled, pending, reconcile
+from aiomigrate.planning.table_identity import Match, last_sightings, spell
 from aiomigrate.reporting.status import (
     Background,
     BackgroundState,
@@ -38,6 +39,7 @@ from aiomigrate.runs.snapshot import (
     SnapshotReader,
     UpgradeView,
     check_plan,
+    check_tables,
     estimate_plan,
     read_folded,
     read_head_fast,
@@ -90,9 +92,10 @@ class Inspection:
         """
         reader = await self._reader()
         snapshot = await UpgradeView(reader, tables, to).read()
-        plan, _ = await check_plan(
+        plan, opened = await check_plan(
             reader.store, snapshot.plan, on_destructive=self._options.on_destructive
         )
+        await check_tables(plan, snapshot.journal, opened)
         return plan if reader.store is None else await estimate_plan(reader.store, plan)
 
     async def _reader(self) -> SnapshotReader:
@@ -194,7 +197,7 @@ class Inspection:
     async def health(self) -> Health:
         """Returns whether the application may use the database, and why not.
 
-        Reads the head; the journal only if a line is behind, or head and scripts differ.
+        Reads head and journal, and no other table.
 
         Raises:
             ScriptError: A script is invalid.
@@ -229,18 +232,11 @@ class Inspection:
         return Health(state=state, status=status, failed=failed)
 
     async def _startup_problems(self, reader: SnapshotReader, head: Head) -> dict[str, str]:
-        """Returns, by line, why startup would refuse the database although nothing is pending.
+        """Returns, by line, why the application must not use it although nothing is pending.
 
-        Reads the journal only if the head differs from the scripts.
+        The head alone shows neither an edited script nor a journal that was lost or restored.
         """
-        scripts = reader.scripts
-        differs = any(
-            row.version > scripts.latest(row.name)
-            or (row.digest or "") != digest_at(scripts, row.name, row.version)
-            for row in head.rows
-            if scripts.of(row.name)
-        )
-        if reader.ledger is None or not differs:
+        if reader.ledger is None:
             return {}
         journal = await read_folded(reader.ledger)
         decided = await reader.decide(head, journal)
@@ -280,7 +276,8 @@ class Inspection:
                 deferred.append(f"{line}: version {version} was started and has not finished")
             else:
                 errors.append(f"{line}: version {version} was interrupted and not recovered yet")
-        errors += await _table_errors(store, journal, decided)
+        table_errors, recreated = await _check_live_tables(store, journal, decided)
+        errors += table_errors
         unknown = [
             f"{n}: recorded at v{s.current}, has no script; left unchanged"
             for n, s in decided.lines.items()
@@ -293,7 +290,7 @@ class Inspection:
         ]
         return Validation(
             errors=tuple(errors),
-            warnings=(*ahead, *unknown),
+            warnings=(*ahead, *unknown, *recreated),
             not_at_target=behind,
             deferred=tuple(deferred),
         )
@@ -325,8 +322,10 @@ class Inspection:
         return tuple(e for e in events if line is None or e.line == line)
 
 
-async def _table_errors(store: Store, journal: Journal, decided: Reconciled) -> list[str]:
-    """Returns how live tables differ from what their last migration left.
+async def _check_live_tables(
+    store: Store, journal: Journal, decided: Reconciled
+) -> tuple[list[str], list[str]]:
+    """Returns how live tables differ from what their last migration left, as errors and warnings.
 
     Skips tables of interrupted migrations, whose state is expected to differ.
     """
@@ -336,17 +335,26 @@ async def _table_errors(store: Store, journal: Journal, decided: Reconciled) -> 
         if state.unfinished is not None
         for table in state.unfinished.savepoints
     }
-    errors = []
+    errors, warnings = [], []
+    recorded = last_sightings(journal.events)
     for name, shape in sorted(journal.shapes.items()):
         if shape is None or name in unfinished:
             continue
-        _, state = await store.state_of(name)
-        if state is None:
+        opened = await store.find_with_state(name)
+        if opened is None:
             errors.append(f"table {name} is missing")
             continue
-        found = differences(shape, state.shape())
+        found = differences(shape, opened.state.shape())
         errors += [f"table {name}: {difference}" for difference in found]
-    return errors
+        if (sighting := recorded.get(name)) is not None:
+            match = sighting.compare(await opened.table.commit_times())
+            if match is Match.SHORTENED:
+                errors.append(spell(match, name, sighting))
+            elif match is Match.RECREATED:
+                warnings.append(
+                    f"{spell(match, name, sighting)}; its migrations cannot be rolled back"
+                )
+    return errors, warnings
 
 
 def _background_of(

@@ -155,6 +155,8 @@ async def _upgrade(
         show_report(output, exc.report)
         await show_traces(call, manager, exc)
         raise
+    if not report.steps:
+        await manager.plan(tables=tables or None, to=to)  # reads the journal too, which may differ
     show_report(output, report)
     output.document(report.to_dict)
     return Exit.OK

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from aiomigrate.commits import effects
 from aiomigrate.commits.commit_identity import is_at_head
+from aiomigrate.commits.commit_span import CommitSpan
 from aiomigrate.commits.effects import AnnouncedCommits, Effect, create_effect
 from aiomigrate.commits.savepoints import Guard, unresolved_overwrite
 from aiomigrate.errors import (
@@ -84,6 +85,7 @@ class TrackedTable:
         self.was: TableState | None = None
         self.witness = ""
         self._ended = False
+        self._span = CommitSpan()
         self.keeps_progress = False
         self.facts: dict[str, Any] = {}
         self._on_progress: OnProgress = lambda done, total, note: None
@@ -154,6 +156,7 @@ class TrackedTable:
     def record_restore(self, version: int) -> None:
         """Notes the table_version of the restore that undid the migration."""
         self.version = version
+        self._span.end()
 
     async def reopen_restored(self) -> None:
         """Moves to the latest version after a restore, whose commit is this migration's own.
@@ -177,6 +180,7 @@ class TrackedTable:
         known = self.version
         await self._read()
         if self.version != known:  # lower: the table was dropped and created again
+            self._span.follow()
             self.foreign.append((min(known, self.version) + 1, self.version))
             self._announced = self._announced.first()  # the rest: for another table_version
 
@@ -201,6 +205,11 @@ class TrackedTable:
     def shape(self) -> Mapping[str, Any] | None:
         """The table's shape, `None` if it does not exist."""
         return None if self._state is None else self._state.shape()
+
+    @property
+    def committed(self) -> list[int]:
+        """When `version` was committed, as `commits.commit_span` records it."""
+        return self._span.recorded()
 
     @property
     def opened(self) -> Opened | None:
@@ -259,6 +268,7 @@ class TrackedTable:
                     self._protect = None
         await self._guard()
         self._refuse_if_ended()
+        self._span.begin()
 
     def _refuse_if_ended(self) -> None:
         if self._ended:
@@ -270,8 +280,10 @@ class TrackedTable:
     def _record_version(self, version: int) -> None:
         if version > self.version + 1:
             self.foreign.append((self.version + 1, version - 1))
-        self.commits += version != self.version  # an optimization may make no commit
-        self.version = version
+        if version != self.version:  # an optimization may make no commit
+            self.commits += 1
+            self.version = version
+            self._span.end()
 
     def _current(self) -> TableState:
         assert self._state is not None  # noqa: S101 - every caller holds an open table
@@ -312,8 +324,7 @@ class TrackedTable:
                 "Run again.",
             )
         self._table = table
-        self.version = version
-        self.commits += 1
+        self._record_version(version)
         self._state = await table.state(indexed=False)
 
     async def drop(self) -> None:
@@ -397,6 +408,7 @@ class TrackedTable:
         if back != self.version + 1:
             raise unresolved_overwrite(self.name, covered, (self.version + 1, back - 1), back)
         self.version = back
+        self._span.end()
         self.retries += 1
         return False
 

@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 
 from aiomigrate import events as ev
+from aiomigrate.commits.commit_span import CommitSpan
 from aiomigrate.commits.savepoints import Guard, drop_branch
 from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.concurrency import run_each
@@ -175,8 +176,13 @@ class Applier:
             if (witnesses := state.witnesses()) and not state.is_leftover:
                 await self._check()
                 before = await table.version()
+                span = CommitSpan()
+                span.begin()
                 after = await table.drop_columns(witnesses)
-                cleaned[table.name] = {"before": before, "after": after}
+                span.end()
+                cleaned[table.name] = {
+                    "before": before, "after": after, "committed": span.recorded(),
+                }  # fmt: skip
                 if after > before + 1:  # foreign commits came between
                     cleaned[table.name]["foreign"] = [[before + 1, after - 1]]
 

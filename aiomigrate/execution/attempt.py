@@ -199,6 +199,19 @@ class Attempt:
         """Returns the savepoint branch by table, for branches that were created."""
         return {table: b for table, b in self.branches.items() if table in self.protected}
 
+    def begun(self) -> dict[str, Any]:
+        """Returns what a `started` or `rolling_back` event records about the tables, by table."""
+        return {
+            t.name: {"before": t.before, "committed": t.committed} for t in self.tables.values()
+        }
+
+    def left(self) -> dict[str, Any]:
+        """Returns what a `failed` event records about the tables, by table."""
+        return {
+            t.name: {"before": t.before, "after": t.version, "committed": t.committed}
+            for t in self.tables.values()
+        }
+
     def versions(self) -> dict[str, tuple[int, int]]:
         """Returns the table_version before and after the attempt, by table."""
         return {t.name: (t.before, t.version) for t in self.tables.values()}
@@ -258,6 +271,7 @@ def _change_of(target: TableTarget) -> dict[str, Any]:
         "before": target.before,
         "after": target.version if target.state is not None else 0,
         "shape": target.shape,
+        "committed": target.committed,
     }
     if target.commits or target.before != target.version:
         change["was"] = encode(target.was)

@@ -248,7 +248,7 @@ class Executor:
         )
         started = attempt.event(
             Kind.STARTED,
-            tables={t.name: {"before": t.before} for t in attempt.tables.values()},
+            tables=attempt.begun(),
             detail={"branches": attempt.branches},
         )
         # Each is created before the first commit to its table; unchanged tables need none.
@@ -388,7 +388,7 @@ class Executor:
             detail["unresolved"] = str(unresolved)
         failed = attempt.event(
             Kind.FAILED,
-            tables={t: {"before": b, "after": a} for t, (b, a) in attempt.versions().items()},
+            tables=attempt.left(),
             waited_s=attempt.waited_s,
             ran_s=ran_s,
             error=why if exc is None else failure_trace(exc, self._store),

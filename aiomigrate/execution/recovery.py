@@ -29,8 +29,10 @@ from aiomigrate.execution.ownership import claim_of, goes_back
 from aiomigrate.ledger.history import Unfinished
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script
+from aiomigrate.planning.table_identity import Match, Sighting, sightings_before, spell
 from aiomigrate.schema.state import TableState
 from aiomigrate.store.connection import Store
+from aiomigrate.store.table import Table
 
 
 class Recovery:
@@ -90,6 +92,9 @@ class Recovery:
                         line=attempt.script.line,
                         version=attempt.script.version,
                     )
+                if table is not None and not foreign:
+                    seen = Sighting(target.version, *target.committed)
+                    await _refuse_other_table(attempt.script, table, seen)
                 if foreign:
                     raise unresolved(attempt.script, target.name, target.before, foreign)
             back = [t for t in changed if t.version not in (0, t.before)]
@@ -147,11 +152,26 @@ class Recovery:
         Raises:
             LeaseLostError: Another process has taken over.
             StoreError: LanceDB failed.
-            UnresolvedError: Other writers committed in between; a person must decide.
+            UnresolvedError: Other writers committed in between, or a table is not the one that the
+                migration began with; a person must decide.
         """
         attempt.begin_recovery()
+        await self.refuse_other_tables(attempt.script, unfinished)
         await self._resume_or_restore(attempt, unfinished)
         attempt.end_recovery()  # not if that failed: then nothing may count as restored
+
+    async def refuse_other_tables(self, script: Script, unfinished: Unfinished) -> None:
+        """Checks that the tables of an unfinished migration are those it began with.
+
+        Raises:
+            StoreError: LanceDB failed.
+            UnresolvedError: One was dropped and created again, or has lost commits.
+        """
+        effects = {i.detail["table"]: i.detail["effect"]["do"] for i in unfinished.intents}
+        for name, sighting in sightings_before(unfinished.started).items():
+            table = await self._store.find(name)
+            if table is not None and effects.get(name) != "drop":
+                await _refuse_other_table(script, table, sighting)
 
     async def _resume_or_restore(self, attempt: Attempt, unfinished: Unfinished) -> None:
         script = attempt.script
@@ -335,6 +355,20 @@ class Recovery:
                 break
             made += 1
         return claim.head_to_undo(head, made)
+
+
+async def _refuse_other_table(script: Script, table: Table, sighting: Sighting) -> None:
+    match = sighting.compare(await table.commit_times())
+    if match is not Match.SAME:
+        raise UnresolvedError(
+            f"{script}: {spell(match, table.name, sighting)} while the migration was unfinished. "
+            "It was left as it is.",
+            f"Find out why. If its data is right, run `aiomigrate stamp --table {script.line} --to "
+            f"{script.version - 1}` (or --to {script.version} if the migration is complete), then "
+            "`aiomigrate upgrade`.",
+            line=script.line,
+            version=script.version,
+        )
 
 
 def _restore_effect(to: int) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Reverser:
             attempt,
             attempt.event(
                 Kind.ROLLING_BACK,
-                tables={t.name: {"before": t.before} for t in attempt.tables.values()},
+                tables=attempt.begun(),
                 detail={
                     "to": undo.to,
                     "way": undo.way.value,
@@ -155,6 +155,7 @@ class Reverser:
                 line=attempt.script.line,
                 version=attempt.script.version,
             )
+        await self._recovery.refuse_other_tables(attempt.script, unfinished)
         attempt.resume(unfinished, unfinished.done_of(len(undo.operations)))
         await self._recovery.fence_resumed(attempt, unfinished)
         await self._tables.open_for(attempt)
@@ -236,7 +237,7 @@ class Reverser:
                 description=script.description,
                 checksum=script.checksum,
                 algorithm=ALGORITHM,
-                tables={t: {"before": b, "after": a} for t, (b, a) in attempt.versions().items()},
+                tables=attempt.left(),
                 error=why if exc is None else failure_trace(exc, self._store),
                 detail={"cancelled": True} if exc is None else {},
             )

@@ -13,6 +13,9 @@ from typing import Any
 
 from aiomigrate.ledger.records import Event, Kind
 
+COMMITTING_KINDS = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
+"""Kinds of events that record commits to tables."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:

@@ -103,6 +103,7 @@ _DETAIL: Mapping[str, Check] = {
 _FACTS: Mapping[str, Check] = {
     "before": _is_number,
     "after": _is_number,
+    "committed": _is_span,
     "foreign": _list_of(_is_span),
     "shape": _is_shape,
     "was": _is_text_or_none,

@@ -12,17 +12,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aiomigrate.errors import DependencyError, RollbackRefusedError, TargetError
-from aiomigrate.ledger.history import Journal, pending_cleanup
+from aiomigrate.ledger.history import COMMITTING_KINDS, Journal, pending_cleanup
 from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Key, Script, Scripts
 from aiomigrate.operations.base import Missing, Operation
 from aiomigrate.planning.destructive import fills_new_columns, mark_existing
 from aiomigrate.planning.reconcile import LineState, Reconciled
+from aiomigrate.planning.table_identity import Commits, Match, own_commits, spell
 from aiomigrate.schema.state import TableState, decode
 from aiomigrate.text import nearest, spell_spans
-
-_COMMITTING_KINDS = (Kind.APPLIED, Kind.CLEANED, Kind.FAILED, Kind.ROLLED_BACK)
-"""Kinds of events that record commits to tables."""
 
 
 class Way(enum.StrEnum):
@@ -209,6 +207,7 @@ def decide(  # noqa: C901 - one case for each way to undo
     *,
     allow_destructive: bool,
     unattributed: Collection[str] = (),
+    commits: Mapping[str, Commits] | None = None,
 ) -> Undo:
     """Decides how one migration is undone.
 
@@ -220,6 +219,7 @@ def decide(  # noqa: C901 - one case for each way to undo
         allow_destructive: Whether commits of other writers may be discarded.
         unattributed: Tables with commits that are not attributed to a writer yet (see
             `unattributed_tables`).
+        commits: The commits of each of its tables that exists.
 
     Raises:
         RollbackRefusedError: It cannot be undone; the error has the reason and the choices.
@@ -230,6 +230,8 @@ def decide(  # noqa: C901 - one case for each way to undo
         return finishing
     applied = _applied_event(script.key, journal)
     was = {} if applied is None else {t: f.get("was", "?") for t, f in applied.tables.items()}
+    if applied is not None:
+        _refuse_other_tables(script, applied, journal, commits or {})
     operations = inverses(script, was)
     branches = {} if applied is None else dict(applied.detail.get("kept", {}))
     if operations is not None:
@@ -258,15 +260,28 @@ def decide(  # noqa: C901 - one case for each way to undo
             discards[table] = foreign
         restores[table] = (head, before)
     if discards and not allow_destructive:
-        commits = "; ".join(
+        spelled = "; ".join(
             f"{table}: table_version {spell_spans(spans)}" for table, spans in discards.items()
         )
         raise _refusal(
             script,
-            f"it has no inverse, and other writers committed since ({commits})",
+            f"it has no inverse, and other writers committed since ({spelled})",
             ["discard those commits with --allow-destructive (allow_destructive=True)"],
         )
     return Undo(way=Way.RESTORE, to=to, restores=restores, discards=discards, branches=branches)
+
+
+def _refuse_other_tables(
+    script: Script, applied: Event, journal: Journal, commits: Mapping[str, Commits]
+) -> None:
+    accept = f"`aiomigrate stamp --table {script.line} --to VERSION`"
+    for table in sorted(applied.tables.keys() & commits.keys()):
+        for sighting in own_commits(journal.events, applied, table):
+            match = sighting.compare(commits[table])
+            if match is not Match.SAME:
+                why = f"{spell(match, table, sighting)}. It was left as it is"
+                choice = f"if its data is right, record its version with {accept}"
+                raise _refusal(script, why, [choice])
 
 
 def unattributed_tables(journal: Journal) -> frozenset[str]:
@@ -347,7 +362,7 @@ def _follow_commits(
             passed = True
             continue
         facts = event.tables.get(table)
-        if not passed or not isinstance(facts, Mapping) or event.kind not in _COMMITTING_KINDS:
+        if not passed or not isinstance(facts, Mapping) or event.kind not in COMMITTING_KINDS:
             continue
         before, after = int(facts.get("before", 0)), int(facts.get("after", 0))
         if before and not after:

@@ -20,6 +20,7 @@ from aiomigrate.migration.model import Key, Script
 from aiomigrate.planning.plan import Plan, build_rollback
 from aiomigrate.planning.reconcile import LineState
 from aiomigrate.planning.rollback import Undo, decide, to_undo, unattributed_tables
+from aiomigrate.planning.table_identity import Commits
 from aiomigrate.results import Report, StepReport
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.scheduler import Scheduler
@@ -155,7 +156,7 @@ class RollbackView:
             script = reader.scripts.get(*key)
             assert script is not None  # noqa: S101 - `to_undo` chose scripts
             assert reader.store is not None  # noqa: S101 - nothing is applied without a database
-            table_versions = await _table_versions(reader.store, script)
+            table_versions, commits = await _look_at_tables(reader.store, script)
             state = snapshot.decided.lines[script.line]
             undos[key] = decide(
                 script,
@@ -164,6 +165,7 @@ class RollbackView:
                 table_versions,
                 allow_destructive=self.allow_destructive,
                 unattributed=unattributed_tables(snapshot.journal),
+                commits=commits,
             )
         return replace(
             snapshot, plan=build_rollback(undos, snapshot.decided, reader.scripts, snapshot.busy)
@@ -185,20 +187,28 @@ class RollbackView:
         assert self.reader.ledger is not None  # noqa: S101 - the lease is held
         journal: Journal = await read_folded(self.reader.ledger)
         state = replace(state, history=journal.of(script.line))
-        table_versions = await _table_versions(self.reader.store, script)
+        table_versions, commits = await _look_at_tables(self.reader.store, script)
         return decide(
             script, state, journal, table_versions,
-            allow_destructive=self.allow_destructive, unattributed=(),
+            allow_destructive=self.allow_destructive, unattributed=(), commits=commits,
         )  # fmt: skip
 
 
-async def _table_versions(store: Store, script: Script) -> dict[str, int]:
-    """Returns the latest table_version of each table a migration touches, 0 if none exists."""
-    versions = {}
+async def _look_at_tables(
+    store: Store, script: Script
+) -> tuple[dict[str, int], dict[str, Commits]]:
+    """Returns the latest table_version of each table a migration touches, and its commits.
+
+    A table that does not exist has table_version 0 and no commits.
+    """
+    versions: dict[str, int] = {}
+    commits: dict[str, Commits] = {}
     for name in script.touches:
         table = await store.find(name)
         versions[name] = 0 if table is None else await table.version()
-    return versions
+        if table is not None:
+            commits[name] = await table.commit_times()
+    return versions, commits
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import anyio
 
 from aiomigrate import events as ev
 from aiomigrate.clock import Clock
+from aiomigrate.commits import commit_span
 from aiomigrate.errors import MigrationFailedError
 from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.execution.workspace import Workspace
@@ -159,7 +160,12 @@ async def shapes_of(tables: Sequence[str], opened: OpenTables) -> dict[str, Any]
     for name in tables:
         version, state = await opened.state_of(name)
         shape = None if state is None else state.shape()
-        result[name] = {"before": version, "after": version, "shape": shape}
+        result[name] = {
+            "before": version,
+            "after": version,
+            "shape": shape,
+            "committed": [0, commit_span.now()],
+        }
     return result
 
 

@@ -29,6 +29,7 @@ from aiomigrate.planning.background import IDLE, Busy, busy_with, known_tables, 
 from aiomigrate.planning.plan import Plan, build_plan
 from aiomigrate.planning.preflight import OnDestructive, check_operations, in_script
 from aiomigrate.planning.reconcile import OnAhead, Reconciled, disputed, reconcile
+from aiomigrate.planning.table_identity import Match, last_sightings, spell
 from aiomigrate.schema.sql import quote
 from aiomigrate.schema.state import TableState, differences
 from aiomigrate.store.connection import SqlCheck, Store
@@ -386,6 +387,45 @@ async def check_plan(
         if (why := await sql.refusal(trial.statement, schema)) is not None:
             raise trial.refused(why)
     return checked, tables
+
+
+async def check_tables(plan: Plan, journal: Journal, tables: Mapping[str, Opened | None]) -> None:
+    """Checks that the tables of a plan have not lost commits that the journal records.
+
+    Compares commit times only if a table has few versions, or fewer than the journal records: each
+    time costs a request on an object store. A table that its application dropped and created again
+    passes; its operations are checked like those of any other table.
+
+    Args:
+        plan: The migrations to run.
+        journal: The folded journal.
+        tables: The opened tables by name, `None` for those that do not exist.
+
+    Raises:
+        LedgerConflictError: A table has lost commits. Nothing was written.
+        StoreError: A LanceDB call failed.
+    """
+    recorded = last_sightings(journal.events)
+    for name in plan.touched():
+        opened, sighting = tables.get(name), recorded.get(name)
+        if opened is None or sighting is None:
+            continue
+        if opened.version >= max(sighting.table_version, _MANY_VERSIONS):
+            continue
+        match = sighting.compare(await opened.table.commit_times())
+        if match is Match.SHORTENED:
+            step = next(s for s in plan.steps if name in s.script.touches)
+            raise LedgerConflictError(
+                f"{step.script}: {spell(match, name, sighting)}. Nothing was changed.",
+                "Restore the table from a copy that has them. Or, if its data is right, run "
+                f"`aiomigrate stamp --table {step.script.line} --to VERSION` with the version that "
+                "it has, then `aiomigrate upgrade`.",
+                line=step.script.line,
+                version=step.script.version,
+            )
+
+
+_MANY_VERSIONS = 100
 
 
 async def estimate_plan(store: Store, plan: Plan) -> Plan:

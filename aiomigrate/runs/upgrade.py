@@ -41,6 +41,7 @@ from aiomigrate.runs.snapshot import (
     UpgradeView,
     View,
     check_plan,
+    check_tables,
     read_head_fast,
 )
 from aiomigrate.store.table import Opened
@@ -84,6 +85,7 @@ async def upgrade(
     opened_at = environment.clock.monotonic()
     on_destructive = environment.options.on_destructive
     _, opened = await check_plan(store, before.plan, on_destructive=on_destructive)
+    await check_tables(before.plan, before.journal, opened)
     log.info(ev.RUN_PLANNED, migrations=len(plan.steps), database=database.name)
     store = store or await database.connect()
     ledger = ledger or database.ledger(store, log)
@@ -242,7 +244,10 @@ async def run_background(
     before = await view.read()
     if not before.plan.needs_background:
         return builder.build(lines=current_versions(before.plan))
-    await check_plan(store, before.plan, on_destructive=environment.options.on_destructive)
+    _, opened = await check_plan(
+        store, before.plan, on_destructive=environment.options.on_destructive
+    )
+    await check_tables(before.plan, before.journal, opened)
     session = run.session(store, ledger)
     results = await _run_or_wait(session, view)
     lines = {row.name: row.version for row in (await ledger.read_head()).rows}

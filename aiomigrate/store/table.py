@@ -419,6 +419,25 @@ class Table:
         version = await self._commit_unnumbered("optimize", run)
         return version, compacted
 
+    async def commit_times(self) -> dict[int, tuple[int, int]]:
+        """Returns when each table_version that still exists was committed.
+
+        On an object store it costs a request per version: not for frequent calls.
+
+        Returns:
+            By table_version the earliest and the latest possible time, in microseconds since 1970
+            (UTC). They differ in the hour that daylight saving repeats, since lancedb returns local
+            time.
+        """
+        listed = await self._read("list_versions", self.handle.list_versions)
+        times = {}
+        for version in listed:
+            local = version["timestamp"]
+            first, second = (local.replace(fold=fold).timestamp() for fold in (0, 1))
+            both = sorted((round(first * 1e6), round(second * 1e6)))
+            times[int(version["version"])] = (both[0], both[1])
+        return times
+
     async def commits(self, first: int, last: int) -> list[Commit]:
         """Returns the table_versions from `first` to `last` that still exist, in order.
 
