@@ -45,6 +45,7 @@ from aiomigrate.runs.snapshot import (
     read_head_fast,
 )
 from aiomigrate.schema.state import differences
+from aiomigrate.store.commit_log import commit_times
 from aiomigrate.store.connection import Store
 from aiomigrate.text import error_line
 
@@ -347,7 +348,7 @@ async def _check_live_tables(
         found = differences(shape, opened.state.shape())
         errors += [f"table {name}: {difference}" for difference in found]
         if (sighting := recorded.get(name)) is not None:
-            match = sighting.compare(await opened.table.commit_times())
+            match = sighting.compare(await commit_times(opened.table))
             if match is Match.SHORTENED:
                 errors.append(spell(match, name, sighting))
             elif match is Match.RECREATED:

@@ -20,8 +20,9 @@ from aiomigrate.commits.savepoints import drop_branch
 from aiomigrate.errors import StoreError
 from aiomigrate.schema.digests import digests
 from aiomigrate.schema.state import WITNESS_PREFIX, TableState
+from aiomigrate.store.commit_log import Commit
 from aiomigrate.store.connection import Store
-from aiomigrate.store.table import Commit, Opened, Table
+from aiomigrate.store.table import Opened, Table
 
 
 def foreign_commits(

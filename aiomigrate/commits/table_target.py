@@ -40,6 +40,7 @@ from aiomigrate.errors import (
 from aiomigrate.operations.fill import Filling, Pace
 from aiomigrate.schema import paths
 from aiomigrate.schema.state import Index, remember
+from aiomigrate.store.commit_log import commits_between, recent_commits
 from aiomigrate.store.table import Table
 
 
@@ -416,7 +417,7 @@ class TableTarget(TrackedTable):
         return await self.count_rows() >= _LIVE_ROWS and await self._is_committed_to()
 
     async def _is_committed_to(self) -> bool:
-        recent = await self.table.recent_commits(_LIVE_S)
+        recent = await recent_commits(self.table, _LIVE_S)
         spans = [(0, self.before), *self.foreign]
         foreign = [v for v in recent if any(first <= v <= last for first, last in spans)]
         return len(foreign) >= _LIVE_COMMITS
@@ -452,7 +453,7 @@ class TableTarget(TrackedTable):
         await self._commit({"do": "optimize"}, run)
         # It makes up to three commits, and the last is its own: only those between can be foreign.
         if self.version > before + 1:
-            made = await self.table.commits(before, self.version)
+            made = await commits_between(self.table, before, self.version)
             others = foreign_commits(made, before=before, after=self.version, compacted=compacted)
             self.foreign = [*known, *((version, version) for version in others)]
 

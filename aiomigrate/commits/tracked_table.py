@@ -8,7 +8,6 @@ decided in `execution.executor` and `execution.recovery`.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from aiomigrate.commits import effects
 from aiomigrate.commits.commit_identity import is_at_head
 from aiomigrate.commits.commit_span import CommitSpan
 from aiomigrate.commits.effects import AnnouncedCommits, Effect, create_effect
+from aiomigrate.commits.readable_table import OnProgress, ReadableTable
 from aiomigrate.commits.savepoints import Guard, unresolved_overwrite
 from aiomigrate.errors import (
     OperationError,
@@ -32,15 +32,12 @@ from aiomigrate.schema.state import Index, TableState
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Opened, Table
 
-OnProgress = Callable[[int, int | None, str], None]
-"""Called with the progress of an operation: done, total if known, and a note."""
-
 Announce = Callable[[str, int, Sequence[Effect], Sequence[tuple[int, int]]], Awaitable[None]]
 """Announces commits durably: called with the table, the table_version that the first is based on,
 the effects of that commit and of those predicted after it, and ranges of foreign table_versions."""
 
 
-class TrackedTable:
+class TrackedTable(ReadableTable):
     """A table that is open for the duration of a migration.
 
     Attributes:
@@ -75,7 +72,7 @@ class TrackedTable:
             announce: Announces commits in the journal.
             others: Every table that the migration touches, by name.
         """
-        self.name = name
+        super().__init__(store, name)
         self.before = 0
         self.version = 0
         self.foreign: list[tuple[int, int]] = []
@@ -88,18 +85,14 @@ class TrackedTable:
         self._span = CommitSpan()
         self.keeps_progress = False
         self.facts: dict[str, Any] = {}
-        self._on_progress: OnProgress = lambda done, total, note: None
         self._protect: Callable[[], Awaitable[None]] | None = None
         self._predicted: Sequence[Effect] = ()
         self._protecting: anyio.Lock | None = None
-        self._store = store
         self._guard = guard
         self._announce = announce
         self._others = others
         self._announced = AnnouncedCommits()
         self._built_index: tuple[Index, int] | None = None  # and its table_version
-        self._table: Table | None = None
-        self._state: TableState | None = None
 
     async def open(self, known: Opened | None = None, *, is_latest: bool = False) -> None:
         """Opens the table at its latest version and reads its state; it may not exist.
@@ -185,23 +178,6 @@ class TrackedTable:
             self._announced = self._announced.first()  # the rest: for another table_version
 
     @property
-    def state(self) -> TableState | None:
-        """Schema and indexes as last read, `None` if the table does not exist."""
-        return self._state
-
-    @property
-    def table(self) -> Table:
-        """The open handle.
-
-        Raises:
-            OperationError: The table does not exist.
-        """
-        if self._table is None:
-            what = f"Table {self.name!r} does not exist."
-            raise OperationError(what, "Create it in an earlier migration.")
-        return self._table
-
-    @property
     def shape(self) -> Mapping[str, Any] | None:
         """The table's shape, `None` if it does not exist."""
         return None if self._state is None else self._state.shape()
@@ -284,10 +260,6 @@ class TrackedTable:
             self.commits += 1
             self.version = version
             self._span.end()
-
-    def _current(self) -> TableState:
-        assert self._state is not None  # noqa: S101 - every caller holds an open table
-        return self._state
 
     async def create(self, schema: pa.Schema, rows: pa.Table | None = None) -> None:
         """Creates the table in one commit, empty by default.
@@ -416,17 +388,9 @@ class TrackedTable:
         """Returns another table that the migration touches, given by name."""
         return self._others[name]
 
-    def progress(self, done: int, total: int | None, note: str = "") -> None:
-        """Reports the progress of the current operation, `total` being `None` if unknown."""
-        self._on_progress(done, total, note)
-
     def add_fact(self, topic: str, what: Any) -> None:
         """Adds a JSON value to the migration's report and history."""
         self.facts[topic] = what
-
-    async def count_rows(self, where: str | None = None) -> int:
-        """Returns the number of matching rows, of all rows by default."""
-        return await self.table.count_rows(where)
 
     async def create_index(self, index: Index, options: Mapping[str, Any]) -> None:
         """Builds an index in one commit."""
@@ -435,74 +399,5 @@ class TrackedTable:
         await self._commit(effect, lambda t: t.create_index(index, options), read_indexes=True)
         self._built_index = (index, self.version) if self.version == base + 1 else None
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The table's Arrow schema as last read."""
-        return self._current().schema
-
-    async def uncovered(self, index: Index) -> int:
-        """Returns the number of rows that an index does not cover."""
-        return await self.table.uncovered(index)
-
-    async def batches(
-        self, where: str | None, columns: Sequence[str] | None, rows: int
-    ) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows as of the start, in batches of at most `rows` rows."""
-        async for batch in self.table.batches(where, columns, rows):
-            yield batch
-
-    async def scan(self, where: str, columns: Sequence[str]) -> AsyncIterator[pa.RecordBatch]:
-        """Yields the matching rows of the latest table_version in the table's order, with `_rowid`.
-
-        Args:
-            where: SQL condition on the rows.
-            columns: The columns to read besides `_rowid`.
-        """
-        other = await self._store.open(self.name)  # `table` moves to each new commit
-        async for batch in other.scan(where, columns, _SCAN_ROWS):
-            yield batch
-
-    async def sample(self, where: str, columns: Sequence[str], rows: int, *, seed: str) -> pa.Table:
-        """Returns a random sample of the matching rows.
-
-        Args:
-            where: SQL condition on the rows.
-            columns: The columns to read.
-            rows: The size of the sample; fewer are returned if fewer match.
-            seed: The same seed and rows give the same sample.
-
-        Returns:
-            One Arrow table, empty if no row matches.
-        """
-        ids = await self.table.row_ids(where)
-        chosen = sorted(random.Random(seed).sample(ids, min(rows, len(ids))))  # noqa: S311
-        if not chosen:
-            return (await self.table.read("false", columns)).slice(0, 0)
-        listed = ", ".join(map(str, chosen))
-        return await self.table.read(f"_rowid IN ({listed})", columns)
-
-    async def nearest(
-        self, column: str, vectors: Sequence[Sequence[float]], rows: int, key: str, where: str
-    ) -> list[list[Any]]:
-        """Returns the keys of the nearest rows for each vector.
-
-        Args:
-            column: The vector column.
-            vectors: The query vectors.
-            rows: How many rows to return per vector.
-            key: The key column.
-            where: SQL condition on the rows.
-        """
-        found: list[list[Any]] = []
-        for done, vector in enumerate(vectors):
-            self.progress(done, len(vectors), "comparing neighbours")
-            found.append(await self.table.nearest(column, vector, rows, key, where))
-        return found
-
-    def free_bytes(self) -> int | None:
-        """Returns the free bytes of the disk, `None` if they are unknown."""
-        return self._store.free_bytes()
-
 
 OVERWRITE_ATTEMPTS = 3
-_SCAN_ROWS = 1024

@@ -31,6 +31,7 @@ from aiomigrate.ledger.records import Event, Kind
 from aiomigrate.migration.model import Script
 from aiomigrate.planning.table_identity import Match, Sighting, sightings_before, spell
 from aiomigrate.schema.state import TableState
+from aiomigrate.store.commit_log import commit_times
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Table
 
@@ -358,7 +359,7 @@ class Recovery:
 
 
 async def _refuse_other_table(script: Script, table: Table, sighting: Sighting) -> None:
-    match = sighting.compare(await table.commit_times())
+    match = sighting.compare(await commit_times(table))
     if match is not Match.SAME:
         raise UnresolvedError(
             f"{script}: {spell(match, table.name, sighting)} while the migration was unfinished. "

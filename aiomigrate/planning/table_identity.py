@@ -93,17 +93,20 @@ _SEEING_KINDS = frozenset({*COMMITTING_KINDS, Kind.ADOPTED, Kind.STAMPED})
 def own_commits(events: Sequence[Event], since: Event, table: str) -> list[Sighting]:
     """Returns the table_versions that migrations left of a table, from one of them on.
 
+    If a later migration dropped the table, only those of the table created after that.
+
     Args:
         events: The valid events in order.
         since: The first event to consider.
         table: The table.
     """
-    found = [
-        _sighting(event, table, "after")
-        for event in events[events.index(since) :]
-        if event.kind in COMMITTING_KINDS and "after" in event.tables.get(table, {})
-    ]
-    return [sighting for sighting in found if sighting is not None]
+    found: list[Sighting] = []
+    for event in events[events.index(since) :]:
+        facts = event.tables.get(table, {})
+        if event.kind in COMMITTING_KINDS and "after" in facts:
+            sighting = _sighting(event, table, "after")
+            found = [] if sighting is None else [*found, sighting]
+    return found
 
 
 def _sighting(event: Event, table: str, key: str) -> Sighting | None:

@@ -27,6 +27,7 @@ from aiomigrate.runs.scheduler import Scheduler
 from aiomigrate.runs.session import Job, RunStart, Session
 from aiomigrate.runs.settlement import current_versions, settle
 from aiomigrate.runs.snapshot import Snapshot, SnapshotReader, read_folded
+from aiomigrate.store.commit_log import commit_times
 from aiomigrate.store.connection import Store
 
 
@@ -207,7 +208,7 @@ async def _look_at_tables(
         table = await store.find(name)
         versions[name] = 0 if table is None else await table.version()
         if table is not None:
-            commits[name] = await table.commit_times()
+            commits[name] = await commit_times(table)
     return versions, commits
 
 

@@ -32,6 +32,7 @@ from aiomigrate.planning.reconcile import OnAhead, Reconciled, disputed, reconci
 from aiomigrate.planning.table_identity import Match, last_sightings, spell
 from aiomigrate.schema.sql import quote
 from aiomigrate.schema.state import TableState, differences
+from aiomigrate.store.commit_log import commit_times
 from aiomigrate.store.connection import SqlCheck, Store
 from aiomigrate.store.table import Opened, index_config
 
@@ -412,7 +413,7 @@ async def check_tables(plan: Plan, journal: Journal, tables: Mapping[str, Opened
             continue
         if opened.version >= max(sighting.table_version, _MANY_VERSIONS):
             continue
-        match = sighting.compare(await opened.table.commit_times())
+        match = sighting.compare(await commit_times(opened.table))
         if match is Match.SHORTENED:
             step = next(s for s in plan.steps if name in s.script.touches)
             raise LedgerConflictError(

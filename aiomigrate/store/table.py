@@ -27,10 +27,6 @@ from aiomigrate.store.calls import Calls
 
 T = TypeVar("T")
 
-_FILES = (
-    "total_data_files", "total_files_size", "total_data_file_rows", "total_deletion_file_rows",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Opened:
@@ -44,23 +40,6 @@ class Opened:
 
     table: Table
     version: int
-    state: TableState
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A table_version as its manifest describes it.
-
-    Attributes:
-        version: The table_version.
-        rows: Number of rows.
-        files: Statistics of its data files; two versions with the same files have equal ones.
-        state: Schema and indexes.
-    """
-
-    version: int
-    rows: int
-    files: tuple[str, ...]
     state: TableState
 
 
@@ -154,16 +133,6 @@ class Table:
             for c in configs
             if str(c.index_type) == index.kind and tuple(map(_unquoted, c.columns)) == index.columns
         )
-
-    async def recent_commits(self, within_s: float) -> list[int]:
-        """Returns the table_versions committed within the last `within_s` seconds.
-
-        Commit times come from the wall clocks of the committing processes. On an object store it
-        costs a request per version: not for frequent calls.
-        """
-        versions = await self._read("list_versions", self.handle.list_versions)
-        newest = dt.datetime.now(tz=None) - dt.timedelta(seconds=within_s)  # noqa: DTZ005 - as given
-        return [int(v["version"]) for v in versions if v["timestamp"] >= newest]
 
     async def row_ids(self, where: str | None) -> list[int]:
         """Returns the sorted row ids of the matching rows; compaction and updates change them."""
@@ -418,39 +387,6 @@ class Table:
 
         version = await self._commit_unnumbered("optimize", run)
         return version, compacted
-
-    async def commit_times(self) -> dict[int, tuple[int, int]]:
-        """Returns when each table_version that still exists was committed.
-
-        On an object store it costs a request per version: not for frequent calls.
-
-        Returns:
-            By table_version the earliest and the latest possible time, in microseconds since 1970
-            (UTC). They differ in the hour that daylight saving repeats, since lancedb returns local
-            time.
-        """
-        listed = await self._read("list_versions", self.handle.list_versions)
-        times = {}
-        for version in listed:
-            local = version["timestamp"]
-            first, second = (local.replace(fold=fold).timestamp() for fold in (0, 1))
-            both = sorted((round(first * 1e6), round(second * 1e6)))
-            times[int(version["version"])] = (both[0], both[1])
-        return times
-
-    async def commits(self, first: int, last: int) -> list[Commit]:
-        """Returns the table_versions from `first` to `last` that still exist, in order.
-
-        On an object store it costs a request per version: not for frequent calls.
-        """
-        listed = await self._read("list_versions", self.handle.list_versions)
-        found = []
-        for version, metadata in sorted((int(v["version"]), v["metadata"]) for v in listed):
-            if first <= version <= last:
-                state = await (await self.at(version)).state()
-                files = tuple(str(metadata[name]) for name in _FILES)
-                found.append(Commit(version, int(metadata["total_rows"]), files, state))
-        return found
 
     async def set_primary_key(self, column: str) -> None:
         """Declares the (unenforced) primary key; it cannot be changed later."""

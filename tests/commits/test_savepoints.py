@@ -28,8 +28,9 @@ from aiomigrate.commits.savepoints import (
 from aiomigrate.errors import LeaseLostError, StoreError, UnresolvedError
 from aiomigrate.migration.model import Script
 from aiomigrate.schema.state import Index, TableState
+from aiomigrate.store.commit_log import Commit
 from aiomigrate.store.connection import Store
-from aiomigrate.store.table import Commit, Table
+from aiomigrate.store.table import Table
 
 T = TypeVar("T")
 Effect = Mapping[str, Any]
