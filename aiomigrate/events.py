@@ -24,6 +24,7 @@ LEDGER_ADOPTED = "ledger.adopted"
 LEDGER_HEALED = "ledger.healed"
 LEDGER_COMPACTED = "ledger.compacted"
 LEDGER_RETRIED = "ledger.retried"
+LEDGER_REPAIRED = "ledger.repaired"
 STORE_UNSAFE = "store.unsafe"
 
 STEP_STARTED = "step.started"

@@ -29,8 +29,8 @@ from aiomigrate.planning.preflight import OnDestructive
 from aiomigrate.planning.reconcile import OnAhead
 from aiomigrate.reporting.status import Health, Status, Validation
 from aiomigrate.reporting.timing import RunTiming
-from aiomigrate.results import Report
-from aiomigrate.runs import downgrade, maintenance, upgrade
+from aiomigrate.results import Repair, Report
+from aiomigrate.runs import downgrade, maintenance, repair, upgrade
 from aiomigrate.runs.environment import Database, Environment, RunOptions
 from aiomigrate.runs.progress import Progress, ProgressStreams
 from aiomigrate.runs.settlement import behind_targets
@@ -425,6 +425,24 @@ class MigrationManager:
             StoreError: A LanceDB call failed.
         """
         return await maintenance.unlock(self._environment, background=background)
+
+    async def repair(self) -> Repair | None:
+        """Opens a journal again whose newest versions cannot be read. Takes the lease if so.
+
+        Events that are lost are recorded again where the head and the tables show them. A crash
+        leaves the journal as it was, or opened again. An upgrade repairs by itself if nothing is
+        left to check.
+
+        Returns:
+            What was done and what a person has to check; `None` if the journal can be read.
+
+        Raises:
+            ScriptError: A script is invalid.
+            LedgerUnreadableError: The head, or every version of the journal, cannot be read.
+            LeaseError: The lease could not be acquired, or was lost.
+            StoreError: A LanceDB call failed.
+        """
+        return await repair.repair(self._environment)
 
     async def plan(self, *, tables: Collection[str] | None = None, to: Target = None) -> Plan:
         """Returns what `upgrade` would do. Writes nothing and takes no lease.

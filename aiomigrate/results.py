@@ -16,6 +16,50 @@ from typing import Any
 from aiomigrate.text import duration, table
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """How a damaged journal was opened again.
+
+    Attributes:
+        latest: The table_version of the journal that could not be read.
+        readable: The last table_version that could be read.
+        lost: Number of events that could not be read.
+        rescued: Number of events of later versions that could be read one by one.
+        stamped: The versions that were recorded again, by line, since the head has them.
+        unclear: One sentence for each line that a person has to check.
+    """
+
+    latest: int
+    readable: int
+    lost: int = 0
+    rescued: int = 0
+    stamped: Mapping[str, int] = field(default_factory=dict)
+    unclear: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        done = (
+            f"The journal could not be read from table_version {self.readable + 1} to "
+            f"{self.latest}. It was opened again at {self.readable}: {self.rescued} later events "
+            f"were kept, {self.lost} are lost."
+        )
+        again = [
+            f"{line} is recorded at version {version} again, as the head has it."
+            for line, version in sorted(self.stamped.items())
+        ]
+        return "\n".join([done, *again, *(f"Check {sentence}" for sentence in self.unclear)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the attributes as a JSON-ready dictionary."""
+        return {
+            "latest": self.latest,
+            "readable": self.readable,
+            "lost": self.lost,
+            "rescued": self.rescued,
+            "stamped": dict(self.stamped),
+            "unclear": list(self.unclear),
+        }
+
+
 class Outcome(enum.StrEnum):
     """How a migration ended."""
 

@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 
 VERBS = (
-    migrate.upgrade, migrate.rollback, migrate.prune, migrate.stamp, migrate.unlock,
+    migrate.upgrade, migrate.rollback, migrate.prune, migrate.stamp, migrate.repair, migrate.unlock,
     inspect.plan, inspect.status, inspect.health, inspect.validate, inspect.history,
     inspect.report, inspect.new, inspect.version,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The verbs that change a database: `upgrade`, `rollback`, `prune`, `stamp`, `unlock`.
+"""The verbs that change a database: `upgrade`, `rollback`, `prune`, `stamp`, `repair`, `unlock`.
 
 The verbs that only read a database are in `inspect`.
 """
@@ -410,6 +410,28 @@ def stamp(call: Call, *, table: Tables = None, to: To = None) -> Exit:
             call.output.say("There are no migrations: nothing to record.")
         call.output.document(lambda: {"stamped": dict(versions)})
         return Exit.OK
+
+    return run_async(call, work)
+
+
+@verb(database_options, folder_options, lease_options)
+def repair(call: Call) -> Exit:
+    """Open a damaged journal again, at the last version that can be read.
+
+    Needed after a failure of the disk. Says what was lost and what to check; exits 3 if something
+    is to be checked. An upgrade repairs by itself if nothing is.
+
+    Example: aiomigrate repair
+    """
+
+    async def work(manager: MigrationManager) -> Exit:
+        done = await manager.repair()
+        if done is None:
+            call.output.say(f"The journal of {manager.database} can be read: nothing to repair.")
+        else:
+            call.output.say(str(done))
+        call.output.document(lambda: {"repaired": None if done is None else done.to_dict()})
+        return Exit.NOT_AT_TARGET if done is not None and done.unclear else Exit.OK
 
     return run_async(call, work)
 

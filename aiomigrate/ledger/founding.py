@@ -34,6 +34,7 @@ from aiomigrate.ledger.codec import (
     lease_row_name,
     parse_head,
 )
+from aiomigrate.ledger.read_back import reads_back, take_back
 from aiomigrate.ledger.records import RUN_LEASE, Event, Kind, new_event
 from aiomigrate.store.connection import Store
 from aiomigrate.store.table import Table
@@ -117,6 +118,8 @@ class MetadataTables:
         self._clock = clock
         self._log = log
         self._on_unsafe_store = on_unsafe_store
+        # An object store confirms an object as a whole; a disk may keep half a file.
+        self._reads_back = is_local(store.uri)
         self._journal: Table | None = None
         self._read: tuple[int, list[Event]] | None = None
         self._seen: tuple[Table, pa.Table] | None = None
@@ -134,8 +137,8 @@ class MetadataTables:
         return LedgerUnreadableError(
             f"The metadata table {name!r} exists but cannot be read: {exc.what}",
             "No migration was run. Correct the cause that LanceDB reports (disk space, "
-            "permissions, network). Only if the table itself is damaged, restore the table (an "
-            "earlier table_version, or a backup).",
+            "permissions, network). If the journal itself is damaged, run `aiomigrate repair`; a "
+            "damaged head can be restored to an earlier table_version or from a backup.",
         )
 
     async def _open_or_create(self, name: str, schema: pa.Schema) -> Known:
@@ -192,6 +195,9 @@ class MetadataTables:
             self.commits += 1
             if await here.table.insert_missing(key, rows) < len(rows) or not is_first:
                 return None
+            if self._reads_back and not await reads_back(here.table):
+                await take_back(here.table, await here.table.version())
+                return None
             # A process that takes the lease reads the rows that others have written since.
             return here.table, pa.concat_tables([here.content, rows], promote_options="default")
 
@@ -225,12 +231,17 @@ class MetadataTables:
         version = await table.version() - 1
         while version >= 1:
             older = await table.at(version)
-            content = await older.read()
+            version -= 1
+            try:
+                content = await older.read()
+            except StoreError:
+                if await older.count_rows() > 1:
+                    raise
+                continue  # its first row, which could not be read back
             if is_founded(content):
                 return content
             if len(content):
                 return None
-            version -= 1
         return None
 
     async def _first_event(self) -> pa.Table:

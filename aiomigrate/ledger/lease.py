@@ -197,6 +197,7 @@ async def acquire(  # noqa: C901 - the protocol of waiting and taking: proved as
     log: Any,
     is_done: Callable[[Head], Awaitable[bool]],
     line_rows: Callable[[Lease], Iterable[HeadRow]] = lambda _: (),
+    is_founded: bool = False,
 ) -> Lease | None:
     """Creates the ledger if it does not exist, and takes the run lease, waiting for its holder.
 
@@ -214,6 +215,7 @@ async def acquire(  # noqa: C901 - the protocol of waiting and taking: proved as
             so that this one does not need the lease.
         line_rows: Returns the lines' rows to insert together with the lease row if this process
             creates the head.
+        is_founded: Whether both tables exist, so that the journal need not be read.
 
     Returns:
         The lease, or `None` if another process did the work meanwhile.
@@ -230,7 +232,7 @@ async def acquire(  # noqa: C901 - the protocol of waiting and taking: proved as
         mine = lease_row(RUN_LEASE, at=clock.wall(), epoch=epoch, owner=owner, phase=phase)
         return [mine, *line_rows(lease)]
 
-    head = await _ensure(ledger, owner, first)
+    head = await (ledger.read_head() if is_founded else _ensure(ledger, owner, first))
     if (mine := _held_by(owner, head, begun)) is not None:
         return mine
     watch = Watch(options.ttl_s, clock)

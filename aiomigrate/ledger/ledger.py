@@ -16,9 +16,7 @@ import pyarrow as pa
 
 from aiomigrate import events as ev
 from aiomigrate.concurrency import run_each
-from aiomigrate.errors import (
-    StoreError,
-)
+from aiomigrate.errors import LedgerError, StoreError
 from aiomigrate.ledger.codec import (
     HEAD_SCHEMA,
     JOURNAL_SCHEMA,
@@ -31,6 +29,7 @@ from aiomigrate.ledger.codec import (
     parse_journal,
     rows_to_arrow,
 )
+from aiomigrate.ledger.damage import Damage, find_damage, reopen
 from aiomigrate.ledger.founding import (
     ATTEMPTS,
     CREATED_AT,
@@ -39,7 +38,9 @@ from aiomigrate.ledger.founding import (
     has_founding,
     has_lease,
 )
-from aiomigrate.ledger.records import RUN_LEASE, Event, HeadRow
+from aiomigrate.ledger.history import Journal, fold
+from aiomigrate.ledger.read_back import READ_BACK_ATTEMPTS, damaged, reads_back, take_back
+from aiomigrate.ledger.records import RUN_LEASE, Event, HeadRow, Kind, new_event
 from aiomigrate.schema.sql import sql_literal
 from aiomigrate.store.table import Table
 
@@ -116,6 +117,37 @@ class Ledger(MetadataTables):
         if self._journal is table:  # founded, and not overwritten
             self._read = version, events
         return events
+
+    async def find_damage(self) -> Damage | None:
+        """Returns what is damaged in the journal, `None` if nothing is or nothing can be read.
+
+        Raises:
+            StoreError: The journal cannot be opened.
+        """
+        table = await self.store.find(self.journal_name)
+        return None if table is None else await find_damage(table, "id")
+
+    async def reopen(self, damage: Damage) -> None:
+        """Replaces a damaged journal by the events that can be read. The caller holds the lease.
+
+        Raises:
+            StoreError: Another process committed meanwhile; its commit was not discarded.
+        """
+        rows = damage.rows()
+        if not has_founding(rows):
+            first = events_to_arrow([new_event(Kind.FOUNDED, at=self._clock.wall())], "")
+            rows = pa.concat_tables([first.select(rows.schema.names).cast(rows.schema), rows])
+        self._journal = await reopen(self.store, self.journal_name, rows, damage.latest)
+        self._read = None
+        self.commits += 1
+
+    def fold_rows(self, rows: pa.Table) -> Journal:
+        """Returns the state of all lines according to rows of the journal.
+
+        Raises:
+            LedgerCorruptError: The rows contain invalid values.
+        """
+        return fold(parse_journal(rows, self.journal_name))
 
     # ---- founding and adopting ------------------------------------------------------------------
 
@@ -272,7 +304,8 @@ class Ledger(MetadataTables):
         """Appends events in one commit; they are durable on return.
 
         If LanceDB fails, the commit may still have been made: the journal is checked, restored if
-        it was overwritten, and the append is retried if the events are missing.
+        it was overwritten, and the append is retried if the events are missing. On a local disk
+        the events are read back, and taken back and appended again if they differ.
 
         Args:
             events: The events, at least one.
@@ -281,6 +314,7 @@ class Ledger(MetadataTables):
 
         Raises:
             StoreError: LanceDB failed, and the journal does not contain the events.
+            LedgerUnreadableError: What was written could not be read back.
         """
         if len(events) > _THREAD_EVENTS:
             data = await anyio.to_thread.run_sync(events_to_arrow, events, owner, stamp)
@@ -292,7 +326,16 @@ class Ledger(MetadataTables):
                 if self._journal is None:
                     self._journal = await self.store.open(self.journal_name)
                 self.commits += 1
-                await self._journal.append(data)
+                version = await self._journal.append(data)
+                if not self._reads_back or await reads_back(self._journal, data):
+                    return
+                self._log.warning(ev.LEDGER_RETRIED, error="the journal could not be read back")
+                await take_back(self._journal, version)
+                self.commits += 1
+                if attempt == READ_BACK_ATTEMPTS - 1:
+                    raise self._unreadable(self.journal_name, damaged(self.journal_name))
+            except LedgerError:
+                raise
             except StoreError:
                 # The commit may have been made: check, and restore an overwritten journal.
                 journal = await self._found_journal()
@@ -301,14 +344,17 @@ class Ledger(MetadataTables):
                 if attempt == ATTEMPTS - 1:
                     raise
                 await anyio.sleep(min(0.01 * 2**attempt, 0.5))
-            else:
-                return
 
     async def compact(self, *, head_over: int, journal_over: int) -> None:
         """Compacts each table that has more fragments than given. The caller holds the lease."""
         for name, limit in ((self.head_name, head_over), (self.journal_name, journal_over)):
             table = await self.store.find(name)
             if table is not None and await table.fragments() > limit:
+                before = await table.version()
                 await table.compact()
                 self.commits += 1
+                if self._reads_back and not await reads_back(table):
+                    await take_back(table, await table.version(), to=before)
+                    self._log.warning(ev.LEDGER_RETRIED, error=f"{name} could not be compacted")
+                    continue
                 self._log.debug(ev.LEDGER_COMPACTED, ledger_table=name)

@@ -90,6 +90,7 @@ class Kind(enum.StrEnum):
     ROLLED_BACK = "rolled_back"
     KEPT = "kept"
     PRUNED = "pruned"
+    REPAIRED = "repaired"
 
 
 NOT_YET = dt.datetime.min.replace(tzinfo=dt.UTC)

@@ -120,7 +120,7 @@ _NEEDED_FACTS: Mapping[str, tuple[str, ...]] = {
     Kind.APPLIED: ("before",),
     Kind.CLEANED: ("before", "after"),
 }
-_WITHOUT_LINE = (Kind.FOUNDED, Kind.OPENED, Kind.CLOSED, Kind.PRUNED)
+_WITHOUT_LINE = (Kind.FOUNDED, Kind.OPENED, Kind.CLOSED, Kind.PRUNED, Kind.REPAIRED)
 
 
 def fault_of(event: Event) -> str:

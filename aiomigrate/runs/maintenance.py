@@ -11,10 +11,11 @@ from typing import Any
 
 from aiomigrate import events as ev
 from aiomigrate.errors import TargetError
+from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.execution.workspace import Workspace
 from aiomigrate.ledger.lease import Lease
 from aiomigrate.ledger.lease import unlock as unlock_lease
-from aiomigrate.ledger.records import BACKGROUND_LEASE, RUN_LEASE, Holder, Kind, new_event
+from aiomigrate.ledger.records import BACKGROUND_LEASE, RUN_LEASE, Event, Holder, Kind, new_event
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.migration.checksum import ALGORITHM
 from aiomigrate.migration.model import Scripts, Target
@@ -194,27 +195,8 @@ class StampJob(Job):
         for line in versions:
             snapshot.busy.refuse_line(line, run.scripts)
         workspace = session.workspace(writer)
-        events, rows = [], []
-        for line, version in versions.items():
-            covered = run.scripts.up_to(line, version)
-            tables = sorted({t for script in covered for t in script.touches})
-            checksums: dict[str, Any] = {str(s.version): s.checksum for s in covered}
-            if version:
-                checksums.setdefault(str(version), None)
-            events.append(
-                new_event(
-                    Kind.STAMPED,
-                    at=run.clock.wall(),
-                    line=line,
-                    version=version,
-                    algorithm=ALGORITHM,
-                    tables=await shapes_of(tables, workspace.tables),
-                    detail={"checksums": checksums},
-                )
-            )
-            rows.append(head_row(run, lease, line, version))
-            run.log.info(ev.LINE_STAMPED, table=line, version=version)
-        await writer.record(*events)
+        await writer.record(*await stamp_events(run, versions, workspace.tables))
+        rows = [head_row(run, lease, line, version) for line, version in versions.items()]
         await run.ledger.own_rows(rows)
         for line, version in versions.items():
             unfinished = snapshot.journal.of(line).unfinished
@@ -225,6 +207,41 @@ class StampJob(Job):
                 names = [] if is_below else list(unfinished.savepoints)
                 await workspace.cleanup.clean(line, version, names, branches)
             workspace.cleanup.set_head_later(line, version)
+
+
+async def stamp_events(
+    run: Run, versions: Mapping[str, int], opened: OpenTables
+) -> tuple[Event, ...]:
+    """Returns the events that record versions of lines without running migrations.
+
+    Args:
+        run: The context of the run.
+        versions: The version to record, by line.
+        opened: The open tables.
+
+    Raises:
+        StoreError: A table exists but cannot be read.
+    """
+    events = []
+    for line, version in versions.items():
+        covered = run.scripts.up_to(line, version)
+        tables = sorted({t for script in covered for t in script.touches})
+        checksums: dict[str, Any] = {str(s.version): s.checksum for s in covered}
+        if version:
+            checksums.setdefault(str(version), None)
+        events.append(
+            new_event(
+                Kind.STAMPED,
+                at=run.clock.wall(),
+                line=line,
+                version=version,
+                algorithm=ALGORITHM,
+                tables=await shapes_of(tables, opened),
+                detail={"checksums": checksums},
+            )
+        )
+        run.log.info(ev.LINE_STAMPED, table=line, version=version)
+    return tuple(events)
 
 
 def versions_to_stamp(

@@ -112,6 +112,7 @@ class Job:
     """
 
     doing = ""
+    is_founded = False  # whether the metadata tables are known to exist
 
     async def is_done(self, head: Head) -> bool:
         """Returns whether another process did the job while this one waited for the lease."""
@@ -211,6 +212,7 @@ class Session:
                 log=run.log,
                 is_done=job.is_done,
                 line_rows=job.first_rows,
+                is_founded=job.is_founded,
             )
         self.lease_s = run.clock.monotonic() - start
         if lease is None:

@@ -15,6 +15,7 @@ from functools import partial
 import anyio
 
 from aiomigrate import events as ev
+from aiomigrate.errors import LedgerUnreadableError
 from aiomigrate.ledger.codec import Head
 from aiomigrate.ledger.lease import Lease, Watch, give_back, take
 from aiomigrate.ledger.records import BACKGROUND_LEASE, Event, HeadRow, Kind
@@ -26,6 +27,7 @@ from aiomigrate.planning.reconcile import Act
 from aiomigrate.results import Outcome, Report, StepReport
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.maintenance import prune_savepoints
+from aiomigrate.runs.repair import repair_if_clear
 from aiomigrate.runs.scheduler import Scheduler
 from aiomigrate.runs.session import Job, RunStart, Session
 from aiomigrate.runs.settlement import (
@@ -76,7 +78,12 @@ async def upgrade(
     if at_target is not None and tables is None and to is None:
         log.debug(ev.RUN_AT_TARGET, lines=len(at_target.lines), deferred=len(at_target.deferred))
         return builder.build(lines=at_target.lines, deferred=at_target.deferred)
-    before = await UpgradeView(run.reader(store, ledger), tables, to).read(head)
+    first_view = UpgradeView(run.reader(store, ledger), tables, to)
+    try:
+        before = await first_view.read(head)
+    except LedgerUnreadableError as exc:
+        await repair_if_clear(environment, exc)
+        before = await first_view.read()
     deferred = before.plan.deferred or unsettled_lines(before.plan)
     plan = before.plan.part(Part.FAST)
     if not plan.needs_lease:
@@ -241,7 +248,11 @@ async def run_background(
         return builder.build()
     ledger = database.ledger(store, run.log)
     view = UpgradeView(run.reader(store, ledger), tables, to)
-    before = await view.read()
+    try:
+        before = await view.read()
+    except LedgerUnreadableError as exc:
+        await repair_if_clear(environment, exc)
+        before = await view.read()
     if not before.plan.needs_background:
         return builder.build(lines=current_versions(before.plan))
     _, opened = await check_plan(
