@@ -109,7 +109,8 @@ class Applier:
 
         Raises:
             LeaseLostError: Another process has taken over; nothing more was written.
-            OperationError: The operation does not fit the table.
+            OperationError: The operation does not fit the table, or its SQL expressions contain
+                double quotes.
             SchemaMismatchError: The table afterwards is not as predicted.
             StoreError: LanceDB failed, or other commits came first `_ATTEMPTS` times.
         """
@@ -118,6 +119,7 @@ class Applier:
             text = operation.describe()
             self._progress(script, f"{text} ({note})" if note else text, done, total)
 
+        operation.check_expressions()  # of those that a function applies; a plan checks the others
         target.begin_operation(witness, report)
         if target.state is None and operation.when_missing is Missing.SKIP:
             return

@@ -20,6 +20,7 @@ from aiomigrate.execution.attempt import Attempt
 from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.migration.model import Params, Script
 from aiomigrate.operations.base import Operation
+from aiomigrate.schema.sql import double_quotes
 from aiomigrate.schema.state import TableState
 
 MAX_MERGE_BYTES = 1_000_000
@@ -155,7 +156,7 @@ class RecordedTable:
 
         Args:
             values: Literals by column.
-            sql: SQL expressions by column.
+            sql: SQL expressions by column: columns in `backticks`, texts in 'single quotes'.
             where: SQL condition on the rows, `None` for all rows.
 
         Returns:
@@ -163,9 +164,13 @@ class RecordedTable:
 
         Raises:
             LeaseLostError: Another process has taken over; nothing was written.
-            OperationError: The table does not exist, or the migration has ended.
+            OperationError: The table does not exist, the migration has ended, or an expression
+                contains a double-quoted name; nothing was written.
             StoreError: LanceDB refused the update.
         """
+        if (wrong := double_quotes(sql or {})) is not None:
+            what, remedy = wrong
+            raise OperationError(f"Update of table {self.name!r}: {what}", remedy)
         return await self._target.update(values=values or {}, sql=sql or {}, where=where) or 0
 
     async def delete(self, where: str) -> int:
@@ -252,7 +257,8 @@ class Context:
             operation: An operation on its own table, or on the migration's if it names none.
 
         Raises:
-            OperationError: The operation does not fit the table, or is `op.Run`.
+            OperationError: The operation does not fit the table, its SQL expressions contain
+                double quotes, or it is `op.Run`.
             InvalidMigrationError: The migration does not touch the table.
             LeaseLostError: Another process has taken over; nothing was written.
             SchemaMismatchError: The table afterwards is not as predicted.

@@ -1,8 +1,8 @@
 """Opens a journal again whose newest versions cannot be read.
 
 A failed write of the disk can leave a version that no later one can be read without. What is lost
-by going back is decided in `planning.repair`, and recorded by `runs.repair`. Preventing it is for
-`ledger.read_back`.
+by going back is decided in `planning.lost_events`, and recorded by `runs.repair`. Preventing it is
+for `ledger.read_back`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class Damage:
     content: pa.Table
     rescued: pa.Table
     lost: int
+
+    @property
+    def is_total(self) -> bool:
+        """Whether no event can be read, so that the whole history is lost."""
+        return not self.content.num_rows and not self.rescued.num_rows
 
     def rows(self) -> pa.Table:
         """Returns every row that can be read."""

@@ -134,11 +134,12 @@ class MetadataTables:
         return table
 
     def _unreadable(self, name: str, exc: StoreError) -> LedgerUnreadableError:
+        repair = "run `aiomigrate repair` or " if name == self.journal_name else ""
         return LedgerUnreadableError(
             f"The metadata table {name!r} exists but cannot be read: {exc.what}",
             "No migration was run. Correct the cause that LanceDB reports (disk space, "
-            "permissions, network). If the journal itself is damaged, run `aiomigrate repair`; a "
-            "damaged head can be restored to an earlier table_version or from a backup.",
+            f"permissions, network); if the files themselves are damaged, {repair}restore the "
+            "table to an earlier table_version or from a backup.",
         )
 
     async def _open_or_create(self, name: str, schema: pa.Schema) -> Known:

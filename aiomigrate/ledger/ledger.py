@@ -119,12 +119,11 @@ class Ledger(MetadataTables):
         return events
 
     async def find_damage(self) -> Damage | None:
-        """Returns what is damaged in the journal, `None` if nothing is or nothing can be read.
-
-        Raises:
-            StoreError: The journal cannot be opened.
-        """
-        table = await self.store.find(self.journal_name)
+        """Returns what is damaged in the journal, `None` if nothing is or nothing can be read."""
+        try:
+            table = await self.store.find(self.journal_name)
+        except StoreError:  # its newest manifest is damaged: LanceDB opens no other
+            return None
         return None if table is None else await find_damage(table, "id")
 
     async def reopen(self, damage: Damage) -> None:

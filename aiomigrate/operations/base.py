@@ -16,7 +16,7 @@ from typing import Any
 
 from aiomigrate.errors import OperationError
 from aiomigrate.operations.target import Target
-from aiomigrate.schema.sql import Statement
+from aiomigrate.schema.sql import Statement, double_quotes
 from aiomigrate.schema.state import TableState, embedding_columns
 
 TUNING = "tuning"
@@ -297,6 +297,18 @@ class Operation:
                 "installed.",
                 f"pip install 'aiomigrate[{extra}]'",
             )
+
+    def check_expressions(self) -> None:
+        """Refuses double quotes in SQL expressions, which LanceDB reads otherwise than SQL. Pure.
+
+        Not part of `evolve`, which also predicts migrations that are applied already.
+
+        Raises:
+            OperationError: An expression contains a double-quoted name.
+        """
+        statement = self.statement
+        if statement is not None and (wrong := double_quotes(statement.sets)) is not None:
+            raise self.refuse(*wrong)
 
     def refuse(self, why: str, remedy: str) -> OperationError:
         """Returns the error to raise if the operation does not fit its table."""

@@ -101,7 +101,7 @@ class AddColumns(Operation):
     Attributes:
         columns: Arrow type by path of the new column; or a `pa.Field`, for its metadata.
         values: Literal by column, for the existing rows.
-        sql: SQL expression over the row by column, for the existing rows.
+        sql: SQL expression over the row by column, for the existing rows; as in `Update`.
     """
 
     columns: Mapping[str, pa.DataType | pa.Field[Any]]

@@ -17,7 +17,7 @@ from aiomigrate.errors import InvalidMigrationError, PoisonRowsError
 from aiomigrate.operations.base import TUNING, Operation, Traits
 from aiomigrate.operations.target import Target
 from aiomigrate.schema.index import can_index
-from aiomigrate.schema.sql import checked_names, quote
+from aiomigrate.schema.sql import Statement, checked_names, quote
 from aiomigrate.schema.state import WITNESS_PREFIX, Index, TableState, remember, remembered
 
 FillFunction = Callable[[pa.RecordBatch], Any | Awaitable[Any]]
@@ -227,6 +227,10 @@ class Backfill(Operation):
     def identity(self) -> str | None:
         """All fields that define the work, without the function, which may be corrected."""
         return f"backfill {self.column} {self.key} {self.source} {self.where} {self.revision}"
+
+    @property
+    def statement(self) -> Statement | None:
+        return None if self.where is None else Statement(table=self.table or "", where=self.where)
 
     def describe(self) -> str:
         name = getattr(self.function, "__name__", type(self.function).__name__)

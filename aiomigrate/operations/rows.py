@@ -36,7 +36,9 @@ class Update(Operation):
 
     Attributes:
         values: New value by column: text, number, boolean or `None`.
-        sql: New value by column, as a SQL expression over the row (without `CASE WHEN`).
+        sql: New value by column, as a SQL expression over the row (without `CASE WHEN`): columns
+            in `backticks`, texts in 'single quotes'. Double quotes are refused: LanceDB would store
+            the name as a text.
         where: SQL condition on the rows; by default all rows.
         batch_rows: Rows of one commit; 0 for all rows in one commit. By default all rows if no
             other process has committed to the table lately, otherwise some thousands: one commit

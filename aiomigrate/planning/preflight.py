@@ -45,9 +45,8 @@ class Trial:
 
     def refused(self, why: str) -> OperationError:
         """Returns the error for SQL that LanceDB rejects, with the reason `why`."""
-        texts = (self.statement.where or "", *self.statement.sets.values())
-        quoted = any('"' in text for text in texts)
-        hint = " Quote names with `backticks`; double quotes are for text."
+        quoted = '"' in (self.statement.where or "")
+        hint = " Write names of columns in `backticks`, and texts in 'single quotes'."
         columns = ", ".join(f.name for f in self.state.fields())
         error = self.operation.refuse(
             f"LanceDB rejects its SQL: {why}.",
@@ -65,7 +64,8 @@ def check_operations(  # noqa: C901 - one pass over the plan, with the states th
     """Predicts the effect of every operation on the live tables, to find mistakes beforehand.
 
     Operations cannot be predicted after a `Run` on the tables that it may touch, nor on tables of a
-    migration that a crash interrupted; these are checked when they run.
+    migration that a crash interrupted; these are checked when they run. Double quotes in the
+    expressions of these are found here too.
 
     Args:
         plan: The plan.
@@ -77,7 +77,8 @@ def check_operations(  # noqa: C901 - one pass over the plan, with the states th
         SQL that LanceDB must still check.
 
     Raises:
-        OperationError: An operation does not fit the predicted state of its table.
+        OperationError: An operation does not fit the predicted state of its table, or its SQL
+            expressions contain double quotes.
         DestructiveError: A step discards data or structure, and `on_destructive` does not allow it.
     """
     states = dict(tables)
@@ -86,6 +87,7 @@ def check_operations(  # noqa: C901 - one pass over the plan, with the states th
     trials: list[Trial] = []
     steps: list[Step] = []
     for step in plan.steps:
+        _check_expressions(step.script)
         if step.resumes:
             unpredictable.update(step.script.touches)
         found = destroying(step.script, states)
@@ -121,6 +123,14 @@ def check_operations(  # noqa: C901 - one pass over the plan, with the states th
                 trials.append(Trial(step.script, operation, statement, before))
     checked = replace(plan, steps=tuple(steps), warnings=(*plan.warnings, *warnings))
     return checked, tuple(trials)
+
+
+def _check_expressions(script: Script) -> None:
+    for operation in script.operations:
+        try:
+            operation.check_expressions()
+        except OperationError as exc:
+            raise in_script(exc, script) from exc
 
 
 def _check_destructive(

@@ -1,7 +1,7 @@
 """Repairing a journal whose newest versions cannot be read.
 
 The manager calls `repair`; an upgrade calls `repair_if_clear` when it cannot read the journal. What
-to record is decided in `planning.repair`; the journal is opened again in `ledger.damage`.
+to record is decided in `planning.lost_events`; the journal is opened again in `ledger.damage`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aiomigrate.ledger.ledger import Ledger
 from aiomigrate.ledger.records import Kind, new_event
 from aiomigrate.ledger.writer import Writer
 from aiomigrate.migration.model import Scripts
-from aiomigrate.planning.repair import RepairPlan, plan_repair
+from aiomigrate.planning.lost_events import RepairPlan, plan_repair
 from aiomigrate.results import Repair
 from aiomigrate.runs.environment import Environment
 from aiomigrate.runs.maintenance import stamp_events
@@ -62,7 +62,7 @@ async def repair(environment: Environment) -> Repair | None:
 
 
 async def repair_if_clear(environment: Environment, cause: LedgerUnreadableError) -> Repair:
-    """Repairs a damaged journal, if nothing is left for a person to check.
+    """Repairs a damaged journal, if some of it can be read and a person has nothing to check.
 
     Args:
         environment: The manager's database, options, clocks and logger.
@@ -72,8 +72,8 @@ async def repair_if_clear(environment: Environment, cause: LedgerUnreadableError
         What was done.
 
     Raises:
-        LedgerUnreadableError: It cannot be repaired, or a person has to check the data. Nothing
-            was written.
+        LedgerUnreadableError: It cannot be repaired, none of its events can be read, or a person
+            has to check the data. Nothing was written.
         LeaseError: The lease could not be acquired, or was lost.
         StoreError: A LanceDB call failed.
     """
@@ -81,7 +81,7 @@ async def repair_if_clear(environment: Environment, cause: LedgerUnreadableError
     store = await database.open()
     ledger = None if store is None else database.ledger(store, environment.log)
     damage = None if ledger is None else await ledger.find_damage()
-    if store is None or ledger is None or damage is None:
+    if store is None or ledger is None or damage is None or damage.is_total:
         raise cause
     scripts = await database.scripts()
     plan = await _plan(store, ledger, scripts, await ledger.read_head(), damage)

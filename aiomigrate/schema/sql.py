@@ -17,6 +17,16 @@ from aiomigrate.schema.state import WITNESS_PREFIX
 
 Literal = str | int | float | bool | None
 
+_QUOTED = re.compile(
+    r"""'(?:[^']|'')*' | `[^`]*` | --[^\n]* | /\*.*?\*/ | (?P<double>"(?:[^"]|"")*")""",
+    re.DOTALL | re.VERBOSE,
+)
+"""The parts of an expression in which quotes have no meaning of their own, and double quotes.
+
+As LanceDB reads expressions (measured): a doubled quote is a quote, a backslash is nothing special,
+and comments do not nest.
+"""
+
 _RESERVED = ("_rowid", "_rowaddr", "_row_created_at_version", "_row_last_updated_at_version")
 """Columns that LanceDB itself provides."""
 
@@ -79,6 +89,42 @@ def as_sql(values: Mapping[str, object], sql: Mapping[str, str]) -> dict[str, st
         ConfigurationError: SQL has no literal for one of the values.
     """
     return {**sql, **{column: sql_literal(value) for column, value in values.items()}}
+
+
+def whole(expression: str) -> str:
+    """Returns an expression in parentheses, so that LanceDB reads the text to its end.
+
+    Without them LanceDB ignores what follows a complete expression, such as `; b = 2`, `, b` or
+    `LIMIT 1` (measured). A text that closes more parentheses than it opens stays invalid.
+    """
+    depth = 0
+    for parenthesis in re.findall(r"[()]", _QUOTED.sub(" ", expression)):
+        depth += 1 if parenthesis == "(" else -1
+        if depth < 0:  # it would close the parenthesis that is added here
+            return f"(({expression}\n)"
+    return f"({expression}\n)"  # a comment ends with the line
+
+
+def double_quotes(sets: Mapping[str, str]) -> tuple[str, str] | None:
+    """Returns what is wrong with double quotes in expressions, and what to do; `None` if nothing.
+
+    In the expressions that set a column, LanceDB reads `"name"` as a text, also if there is a
+    column of that name, and would store it in every row. In conditions it is the column, as in
+    standard SQL (both measured); conditions are therefore not checked.
+
+    Args:
+        sets: SQL expressions by the column that they set.
+    """
+    for column, expression in sets.items():
+        for part in _QUOTED.finditer(expression):
+            if (double := part["double"]) is not None:
+                name = double[1:-1].replace('""', '"')
+                what = f"in the SQL that sets {column!r}, LanceDB reads {double} as a text"
+                return (
+                    f"{what}, not as a column.",
+                    f"Write {quote(name)} for a column, or {sql_literal(name)} for a text.",
+                )
+    return None
 
 
 def quote(column: str) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from aiomigrate.concurrency import run_each
 from aiomigrate.errors import StoreError, TableNotFoundError
-from aiomigrate.schema.sql import Statement, as_sql
+from aiomigrate.schema.sql import Statement, as_sql, whole
 from aiomigrate.schema.state import TableState
 from aiomigrate.store import _native
 from aiomigrate.store.calls import Calls, mapped, plain_message
@@ -289,12 +289,15 @@ class SqlCheck:
         key = (statement.where, tuple(sets.items()), narrow)
         if key in self._valid:
             return None
-        why = await self._execute(statement.where, sets, narrow)
+        where = None if statement.where is None else whole(statement.where)
+        wholes = {column: whole(expression) for column, expression in sets.items()}
+        why = await self._execute(where, wholes, narrow)
         if why is None:
             self._valid.add(key)
-        elif narrow != schema:  # the message of the whole table names all its columns
-            why = await self._execute(statement.where, sets, schema)
-        return why
+            return None
+        # The message of the whole table names all its columns.
+        why = await self._execute(statement.where, sets, schema)
+        return why or "it ignores what follows the first complete expression"
 
     async def _execute(
         self, where: str | None, sets: dict[str, str], schema: pa.Schema

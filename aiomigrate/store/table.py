@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from aiomigrate.errors import CommitConflictError, ConfigurationError
 from aiomigrate.schema.index import config_name, reported_options
-from aiomigrate.schema.sql import as_sql
+from aiomigrate.schema.sql import as_sql, whole
 from aiomigrate.schema.state import Index, TableState
 from aiomigrate.store import _native
 from aiomigrate.store.calls import Calls
@@ -177,12 +177,13 @@ class Table:
     def _query(self, where: str | None, columns: Sequence[str] | None) -> Any:
         query = self.handle.query()
         if where is not None:
-            query = query.where(where)
+            query = query.where(whole(where))
         return query if columns is None else query.select(list(columns))
 
     async def count_rows(self, where: str | None = None) -> int:
         """Returns the number of matching rows."""
-        return await self._read("count_rows", lambda: self.handle.count_rows(where))
+        condition = None if where is None else whole(where)
+        return await self._read("count_rows", lambda: self.handle.count_rows(condition))
 
     async def fragments(self) -> int:
         """Returns the number of fragments."""
@@ -259,7 +260,7 @@ class Table:
         self, column: str, vector: Sequence[float], rows: int, key: str, where: str
     ) -> list[Any]:
         """Returns the keys of the matching rows nearest to a vector, nearest first."""
-        query = self.handle.query().nearest_to(list(vector)).column(column).where(where)
+        query = self.handle.query().nearest_to(list(vector)).column(column).where(whole(where))
         found = await self._read("search", query.select([key, "_distance"]).limit(rows).to_arrow)
         return list(found[key].to_pylist())
 
@@ -309,19 +310,20 @@ class Table:
         where: str | None = None,
     ) -> tuple[int, int]:
         """Sets columns of the matching rows to values or SQL; returns (rows, table_version)."""
-        both = dict(sql or {})
+        both = {column: whole(expression) for column, expression in (sql or {}).items()}
         literal = dict(values or {})
+        condition = None if where is None else whole(where)
         if both and literal:
             both, literal = as_sql(literal, both), {}
         result = await self._commit(
             "update",
-            lambda: self.handle.update(literal or None, where=where, updates_sql=both or None),
+            lambda: self.handle.update(literal or None, where=condition, updates_sql=both or None),
         )
         return int(result.rows_updated), int(result.version)
 
     async def delete(self, where: str) -> int:
         """Deletes the matching rows."""
-        result = await self._commit("delete", lambda: self.handle.delete(where))
+        result = await self._commit("delete", lambda: self.handle.delete(whole(where)))
         return int(result.version)
 
     async def add_columns(self, fields: Sequence[pa.Field[Any]]) -> int:

@@ -1148,6 +1148,7 @@ class TestDocumentation:
             "each of migrations": report["migrations"],
             "stamp": [shown("stamp", "--to", "latest")],
             "prune": [shown("prune")],
+            "repair": [shown("repair")],
             "unlock": [shown("unlock")],
             "new": [shown("new", "more")],
             "version": [shown("version")],

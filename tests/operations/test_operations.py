@@ -764,7 +764,9 @@ REFUSALS: dict[str, tuple[op.Operation, pa.Schema | None, str]] = {
     "delete: another type": (op.Delete("a = 'x'"), NULLED, r"could not convert"),
     "update: no column in SQL": (op.Update(sql={"b": "gone"}), NULLED, r"No field named gone"),
     "update: a name as text": (
-        op.Update(sql={"a": 'CAST("a" AS BIGINT)'}), NULLED, r"Quote names with `backticks`"
+        op.Update(sql={"a": 'CAST("a" AS BIGINT)'}),
+        NULLED,
+        r"Write `a` for a column, or 'a' for a text",
     ),
     "update: no function": (op.Update(sql={"b": "shout(b)"}), NULLED, r"Invalid function 'shout'"),
     "update: what LanceDB has not": (
