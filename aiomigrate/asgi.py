@@ -25,6 +25,7 @@ from aiomigrate.errors import AiomigrateError, ConfigurationError
 from aiomigrate.inspection import OnPending
 from aiomigrate.ledger.records import StepProgress
 from aiomigrate.manager import MigrationManager
+from aiomigrate.option_checks import check_flag, check_policy
 from aiomigrate.results import Outcome, Report
 from aiomigrate.runs.progress import Progress
 
@@ -51,7 +52,7 @@ class Lifespan:
         self,
         manager: MigrationManager,
         *,
-        on_pending: OnPending,
+        on_pending: OnPending | str,
         background: bool,
         then: Inner | None,
         log: Any,
@@ -59,8 +60,8 @@ class Lifespan:
         """Stores the options; connects to nothing. See `lifespan` for the arguments."""
         self.manager = manager
         self.report: Report | None = None
-        self._on_pending = on_pending
-        self._background = background
+        self._on_pending = check_policy(OnPending, on_pending, "on_pending")
+        self._background = check_flag(background, "background")
         self._then = then
         self._log = log
         self._state = "starting"
@@ -275,7 +276,7 @@ async def _run_application(
 def lifespan(
     database: str | Path | MigrationManager,
     *,
-    on_pending: OnPending = OnPending.MIGRATE,
+    on_pending: OnPending | str = OnPending.MIGRATE,
     background: bool = True,
     then: Inner | None = None,
     logger: Any = None,

@@ -19,6 +19,7 @@ import anyio.to_thread
 from aiomigrate.errors import AiomigrateError, ConfigurationError, PlanError, ScriptError
 from aiomigrate.manager import MigrationManager
 from aiomigrate.migration import loader
+from aiomigrate.option_checks import check_flag
 from aiomigrate.results import Report
 
 _PERMANENT_ERRORS = (ConfigurationError, PlanError, ScriptError)
@@ -144,6 +145,7 @@ async def migrate_all(
     for name, value in (("at_once", at_once), ("attempts", attempts)):
         if value < 1:
             raise ConfigurationError(f"{name} is {value}.", "Pass a number of 1 or more.")
+    check_flag(background, "background")
     started = time.monotonic()
     scripts = await anyio.to_thread.run_sync(loader.load, migrations, dict(params or {}))
     managers = [

@@ -22,7 +22,7 @@ from aiomigrate.ledger.lease import LeaseOptions
 from aiomigrate.ledger.records import Event, Holder
 from aiomigrate.migration import loader
 from aiomigrate.migration.model import Scripts, Target
-from aiomigrate.option_checks import check_number
+from aiomigrate.option_checks import check_flag, check_number, check_policy
 from aiomigrate.planning.destructive import Kept
 from aiomigrate.planning.plan import Plan
 from aiomigrate.planning.preflight import OnDestructive
@@ -63,16 +63,18 @@ class MigrationManager:
         lease_wait: float = 600.0,
         timeout: float | None = None,
         storage_options: Mapping[str, str] | None = None,
-        on_ahead: OnAhead = OnAhead.ERROR,
-        on_destructive: OnDestructive = OnDestructive.KEEP,
+        on_ahead: OnAhead | str = OnAhead.ERROR,
+        on_destructive: OnDestructive | str = OnDestructive.KEEP,
         keep_savepoints: float = 7 * 86400.0,
-        on_unsafe_store: OnUnsafeStore = OnUnsafeStore.ERROR,
+        on_unsafe_store: OnUnsafeStore | str = OnUnsafeStore.ERROR,
         on_progress: Callable[[Progress], None] | None = None,
         telemetry: Telemetry | None = None,
         logger: Any = None,
         clock: Clock | None = None,
     ) -> None:
         """Checks the options. Does not connect and reads nothing.
+
+        A policy is a member of its enum, or the value of one as text, such as "warn".
 
         Args:
             database: A local path, an object-store URI, or an open `AsyncConnection`. A connection
@@ -123,8 +125,8 @@ class MigrationManager:
             concurrency=concurrency,
             lease=LeaseOptions(ttl_s=lease_ttl, beat_s=lease_ttl / 6, wait_s=lease_wait),
             timeout_s=timeout,
-            on_ahead=on_ahead,
-            on_destructive=on_destructive,
+            on_ahead=check_policy(OnAhead, on_ahead, "on_ahead"),
+            on_destructive=check_policy(OnDestructive, on_destructive, "on_destructive"),
             keep_s=keep_savepoints,
             on_progress=self._streams.publish,
             telemetry=telemetry or Telemetry(),
@@ -137,7 +139,7 @@ class MigrationManager:
             source=migrations,
             params=self._options.params,
             ledger_name=ledger,
-            on_unsafe_store=on_unsafe_store,
+            on_unsafe_store=check_policy(OnUnsafeStore, on_unsafe_store, "on_unsafe_store"),
             clock=clock,
         )
         self._environment = Environment(
@@ -194,7 +196,7 @@ class MigrationManager:
         """
         return await self._database.scripts()
 
-    async def initialize(self, *, on_pending: OnPending = OnPending.MIGRATE) -> Report:
+    async def initialize(self, *, on_pending: OnPending | str = OnPending.MIGRATE) -> Report:
         """Migrates the database to its target at application startup.
 
         If the database is at its target, connects and reads one small table. Otherwise takes the
@@ -212,6 +214,7 @@ class MigrationManager:
             What this process did; without steps if there was nothing to do.
 
         Raises:
+            ConfigurationError: `on_pending` is none of its choices.
             NotAtTargetError: Migrations are pending and `on_pending` is not `MIGRATE`; with
                 `WAIT`, they are still pending after `lease_wait`.
             MigrationFailedError: A migration failed in this process or in the one waited for.
@@ -222,6 +225,7 @@ class MigrationManager:
             LeaseError: The lease could not be acquired, or was lost.
             StoreError: A LanceDB call failed.
         """
+        on_pending = check_policy(OnPending, on_pending, "on_pending")
         if on_pending is not OnPending.MIGRATE:
             return await self._inspection.await_target(waits=on_pending is OnPending.WAIT)
         report = await self.upgrade(background=False)
@@ -259,6 +263,7 @@ class MigrationManager:
             LeaseError: The lease could not be acquired, or was lost.
             StoreError: A LanceDB call failed.
         """
+        check_flag(background, "background")
         with self._run_span("upgrade"):
             fast = await upgrade.upgrade(self._environment, tables=tables, to=to)
         if not (background and fast.deferred):
@@ -338,6 +343,7 @@ class MigrationManager:
             LeaseError: The lease could not be acquired, or was lost.
             StoreError: A LanceDB call failed.
         """
+        check_flag(allow_destructive, "allow_destructive")
         with self._run_span("rollback"):
             return await downgrade.rollback(
                 self._environment, line, to=to, allow_destructive=allow_destructive
@@ -365,6 +371,7 @@ class MigrationManager:
             LedgerError: The metadata tables are unreadable or inconsistent.
             StoreError: A LanceDB call failed.
         """
+        check_flag(allow_destructive, "allow_destructive")
         return await downgrade.plan_rollback(
             self._environment, line, to=to, allow_destructive=allow_destructive
         )
@@ -424,6 +431,7 @@ class MigrationManager:
             LedgerError: The head is unreadable.
             StoreError: A LanceDB call failed.
         """
+        check_flag(background, "background")
         return await maintenance.unlock(self._environment, background=background)
 
     async def repair(self) -> Repair | None:

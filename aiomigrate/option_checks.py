@@ -1,8 +1,10 @@
-"""Checks the numeric options, from whichever source they come. Pure; imports only `errors`."""
+"""Checks options and arguments, from whichever source they come. Pure; imports only `errors`."""
 
 from __future__ import annotations
 
+import enum
 import math
+from typing import TypeVar
 
 from aiomigrate.errors import ConfigurationError
 
@@ -14,6 +16,8 @@ NUMERIC_OPTIONS: dict[str, type[int | float]] = {
     "keep_savepoints": float,
 }
 """The numeric options with their types. The `float` options are in seconds."""
+
+_Policy = TypeVar("_Policy", bound=enum.Enum)
 
 _ZERO_ALLOWED = ("lease_wait", "keep_savepoints")
 
@@ -40,4 +44,42 @@ def check_number(option: str, value: object, where: str) -> float:
     least = "0 or more" if option in _ZERO_ALLOWED else "more than 0"
     if not math.isfinite(value) or value < 0 or (value == 0 and option not in _ZERO_ALLOWED):
         raise ConfigurationError(f"{where}: {value!r} is out of range.", f"Pass {least}.")
+    return value
+
+
+def check_policy(kind: type[_Policy], value: object, where: str) -> _Policy:
+    """Returns the member of an enum that a policy was given as: a member, or its value as text.
+
+    Args:
+        kind: The enum.
+        value: The member or text.
+        where: The name of the option or argument, for the error.
+
+    Raises:
+        ConfigurationError: It is anything else.
+    """
+    if isinstance(value, kind):
+        return value
+    found = next((m for m in kind if isinstance(value, str) and value == m.value), None)
+    if found is None:
+        choices = ", ".join(repr(member.value) for member in kind)
+        raise ConfigurationError(
+            f"{where}: {value!r} is not a valid choice.",
+            f"Pass one of {choices}, or a member of {kind.__name__}.",
+        )
+    return found
+
+
+def check_flag(value: object, where: str) -> bool:
+    """Returns a flag, which must be a boolean: the text "false" would count as true.
+
+    Args:
+        value: The value to check.
+        where: The name of the option or argument, for the error.
+
+    Raises:
+        ConfigurationError: It is not a boolean.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{where}: {value!r} is not a boolean.", "Pass True or False.")
     return value

@@ -228,10 +228,6 @@ class Call:
 
     def options(self) -> dict[str, Any]:
         """Returns the settings as options of a manager, without the database."""
-        from aiomigrate.ledger.founding import OnUnsafeStore
-        from aiomigrate.planning.preflight import OnDestructive
-        from aiomigrate.planning.reconcile import OnAhead
-
         chosen = self.settings
         return {
             "migrations": chosen.migrations,
@@ -242,10 +238,10 @@ class Call:
             "lease_wait": chosen.lease_wait,
             "timeout": chosen.timeout,
             "storage_options": chosen.storage_options or None,
-            "on_ahead": OnAhead(chosen.on_ahead),
-            "on_destructive": OnDestructive(chosen.on_destructive),
+            "on_ahead": chosen.on_ahead,
+            "on_destructive": chosen.on_destructive,
             "keep_savepoints": chosen.keep_savepoints,
-            "on_unsafe_store": OnUnsafeStore(chosen.on_unsafe_store),
+            "on_unsafe_store": chosen.on_unsafe_store,
         }
 
     def manager(self) -> MigrationManager:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
 
 from aiomigrate.errors import OperationError
 from aiomigrate.operations.target import Target
+from aiomigrate.option_checks import check_flag, check_policy
 from aiomigrate.schema.sql import Statement, double_quotes
 from aiomigrate.schema.state import TableState, embedding_columns
 
@@ -58,8 +59,9 @@ class Traits:
 class Operation:
     """Base class of all declarative operations: a frozen value.
 
-    Constructing one with an invalid argument raises `InvalidMigrationError`, so that the import
-    of its script fails. Only `apply` needs the lease; all other methods read no table.
+    Constructing one with an invalid argument raises `InvalidMigrationError`, or
+    `ConfigurationError` for a policy or flag, so that the import of its script fails.
+    Only `apply` needs the lease; all other methods read no table.
 
     Attributes:
         table: The table to change; by default the table of the migration.
@@ -67,7 +69,24 @@ class Operation:
     """
 
     table: str | None = None
-    when_missing: Missing = Missing.FAIL
+    when_missing: Missing | str = Missing.FAIL
+
+    def __post_init__(self) -> None:
+        """Converts policies that were given as text, and checks flags.
+
+        A subclass that has a `__post_init__` of its own calls this one by its class:
+        `super()` does not work in dataclasses with slots.
+
+        Raises:
+            ConfigurationError: A policy is none of its choices, or a flag is not a boolean.
+        """
+        for given in fields(self):
+            where = f"{type(self).__name__}: {given.name}"
+            if isinstance(given.default, enum.Enum):
+                policy = check_policy(type(given.default), getattr(self, given.name), where)
+                object.__setattr__(self, given.name, policy)
+            elif given.type == "bool":
+                check_flag(getattr(self, given.name), where)
 
     @property
     def traits(self) -> Traits:

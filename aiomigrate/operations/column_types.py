@@ -171,6 +171,7 @@ class AlterType(Operation):
     columns: Mapping[str, pa.DataType]
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("AlterType", self.columns)
         for path, kind in self.columns.items():
             if not isinstance(kind, pa.DataType) or pa.types.is_null(kind):

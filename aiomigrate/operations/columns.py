@@ -109,6 +109,7 @@ class AddColumns(Operation):
     sql: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("AddColumns", self.columns)
         for path, given in self.columns.items():
             kind = given.type if isinstance(given, pa.Field) else given
@@ -315,6 +316,7 @@ class RenameColumns(Operation):
     names: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("RenameColumns", self.names.keys())
         checked_new("RenameColumns", self.names.values())
         new = self._new_paths
@@ -419,6 +421,7 @@ class SetMetadata(Operation):
     metadata: Mapping[str, str | None]
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("SetMetadata", [self.column])
         checked_names("SetMetadata", self.metadata)
         for key, value in self.metadata.items():

@@ -181,11 +181,12 @@ class Backfill(Operation):
     source: str | Sequence[str] = field(default=(), kw_only=True)
     where: str | None = field(default=None, kw_only=True)
     revision: str = field(default="", kw_only=True)
-    on_poison: OnPoison = field(default=OnPoison.FAIL, kw_only=True, metadata={TUNING: True})
+    on_poison: OnPoison | str = field(default=OnPoison.FAIL, kw_only=True, metadata={TUNING: True})
     max_poison: int = field(default=1000, kw_only=True, metadata={TUNING: True})
     pace: Pace = field(default_factory=Pace, kw_only=True, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("Backfill", [self.column])
         checked_names("Backfill", [self.key])
         if not callable(self.function):
@@ -341,7 +342,7 @@ def without_temporary_index(state: TableState, witness: str, key: str) -> TableS
 
 
 async def report_poison(
-    target: Target, witness: str, operation: Operation, key: str, policy: OnPoison
+    target: Target, witness: str, operation: Operation, key: str, policy: OnPoison | str
 ) -> None:
     """Reports the rows that could not be filled, as the policy says; nothing if there are none.
 

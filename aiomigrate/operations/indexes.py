@@ -36,6 +36,7 @@ class CreateIndex(Operation):
     timeout_s: float = field(default=600.0, kw_only=True, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         if not isinstance(self.column, str) or not self.column:
             raise InvalidMigrationError(
                 f"CreateIndex: {self.column!r} is not a column.",
@@ -130,6 +131,7 @@ class DropIndex(Operation):
     kind: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         if not isinstance(self.column, str) or not self.column:
             raise InvalidMigrationError(
                 f"DropIndex: {self.column!r} is not a column.",

@@ -143,6 +143,7 @@ class Rebuild(Operation):
     batch_rows: int = field(default=4096, kw_only=True, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         if self.function is not None:
             _checked_function("Rebuild", self.function)
         if self.schema is not None:
@@ -279,6 +280,7 @@ class CopyInto(Operation):
     batch_rows: int = field(default=8192, kw_only=True, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("CopyInto", [self.source])
         checked_new("CopyInto", checked_names("CopyInto", [self.key]))  # it has no path
         if self.function is not None:

@@ -108,12 +108,13 @@ class Reembed(Operation):
     gate: Gate = field(default_factory=Gate, metadata={TUNING: True})
     readers_name_column: bool = field(default=False, metadata={TUNING: True})
     probes: Sequence[Any] = ()
-    on_poison: OnPoison = field(default=OnPoison.FAIL, metadata={TUNING: True})
+    on_poison: OnPoison | str = field(default=OnPoison.FAIL, metadata={TUNING: True})
     max_poison: int = field(default=1000, metadata={TUNING: True})
     pace: Pace = field(default_factory=Pace, metadata={TUNING: True})
-    engine: Engine = field(default=Engine.LOCAL, metadata={TUNING: True})
+    engine: Engine | str = field(default=Engine.LOCAL, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("Reembed", [self.column, self.source])
         checked_names("Reembed", [self.key])
         if not self.keep:
@@ -134,10 +135,11 @@ class Reembed(Operation):
             raise InvalidMigrationError(
                 f"Reembed: model={self.model!r}.", 'Name it with its revision: "name@revision".'
             )
-        if isinstance(self.index, CreateIndex) and self.index.column != self.column:
+        index = self.index
+        if not isinstance(index, bool) and getattr(index, "column", None) != self.column:
             raise InvalidMigrationError(
-                f"Reembed: the index is on {self.index.column!r}.",
-                f"Give an op.CreateIndex({self.column!r}, ...).",
+                f"Reembed: index={index!r} is no index on {self.column!r}.",
+                f"Give True, False, or an op.CreateIndex({self.column!r}, ...).",
             )
         object.__setattr__(self, "probes", tuple(self.probes))
 

@@ -51,6 +51,7 @@ class Update(Operation):
     batch_rows: int | None = field(default=None, kw_only=True, metadata={TUNING: True})
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("Update", [*self.values, *self.sql])
         for column, value in self.values.items():
             if value is not None and not isinstance(value, (str, int, float, bool)):
@@ -161,6 +162,7 @@ class Delete(Operation):
     where: str
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         if not isinstance(self.where, str) or not self.where.strip():
             raise InvalidMigrationError(
                 f"Delete: {self.where!r} is not a condition.",
@@ -221,6 +223,7 @@ class Run(Operation):
     inverse: Up | None = None
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         for value in (self.function, self.inverse):
             if value is not None and not inspect.iscoroutinefunction(value):
                 raise InvalidMigrationError(

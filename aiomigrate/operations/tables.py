@@ -41,6 +41,7 @@ class CreateTable(Operation):
     rows: Sequence[Mapping[str, Any]] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         schema: Any = self.schema
         if not isinstance(schema, pa.Schema) and hasattr(schema, "to_arrow_schema"):
             schema = schema.to_arrow_schema()
@@ -185,6 +186,7 @@ class RenameTable(Operation):
     to: str
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("RenameTable", [self.to])
 
     @property
@@ -270,6 +272,7 @@ class Optimize(Operation):
     cleanup_older_than_s: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         age = self.cleanup_older_than_s
         if age is not None and not age >= _MIN_AGE_S:
             raise InvalidMigrationError(
@@ -321,6 +324,7 @@ class SetTableMetadata(Operation):
     metadata: Mapping[str, str | None]
 
     def __post_init__(self) -> None:
+        Operation.__post_init__(self)
         checked_names("SetTableMetadata", self.metadata)
         for key, value in self.metadata.items():
             if value is not None and not isinstance(value, str):

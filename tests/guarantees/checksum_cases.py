@@ -139,6 +139,14 @@ class Colour(enum.Enum):
     BLUE = "b"
 
 
+class Shade(enum.StrEnum):
+    DARK = "dark"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
 # ---- types ---------------------------------------------------------------------------------------
 
 TYPES: dict[str, pa.DataType] = {
@@ -409,6 +417,10 @@ OPERATIONS: dict[str, op.Operation] = {
             "tuple": (1.0,),
         },
     ),
+    "CreateIndex with enums": op.CreateIndex(
+        "n", options={"str": Shade.DARK, "int": Level.HIGH, "keys": {Shade.DARK: [Level.HIGH]}}
+    ),
+    "Update with enums": op.Update({"text": Shade.DARK, "n": Level.HIGH}),
     "CreateIndex, all": op.CreateIndex(
         "meta.lang", kind="FTS", options={"stem": True, "language": "German"}, timeout_s=1, **SKIP
     ),
