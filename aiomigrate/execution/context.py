@@ -17,6 +17,7 @@ from aiomigrate.commits.table_target import TableTarget
 from aiomigrate.errors import InvalidMigrationError, OperationError
 from aiomigrate.execution.applier import Applier, Progress, witness_name
 from aiomigrate.execution.attempt import Attempt
+from aiomigrate.execution.context_calls import ContextCalls, awaited
 from aiomigrate.execution.open_tables import OpenTables
 from aiomigrate.migration.model import Params, Script
 from aiomigrate.operations.base import Operation
@@ -34,12 +35,18 @@ class RecordedTable:
 
     Each write is announced in the journal before it is made, so that after a crash the next run
     recognises it as the migration's and can restore the table to its savepoint. Write many rows
-    in one call, since each call is a commit. The lease is checked before every write.
+    in one call, since each call is a commit; calls at the same time are made one after another.
+    The lease is checked before every write. A call that the function does not await fails the
+    migration.
+
+    Attributes:
+        calls: The calls of the context and its tables that have not ended.
     """
 
-    def __init__(self, target: TableTarget) -> None:
+    def __init__(self, target: TableTarget, calls: ContextCalls) -> None:
         """Wraps an open table that the migration touches."""
         self._target = target
+        self.calls = calls
 
     @property
     def name(self) -> str:
@@ -69,6 +76,7 @@ class RecordedTable:
             )
         return self._target.state.schema
 
+    @awaited
     async def count_rows(self, where: str | None = None) -> int:
         """Returns the number of matching rows, of all rows by default.
 
@@ -78,6 +86,7 @@ class RecordedTable:
         """
         return await self._target.count_rows(where)
 
+    @awaited
     async def read(
         self, where: str | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
@@ -105,6 +114,7 @@ class RecordedTable:
         async for batch in self._target.table.batches(where, columns, rows):
             yield batch
 
+    @awaited
     async def add(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> None:
         """Appends rows in one commit; does nothing if there are no rows.
 
@@ -119,8 +129,10 @@ class RecordedTable:
         """
         data = self._arrow(rows)
         if len(data):
-            await self._target.add(data)
+            async with self.calls.turn(self.name):
+                await self._target.add(data)
 
+    @awaited
     async def merge(self, rows: pa.Table | Sequence[Mapping[str, Any]], *, on: str) -> int:
         """Updates the rows whose keys exist and inserts the other rows, in one commit.
 
@@ -143,8 +155,12 @@ class RecordedTable:
                 f"merge into {self.name!r}: {data.nbytes} bytes in one call.",
                 f"Merge at most {MAX_MERGE_BYTES} bytes at a time.",
             )
-        return await self._target.merge(on, data) if len(data) else 0
+        if not len(data):
+            return 0
+        async with self.calls.turn(self.name):
+            return await self._target.merge(on, data)
 
+    @awaited
     async def update(
         self,
         values: Mapping[str, Any] | None = None,
@@ -171,8 +187,10 @@ class RecordedTable:
         if (wrong := double_quotes(sql or {})) is not None:
             what, remedy = wrong
             raise OperationError(f"Update of table {self.name!r}: {what}", remedy)
-        return await self._target.update(values=values or {}, sql=sql or {}, where=where) or 0
+        async with self.calls.turn(self.name):
+            return await self._target.update(values=values or {}, sql=sql or {}, where=where) or 0
 
+    @awaited
     async def delete(self, where: str) -> int:
         """Deletes the matching rows in one commit; returns their number.
 
@@ -181,7 +199,8 @@ class RecordedTable:
             OperationError: The table does not exist, or the migration has ended.
             StoreError: LanceDB refused the condition.
         """
-        return await self._target.delete(where)
+        async with self.calls.turn(self.name):
+            return await self._target.delete(where)
 
     def _arrow(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> pa.Table:
         if isinstance(rows, pa.Table):
@@ -195,6 +214,7 @@ class Context:
     Attributes:
         params: The run's parameters.
         took_connection: Whether the function asked for the connection.
+        calls: The calls of the context and its tables that have not ended.
         log: A structlog logger bound to the run and the migration.
     """
 
@@ -212,6 +232,7 @@ class Context:
         """Built by `Functions.run`, once per function."""
         self.params = params
         self.took_connection = False
+        self.calls = ContextCalls()
         self._connection = connection
         self.log = log
         self._script = script
@@ -237,7 +258,7 @@ class Context:
         Raises:
             InvalidMigrationError: The migration does not declare that it touches the table.
         """
-        return RecordedTable(self._target_of(name))
+        return RecordedTable(self._target_of(name), self.calls)
 
     def _target_of(self, name: str | None) -> TableTarget:
         wanted = name or self._script.table
@@ -250,6 +271,7 @@ class Context:
             )
         return self._tables[wanted]
 
+    @awaited
     async def apply(self, operation: Operation) -> None:
         """Applies one declarative operation; does nothing if its effect already exists.
 
@@ -271,8 +293,9 @@ class Context:
             raise OperationError(
                 "A function applies op.Run.", "Call that function with the context instead."
             )
-        for simple in bound.expand():
-            await self._apply(simple, self._target_of(simple.table))
+        async with self.calls.turn(*bound.tables):
+            for simple in bound.expand():
+                await self._apply(simple, self._target_of(simple.table))
 
     def progress(self, done: int, total: int | None = None) -> None:
         """Reports the progress of the function. Cheap: nothing is written.
@@ -322,8 +345,8 @@ class Functions:
             log: A logger bound to the run and the migration.
 
         Raises:
-            OperationError: The function raised `CancelledError` though the run was not cancelled,
-                or called `sys.exit`.
+            OperationError: The function did not await a call of its context, raised
+                `CancelledError` though the run was not cancelled, or called `sys.exit`.
             Exception: The exception that the function raised.
         """
         function = operation.code
@@ -347,7 +370,12 @@ class Functions:
         )
         self._tables.has_run_code = True
         try:
-            await function(context)
+            try:
+                await function(context)
+            finally:
+                not_awaited = await context.calls.end()
+            if not_awaited is not None:
+                raise not_awaited
             attempt.end_function(took_connection=context.took_connection)
         except anyio.get_cancelled_exc_class() as exc:
             await anyio.lowlevel.checkpoint_if_cancelled()  # raises if the run was cancelled
