@@ -14,11 +14,12 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from string import Template
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiomigrate.errors import ConfigurationError
 from aiomigrate.option_checks import NUMERIC_OPTIONS, check_number
+from aiomigrate.store.uri import has_scheme, secrets_of
 
 ENV_PREFIX = "AIOMIGRATE_"
 POLICIES: Mapping[str, tuple[str, ...]] = {
@@ -76,7 +77,7 @@ class Settings:
             for value in self.storage_options.values()
             if value not in ("true", "false", "auto") and not value.startswith(("http:", "https:"))
         }
-        found |= set(_uri_secrets(self.uri))
+        found |= set(secrets_of(self.uri, None))
         long_enough = (text for text in found if len(text) >= _MIN_SECRET_LENGTH)
         return tuple(sorted(long_enough, key=len, reverse=True))
 
@@ -86,19 +87,6 @@ KEYS = tuple(item.name for item in fields(Settings))
 
 Layer = Mapping[str, Any]
 """Checked settings from one source, by key. Settings that the source does not set are absent."""
-
-
-def _uri_secrets(uri: str) -> Iterable[str]:
-    if "://" not in uri:
-        return
-    try:
-        parts = urlsplit(uri)
-    except ValueError:  # such as an unclosed [IPv6 address
-        yield uri
-        return
-    user, at, _ = parts.netloc.rpartition("@")
-    yield user + at
-    yield from (text for text in (parts.username, parts.password, parts.query) if text)
 
 
 # ---- reading the three sources ------------------------------------------------------------------
@@ -118,7 +106,7 @@ def load(given: Layer, *, cwd: Path, env: Mapping[str, str]) -> Settings:
     found = find_table(cwd)
     layers: list[Layer] = []
     if found is not None:
-        layers.append(from_table(*found))
+        layers.append(from_table(*found, env=env))
     layers.append(from_env(env))
     layers.append({key: check(key, value, option_name(key)) for key, value in given.items()})
     return merge(layers)
@@ -173,17 +161,19 @@ def find_table(start: Path) -> tuple[Mapping[str, Any], Path] | None:
     return None
 
 
-def from_table(table: Mapping[str, Any], path: Path) -> Layer:
+def from_table(table: Mapping[str, Any], path: Path, *, env: Mapping[str, str]) -> Layer:
     """Returns the settings of a `[tool.aiomigrate]` table.
 
-    Relative paths are resolved against the folder of the file; URIs are returned unchanged.
+    In `uri` and `migrations`, `$NAME` and `${NAME}` are the environment variable, and `$$` is a
+    dollar sign. Relative paths are resolved against the folder of the file.
 
     Args:
         table: The content of the table.
         path: The path of its pyproject.toml.
+        env: The environment variables.
 
     Raises:
-        ConfigurationError: A key is unknown or a value is invalid.
+        ConfigurationError: A key is unknown, a value is invalid, or a variable is not set.
     """
     layer: dict[str, Any] = {}
     for key, value in table.items():
@@ -197,14 +187,28 @@ def from_table(table: Mapping[str, Any], path: Path) -> Layer:
         layer[key] = check(key, value, where)
     for key in ("uri", "migrations"):
         if key in layer:
-            layer[key] = _resolve(path.parent, layer[key])
+            expanded = _expand(layer[key], f"{path}: tool.aiomigrate.{key}", env)
+            layer[key] = _resolve(path.parent, expanded)
     return layer
 
 
+def _expand(text: str, where: str, env: Mapping[str, str]) -> str:
+    try:
+        return Template(text).substitute(env)
+    except KeyError as exc:
+        raise ConfigurationError(
+            f"{where}: the environment variable {exc.args[0]} is not set.",
+            f"Set {exc.args[0]}, or write $$ for a dollar sign.",
+        ) from None
+    except ValueError:
+        raise ConfigurationError(
+            f"{where} has a $ without the name of a variable.",
+            "Write $NAME, ${NAME}, or $$ for a dollar sign.",
+        ) from None
+
+
 def _resolve(folder: Path, path: str) -> str:
-    if "://" in path or path.startswith(("~", "db:")):
-        return path
-    return str(folder / path)
+    return path if has_scheme(path) or path.startswith("~") else str(folder / path)
 
 
 def from_env(env: Mapping[str, str]) -> Layer:

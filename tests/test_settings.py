@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -92,8 +93,8 @@ class TestFile:
         """A path in pyproject.toml is meant from its folder, a URI as it is."""
         path = tmp_path / "pyproject.toml"
 
-        local = from_table({"uri": "data/x", "migrations": "m"}, path)
-        remote = from_table({"uri": "s3://bucket/x"}, path)
+        local = from_table({"uri": "data/x", "migrations": "m"}, path, env={})
+        remote = from_table({"uri": "s3://bucket/x"}, path, env={})
 
         assert local == {"uri": str(tmp_path / "data/x"), "migrations": str(tmp_path / "m")}
         assert remote == {"uri": "s3://bucket/x"}
@@ -190,12 +191,14 @@ class TestSecrets:
             storage_options={"secret": "s3cr3t", "ssl": "true", "endpoint": "http://x"},
         ).secrets()
 
-        assert set(found) == {"key:hunter2@", "hunter2", "token=abcd", "s3cr3t"}
+        assert set(found) == {"key:hunter2", "hunter2", "token=abcd", "s3cr3t"}
         assert list(found) == sorted(found, key=len, reverse=True)
 
-    def test_of_a_uri_that_is_none(self) -> None:
-        """A URI that cannot be taken apart is secret as a whole."""
-        assert Settings(uri="s3://[hunter2").secrets() == ("s3://[hunter2",)
+    def test_with_the_characters_that_end_a_secret(self) -> None:
+        """A secret with a slash, as AWS has them, is a secret with what is around it."""
+        found = Settings(uri="s3://key:hun/ter2@bucket/x").secrets()
+
+        assert found == ("key:hun/ter2", "hun/ter2")
 
 
 class TestCommandLine:
@@ -248,3 +251,48 @@ class TestCommandLine:
         """What is neither is refused."""
         with pytest.raises(ConfigurationError, match="--to"):
             parse_target(texts)
+
+
+class TestVariables:
+    ENV: ClassVar = {"STAGE": "dev", "EMPTY": ""}
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("s3://bucket-$STAGE/db", "s3://bucket-dev/db"),
+            ("s3://bucket/${STAGE}db", "s3://bucket/devdb"),
+            ("s3://bucket/a$$b", "s3://bucket/a$b"),
+        ],
+    )
+    def test_are_expanded_in_pyproject(self, tmp_path: Path, text: str, expected: str) -> None:
+        """In the URI, as a shell does."""
+        table = {"uri": text}
+        assert from_table(table, tmp_path / "pyproject.toml", env=self.ENV) == {"uri": expected}
+
+    def test_are_expanded_in_paths(self, tmp_path: Path) -> None:
+        """A relative path with a variable is that of the file's folder."""
+        table = {"uri": "./$STAGE/db", "migrations": "${STAGE}"}
+        found = from_table(table, tmp_path / "pyproject.toml", env=self.ENV)
+        assert found == {"uri": str(tmp_path / "dev/db"), "migrations": str(tmp_path / "dev")}
+
+    @pytest.mark.parametrize("text", ["./$MISSING/db", "./${MISSING}", "s3://$MISSING/x"])
+    def test_that_are_not_set_are_named(self, tmp_path: Path, text: str) -> None:
+        """Nothing is migrated in a folder of that name."""
+        with pytest.raises(ConfigurationError, match="MISSING is not set"):
+            from_table({"uri": text}, tmp_path / "pyproject.toml", env=self.ENV)
+
+    @pytest.mark.parametrize("text", ["./a$", "./$(pwd)/db", "./$1", "./${a b}"])
+    def test_that_have_no_name_are_refused(self, tmp_path: Path, text: str) -> None:
+        """A command is not run, and does not name a folder either."""
+        with pytest.raises(ConfigurationError, match=r"\$\$ for a dollar sign"):
+            from_table({"migrations": text}, tmp_path / "pyproject.toml", env=self.ENV)
+
+    def test_storage_options_are_taken_literally(self, tmp_path: Path) -> None:
+        """A password may contain a dollar sign."""
+        table = {"storage_options": {"password": "pa$$word$STAGE"}}
+        assert from_table(table, tmp_path / "pyproject.toml", env=self.ENV) == table
+
+    def test_a_uri_with_one_slash_is_no_path(self, tmp_path: Path) -> None:
+        """It is refused later, as a URI, instead of becoming a folder beside the file."""
+        found = from_table({"uri": "s3:/bucket/x"}, tmp_path / "pyproject.toml", env={})
+        assert found == {"uri": "s3:/bucket/x"}

@@ -175,7 +175,8 @@ class Database:
                     "The connection is closed.", "Pass an open connection, or a URI."
                 )
             self._connection = database
-            self._uri = str(database.uri)
+            uri = str(database.uri)
+            self._uri = locate(uri) if uri.startswith("file:") else uri
         else:
             raise ConfigurationError(
                 f"{database!r} is not a database.",

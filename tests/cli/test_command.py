@@ -635,7 +635,7 @@ class TestPipes:
 
 class TestSecrets:
     def test_never_shown(self, call: Call, scripts: Callable[..., None]) -> None:
-        """Neither user information of the URI nor storage options reach any output."""
+        """No storage option reaches any output."""
         scripts(CREATE)
         options = {
             "aws_access_key_id": "AKIAHUNTER",
@@ -649,13 +649,27 @@ class TestSecrets:
         }
         pairs = [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
 
-        uri = "s3://hunter1:hunter0pass@bucket/db"
-        result = call("status", "-v", "--json", "--uri", uri, *pairs)
+        result = call("status", "-v", "--json", "--uri", "s3://bucket/db", *pairs)
 
         assert result.code == 1
         assert "bucket" in result.err
         assert "bucket" in result.json["error"]["what"]
         assert not re.search("hunter", result.out + result.err, re.IGNORECASE)
+
+    @pytest.mark.parametrize("secret", ["hunter2", "hun/ter2", "hun?ter2", "hun#ter2"])
+    def test_in_a_uri_are_refused(
+        self, call: Call, scripts: Callable[..., None], folder: Path, secret: str
+    ) -> None:
+        """No folder is made of such a URI, and it is not repeated."""
+        scripts(CREATE)
+        before = sorted(folder.iterdir())
+
+        result = call("upgrade", "-v", "--json", "--uri", f"s3://AKIA:{secret}@bucket/db")
+
+        assert result.code == 2
+        assert "storage_options" in result.json["error"]["remedy"]
+        assert not re.search("hun|ter2|AKIA", result.out + result.err)
+        assert sorted(folder.iterdir()) == before
 
     def test_scrubbed_from_everything(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Whatever is printed passes one place that takes secrets out, escaped ones too."""

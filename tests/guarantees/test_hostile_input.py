@@ -327,7 +327,7 @@ KEYS = st.sampled_from(
 @given(table=st.dictionaries(KEYS, anything, max_size=4))
 def test_any_table_of_settings_is_read_or_refused(tmp_path: Path, table: dict[str, Any]) -> None:
     """Any TOML value under any key: settings, or an error that names the place and no secret."""
-    told = refusal(lambda: merge([from_table(table, tmp_path / "pyproject.toml")]))
+    told = refusal(lambda: merge([from_table(table, tmp_path / "pyproject.toml", env={})]))
     assert told is None or "pyproject.toml" in told
 
 
