@@ -20,7 +20,14 @@ from aiomigrate.ledger.records import BACKGROUND_LEASE, Event, HeadRow, Holder
 from aiomigrate.migration.model import Scripts, Target
 from aiomigrate.planning.background import deferred_by_head
 from aiomigrate.planning.plan import Plan
-from aiomigrate.planning.reconcile import OnAhead, Reconciled, pending, reconcile
+from aiomigrate.planning.reconcile import (
+    OnAhead,
+    Reconciled,
+    lost_lines,
+    missing_parts,
+    pending,
+    reconcile,
+)
 from aiomigrate.planning.table_identity import Match, last_sightings, spell
 from aiomigrate.reporting.status import (
     Background,
@@ -118,6 +125,7 @@ class Inspection:
 
         Raises:
             NotAtTargetError: The database is not at its target, or was not in time.
+            PlanError: There is no script, but applied versions are recorded.
             LedgerError: The head is unreadable or inconsistent.
             StoreError: A LanceDB call failed.
         """
@@ -139,6 +147,7 @@ class Inspection:
             if at_target is not None:
                 return builder.build(lines=at_target.lines, deferred=at_target.deferred)
             if not scripts.all:
+                await (await self._reader()).read()
                 return builder.build()
             left_s = wait_s - (clock.monotonic() - start)
             if not waits or left_s <= 0:
@@ -175,11 +184,13 @@ class Inspection:
             journal = await read_folded(reader.ledger)
         background = holder_of(head, BACKGROUND_LEASE)
         deferred = deferred_by_head(head.rows, scripts, head.leases.get(BACKGROUND_LEASE))
-        lines = {}
+        lines, lost = {}, {}
         for name in sorted({*rows, *journal.lines, *scripts.line_names()}):
             row = rows.get(name)
             current = row.version if row else journal.of(name).current
             known = bool(scripts.of(name))
+            if not known and current and (row.is_ours if row else journal.of(name).current):
+                lost[name] = current
             lines[name] = LineStatus(
                 current=current,
                 target=scripts.latest(name) if known else None,
@@ -193,6 +204,7 @@ class Inspection:
             lines=lines,
             holder=holder_of(head),
             background=background,
+            missing=missing_parts(lost, scripts, has_database=reader.store is not None),
         )
 
     async def health(self) -> Health:
@@ -255,7 +267,10 @@ class Inspection:
         if store is None or ledger is None:
             decided = reconcile((), Journal(), scripts)
             behind = _behind(decided, scripts)
-            return Validation(errors=behind, not_at_target=behind)
+            missing = missing_parts({}, scripts, has_database=False)
+            return Validation(
+                errors=behind, warnings=missing, not_at_target=behind, missing=missing
+            )
         try:
             head = await ledger.read_head()
             journal = await read_folded(ledger)
@@ -279,10 +294,12 @@ class Inspection:
                 errors.append(f"{line}: version {version} was interrupted and not recovered yet")
         table_errors, recreated = await _check_live_tables(store, journal, decided)
         errors += table_errors
+        lost = lost_lines(decided.lines, scripts)
+        missing = missing_parts(lost, scripts, has_database=True)
         unknown = [
             f"{n}: recorded at v{s.current}, has no script; left unchanged"
             for n, s in decided.lines.items()
-            if not scripts.of(n)
+            if not scripts.of(n) and n not in lost
         ]
         ahead = [
             f"{n}: recorded at v{s.current}, above its newest script v{s.latest}"
@@ -291,8 +308,9 @@ class Inspection:
         ]
         return Validation(
             errors=tuple(errors),
-            warnings=(*ahead, *unknown, *recreated),
+            warnings=(*ahead, *unknown, *recreated, *missing),
             not_at_target=behind,
+            missing=missing,
             deferred=tuple(deferred),
         )
 

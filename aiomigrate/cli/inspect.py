@@ -77,7 +77,7 @@ async def show_plan(
     call.output.say(manager.database)
     call.output.say(str(planned))
     call.output.document(planned.to_dict)
-    return Exit.NOT_AT_TARGET if check and not planned.is_empty else Exit.OK
+    return Exit.NOT_AT_TARGET if check and (planned.missing or not planned.is_empty) else Exit.OK
 
 
 @verb(database_options, folder_options, param_options)
@@ -91,7 +91,9 @@ def status(call: Call, *, check: Check = False) -> Exit:
         found = await manager.get_status()
         call.output.say(str(found))
         call.output.document(found.to_dict)
-        return Exit.NOT_AT_TARGET if check and not found.is_at_target else Exit.OK
+        return (
+            Exit.NOT_AT_TARGET if check and (found.missing or not found.is_at_target) else Exit.OK
+        )
 
     return run_async(call, work)
 
@@ -138,14 +140,18 @@ def validate(call: Call, *, check: Check = False) -> Exit:
         ):
             for text in texts:
                 call.output.say(f"{word}: {text}")
-        if found.valid:
+        if found.valid and not found.missing:
             call.output.say("Valid: scripts, ledger and tables agree.")
         call.output.document(
-            lambda: {**found.to_dict(), "not_at_target": list(found.not_at_target)}
+            lambda: {
+                **found.to_dict(),
+                "not_at_target": list(found.not_at_target),
+                "missing": list(found.missing),
+            }
         )
         if wrong:
             return Exit.FAILED
-        return Exit.NOT_AT_TARGET if check and behind else Exit.OK
+        return Exit.NOT_AT_TARGET if check and (behind or found.missing) else Exit.OK
 
     return run_async(call, work)
 

@@ -232,8 +232,9 @@ def _run_many(call: Call, uris: list[str], at_once: int, *, background: bool) ->
 def _at_target(manager: MigrationManager, planned: Plan) -> str:
     deferred = ", ".join(f"{line} {version}" for line, version in planned.deferred)
     suffix = f" except for background migrations ({deferred})" if deferred else ""
-    lines = [f"Everything is at target{suffix}: nothing to do. ({manager.database})"]
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in planned.warnings)])
+    head = "Nothing to do" if planned.missing else f"Everything is at target{suffix}: nothing to do"
+    warnings = [f"warning: {warning}" for warning in (*planned.warnings, *planned.missing)]
+    return "\n".join([f"{head}. ({manager.database})", *warnings])
 
 
 async def show_traces(call: Call, manager: MigrationManager, exc: MigrationFailedError) -> None:

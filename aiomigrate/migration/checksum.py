@@ -33,7 +33,7 @@ from aiomigrate.schema.state import spell
 ALGORITHM = "aiomigrate-1"
 """Recorded with every checksum, so that a change of the algorithm is not mistaken for an edit."""
 
-_PARSE_LOCK = threading.Lock()
+PARSE_LOCK = threading.Lock()
 """Early releases of Python 3.11 fail when two threads parse at once (seen with 3.11.7)."""
 
 _IGNORED = frozenset({"ctx", "kind", "type_comment", "lineno", "end_lineno", "col_offset"})
@@ -187,7 +187,7 @@ def _function_node(function: Callable[..., Any]) -> ast.AST:
 
 
 def _parsed(source: str) -> ast.AST:
-    with _PARSE_LOCK:
+    with PARSE_LOCK:
         return ast.parse(source)
 
 

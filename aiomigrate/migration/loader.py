@@ -7,6 +7,7 @@ in a thread.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -21,7 +22,7 @@ from aiomigrate.errors import (
     ScriptError,
     ScriptImportError,
 )
-from aiomigrate.migration.checksum import checksum
+from aiomigrate.migration.checksum import PARSE_LOCK, checksum
 from aiomigrate.migration.model import Migration, Params, Script, Scripts
 
 Source = str | Path | types.ModuleType | Sequence[Migration] | Scripts
@@ -34,8 +35,8 @@ def load(source: Source, params: Params) -> Scripts:
     """Imports and checks all migrations. Blocks, because imports run user code.
 
     Args:
-        source: A folder (files `NNN_name.py`; other files are ignored), a package, a sequence of
-            migrations, or loaded scripts, which are returned unchanged.
+        source: A folder (files `NNN_name.py`; other files must contain no migration), a package, a
+            sequence of migrations, or loaded scripts, which are returned unchanged.
         params: The run's parameters, passed to `operations` where that is a function.
 
     Returns:
@@ -44,7 +45,8 @@ def load(source: Source, params: Params) -> Scripts:
     Raises:
         ConfigurationError: The folder does not exist or cannot be read.
         ScriptError: A file cannot be imported, contains no migration or one with another version,
-            or two migrations have the same version of a line.
+            or two migrations have the same version of a line; a file without a number contains a
+            migration, or a link leads nowhere.
     """
     return source if isinstance(source, Scripts) else check(find(source), params)
 
@@ -96,10 +98,24 @@ def _from_folder(folder: Path) -> list[tuple[Migration, str]]:
         ) from exc
     found: list[tuple[Migration, str]] = []
     numbers: dict[int, str] = {}
+    others: list[Path] = []
     for path in entries:
         match = _FILE.match(path.name)
-        if match is None or not path.is_file():
+        if path.suffix.lower() != ".py" or path.name.startswith("."):
+            continue  # editors keep hidden files
+        if path.is_symlink() and not path.exists():
+            raise ScriptError(
+                f"{path.name} is a link to {path.readlink()}, which does not exist.",
+                "Restore the file, or remove the link.",
+                path=path,
+            )
+        if match is None:
+            others.append(path)
             continue
+        if not path.is_file():
+            raise ScriptError(
+                f"{path.name} has the name of a migration, but is no file.", "Rename it.", path=path
+            )
         number = int(match[1] or match[2])
         if number in numbers:
             raise DuplicateVersionError(
@@ -110,7 +126,59 @@ def _from_folder(folder: Path) -> list[tuple[Migration, str]]:
             )
         numbers[number] = path.name
         found += [(migration, path.name) for migration in _from_file(path, number, found)]
+    linked = {(folder / name).resolve() for name in numbers.values()}
+    for path in others:
+        if path.resolve() not in linked:
+            _refuse_migrations_in(path, found)
     return found
+
+
+def _refuse_migrations_in(path: Path, found: Iterable[tuple[Migration, str]]) -> None:
+    """Checks that a file without a number has no migration that would silently not be run.
+
+    It is not imported: only statements are looked at. Migrations that a numbered file imports from
+    it are no error.
+    """
+    if not path.is_file():
+        return
+    try:
+        source = path.read_bytes()
+    except OSError as exc:
+        raise ScriptError(
+            f"{path.name} cannot be read: {exc.strerror}.", "Check its permissions.", path=path
+        ) from exc
+    if not _has_migration(source):
+        return
+    known = {id(migration) for migration, _ in found}
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path):
+            values = [value for value in vars(module).values() if isinstance(value, Migration)]
+            if values and all(id(value) in known for value in values):
+                return
+    raise ScriptError(
+        f"{path.name} contains a migration, but its name does not begin with a number: it would "
+        "not be run.",
+        "Name it NNN_name.py, where NNN is the version of its migrations.",
+        path=path,
+    )
+
+
+def _has_migration(source: bytes) -> bool:
+    """Returns whether statements of a module make a migration, outside functions and classes."""
+    try:
+        with PARSE_LOCK:
+            pending: list[ast.AST] = [ast.parse(source)]
+    except (SyntaxError, ValueError):
+        return b"Migration(" in source
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+            if name == Migration.__name__:
+                return True
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            pending += ast.iter_child_nodes(node)
+    return False
 
 
 def _from_file(path: Path, number: int, known: Iterable[tuple[Migration, str]]) -> list[Migration]:

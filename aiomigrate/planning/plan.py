@@ -16,7 +16,13 @@ from aiomigrate.errors import DependencyError, TargetError
 from aiomigrate.migration.model import Key, Script, Scripts, Target
 from aiomigrate.planning.background import IDLE, Busy, defer
 from aiomigrate.planning.dependencies import ordered
-from aiomigrate.planning.reconcile import LineState, Reconciled, pending
+from aiomigrate.planning.reconcile import (
+    LineState,
+    Reconciled,
+    lost_lines,
+    missing_parts,
+    pending,
+)
 from aiomigrate.planning.rollback import Undo, Way
 from aiomigrate.text import nearest, spell_spans
 
@@ -115,6 +121,8 @@ class Plan:
         unknown: Versions of recorded lines that have no scripts; they are not changed.
         adopts: Lines that another system recorded; they are adopted first.
         warnings: One sentence each.
+        missing: One sentence for each thing that is not there and should perhaps be: the database,
+            all scripts, or the scripts of a line that aiomigrate migrated.
         busy: Lines that background work is using: no other run writes their records.
     """
 
@@ -124,6 +132,7 @@ class Plan:
     unknown: Mapping[str, int] = field(default_factory=dict)
     adopts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     busy: frozenset[str] = frozenset()
 
     @property
@@ -190,6 +199,7 @@ class Plan:
             "adopts": list(self.adopts),
             "deferred": [{"line": line, "version": version} for line, version in self.deferred],
             "warnings": list(self.warnings),
+            "missing": list(self.missing),
         }
 
     def __str__(self) -> str:
@@ -204,6 +214,7 @@ def build_plan(
     to: Target = None,
     existing: Collection[str] = (),
     busy: Busy = IDLE,
+    has_database: bool = True,
 ) -> Plan:
     """Returns the plan of an upgrade; it has no steps if nothing is pending.
 
@@ -214,6 +225,7 @@ def build_plan(
         to: The target; a mapping also selects its lines if `tables` is not given.
         existing: Tables that exist, as far as background migrations touch them.
         busy: The lines and tables that background work is using.
+        has_database: Whether the database exists.
 
     Raises:
         TargetError: A selected line has no scripts, or a target is not a version or is below the
@@ -251,6 +263,9 @@ def build_plan(
             f"{s.line} is at version {s.current}, above its newest script {s.latest}"
             for s in states.values()
             if s.is_ahead
+        ),
+        missing=missing_parts(
+            lost_lines(decided.lines, scripts), scripts, has_database=has_database
         ),
     )
 
@@ -303,7 +318,8 @@ def plan_text(plan: Plan) -> str:
     """Returns a plan as text: one paragraph per migration, with one line per operation."""
     if plan.is_empty:
         is_rollback = plan.direction is Direction.ROLLBACK
-        head = "Nothing to undo." if is_rollback else "Everything is at target; nothing to do."
+        at_target = "Nothing to do." if plan.missing else "Everything is at target; nothing to do."
+        head = "Nothing to undo." if is_rollback else at_target
     else:
         lines = len({step.script.line for step in plan.steps})
         count = len(plan.steps)
@@ -344,7 +360,7 @@ def plan_text(plan: Plan) -> str:
     out += [f"adopt: the version of {line} was recorded by another system" for line in plan.adopts]
     out += [f"unknown: {line} is recorded at version {v} and has no script; it is not changed"
             for line, v in sorted(plan.unknown.items())]  # fmt: skip
-    out += [f"warning: {warning}" for warning in plan.warnings]
+    out += [f"warning: {warning}" for warning in (*plan.warnings, *plan.missing)]
     return "\n".join(out)
 
 

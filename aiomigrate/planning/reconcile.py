@@ -206,7 +206,59 @@ def reconcile(
         if state.is_ahead and on_ahead is OnAhead.ERROR:
             problems.append(_ahead(state))
         problems.extend(_history_problems(state, scripts))
+    lost = lost_lines(lines, scripts)
+    if lost and not scripts.all:
+        problems.insert(0, _no_scripts(lost))
     return Reconciled(lines=lines, problems=tuple(problems))
+
+
+def lost_lines(lines: Mapping[str, LineState], scripts: Scripts) -> dict[str, int]:
+    """Returns the version of each line that aiomigrate migrated and that has no scripts any more.
+
+    Lines that only other systems recorded are none of them.
+    """
+    return {
+        line: state.current or state.history.current
+        for line, state in lines.items()
+        if state.history.current and not scripts.of(line)
+    }
+
+
+def missing_parts(
+    lost: Mapping[str, int], scripts: Scripts, *, has_database: bool
+) -> tuple[str, ...]:
+    """Returns one sentence for each thing that is not there and should perhaps be.
+
+    Args:
+        lost: The version of each line that has no scripts any more.
+        scripts: All scripts.
+        has_database: Whether the database exists.
+    """
+    out = []
+    if not has_database:
+        out.append(
+            "The database does not exist. An upgrade creates it; if it should exist, check its "
+            "path (--uri)."
+        )
+    if not scripts.all:
+        out.append(
+            "There is no migration script. Check the migrations folder, or write the first script "
+            "with `aiomigrate new`."
+        )
+    out += [
+        f"{line} is recorded at version {version}, but none of its scripts exists. Restore them, "
+        f"or, if the line has ended, run `aiomigrate stamp --table {line} --to 0`."
+        for line, version in sorted(lost.items())
+    ]
+    return tuple(out)
+
+
+def _no_scripts(lost: Mapping[str, int]) -> MissingScriptError:
+    listed = ", ".join(f"{line} {version}" for line, version in sorted(lost.items()))
+    return MissingScriptError(
+        f"There is no migration script, but the database records applied versions: {listed}.",
+        "Deploy the migrations folder with the application, or correct --migrations.",
+    )
 
 
 def _decide_line(

@@ -93,6 +93,8 @@ class Status:
         lines: Every line that is recorded or has scripts, by name.
         holder: The holder of the lease, `None` if it is free.
         background: The holder of the background lease, `None` if it is free.
+        missing: One sentence for each thing that is not there and should perhaps be: the database,
+            all scripts, or the scripts of a line that aiomigrate migrated.
     """
 
     database: str
@@ -100,6 +102,7 @@ class Status:
     lines: Mapping[str, LineStatus] = field(default_factory=dict)
     holder: Holder | None = None
     background: Holder | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def is_at_target(self) -> bool:
@@ -115,6 +118,7 @@ class Status:
             "holder": str(self.holder) if self.holder else None,
             "background": str(self.background) if self.background else None,
             "lines": {name: status.to_dict() for name, status in self.lines.items()},
+            "missing": list(self.missing),
         }
 
     def __str__(self) -> str:
@@ -181,6 +185,8 @@ class Validation:
         errors: One sentence for each difference; empty if the database is valid.
         warnings: One sentence for each warning.
         not_at_target: Those of the errors that only report pending migrations.
+        missing: Those of the warnings that report that the database, all scripts, or the scripts
+            of a line do not exist.
         deferred: One sentence for each line with background work; this is no error, because an
             application's start does not wait for it.
     """
@@ -188,6 +194,7 @@ class Validation:
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     not_at_target: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     deferred: tuple[str, ...] = ()
 
     @property
@@ -231,6 +238,7 @@ def status_text(status: Status) -> str:
         out.append(f"lease held by {status.holder}")
     if status.background:
         out.append(f"background lease held by {status.background}")
+    out += [f"warning: {text}" for text in status.missing]
     return "\n".join(out)
 
 
@@ -248,6 +256,7 @@ def health_text(health: Health) -> str:
     if health.failed and is_refused:
         state = "failed: an application would refuse to start, because scripts and database differ"
     out = [f"{state} ({status.database})"]
+    out += [text for name, text in health.failed.items() if name not in status.lines]
     for name, line in sorted(status.lines.items()):
         if line.target is None or not (line.pending or name in health.failed):
             continue

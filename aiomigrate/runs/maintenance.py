@@ -6,7 +6,7 @@ The manager calls `prune`, `stamp` and `unlock`; upgrades call `prune_savepoints
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from aiomigrate import events as ev
@@ -152,7 +152,8 @@ async def stamp(
         The recorded version by line; empty if there are no scripts.
 
     Raises:
-        TargetError: A line has no scripts, or a version is above its newest script.
+        TargetError: A line has no scripts and is not recorded or not stamped at 0, or a version is
+            above its newest script.
         BackgroundBusyError: Background work is using a line.
         LedgerError: The metadata tables are unreadable or inconsistent.
         LeaseError: The lease could not be acquired, or was lost.
@@ -192,7 +193,10 @@ class StampJob(Job):
         """Records the versions in the journal, then in the head."""
         session, run, versions = self._session, self._session.run, self._versions
         snapshot = await session.take_over(writer, lease, self._view)
+        recorded = {*snapshot.journal.lines, *(row.name for row in lease.head.rows)}
         for line in versions:
+            if line not in recorded and not run.scripts.of(line):
+                raise _no_migration(line, run.scripts.line_names())
             snapshot.busy.refuse_line(line, run.scripts)
         workspace = session.workspace(writer)
         await writer.record(*await stamp_events(run, versions, workspace.tables))
@@ -258,7 +262,8 @@ def versions_to_stamp(
         The version by line; empty if there are no scripts.
 
     Raises:
-        TargetError: A line has no scripts, or a version is above its newest script.
+        TargetError: A line has no scripts and is not stamped at 0, or a version is above its newest
+            script.
     """
     for wanted in to.values() if isinstance(to, Mapping) else () if to is None else (to,):
         if type(wanted) is not int or wanted < 0:
@@ -269,15 +274,11 @@ def versions_to_stamp(
     lines = tables if tables is not None else (to.keys() if isinstance(to, Mapping) else known)
     result = {}
     for line in lines:
-        if line not in known:
-            raise TargetError(
-                f"There is no migration of {line!r}.",
-                f"Lines with migrations: {', '.join(known) or 'none'}.{nearest(line, known)}",
-                line=line,
-            )
         exact = to[line] if isinstance(to, Mapping) and line in to else None
         if exact is None and isinstance(to, int) and tables is not None:
             exact = to  # for lines given by name it is not a maximum
+        if line not in known and exact != 0:  # at 0, the scripts of an ended line may be gone
+            raise _no_migration(line, known)
         version = scripts.target(line, to) if exact is None else exact
         if not isinstance(version, int) or not 0 <= version <= scripts.latest(line):
             raise TargetError(
@@ -313,4 +314,12 @@ async def unlock(environment: Environment, *, background: bool) -> Holder | None
     key = BACKGROUND_LEASE if background else RUN_LEASE
     return await unlock_lease(
         ledger, options=environment.options.lease, clock=environment.clock, key=key
+    )
+
+
+def _no_migration(line: str, known: Sequence[str]) -> TargetError:
+    return TargetError(
+        f"There is no migration of {line!r}.",
+        f"Lines with migrations: {', '.join(known) or 'none'}.{nearest(line, known)}",
+        line=line,
     )

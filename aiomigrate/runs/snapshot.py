@@ -94,6 +94,8 @@ async def read_head_fast(
     """
     if ledger is None:
         return Head(), None
+    if not scripts.all:  # the journal tells whether there should be some
+        return await ledger.read_head(), None
     content = await ledger.read_head_content()
     if content is None:
         return Head(), None
@@ -180,7 +182,8 @@ class SnapshotReader:
         decided.raise_first()
         for name, state in decided.lines.items():
             if not self.scripts.of(name):
-                self._log.debug(ev.LINE_UNKNOWN, table=name, version=state.current)
+                log = self._log.warning if state.history.current else self._log.debug
+                log(ev.LINE_UNKNOWN, table=name, version=state.current)
             if state.is_ahead:
                 self._log.warning(
                     ev.LINE_AHEAD, table=name, version=state.current, target=state.latest
@@ -221,7 +224,7 @@ class SnapshotReader:
             existing = known_tables(self.scripts, current) | set(await self.store.table_names())
         build = functools.partial(
             build_plan, snapshot.decided, self.scripts, tables=tables, to=to, existing=existing,
-            busy=snapshot.busy,
+            busy=snapshot.busy, has_database=self.store is not None,
         )  # fmt: skip
         # In a thread: planning thousands of migrations would block the event loop.
         return replace(snapshot, plan=await anyio.to_thread.run_sync(build))

