@@ -96,41 +96,52 @@ def _from_folder(folder: Path) -> list[tuple[Migration, str]]:
             "Check its permissions.",
             path=folder,
         ) from exc
+    numbered = _numbered(entries)
     found: list[tuple[Migration, str]] = []
-    numbers: dict[int, str] = {}
-    others: list[Path] = []
+    for number, path in numbered.items():
+        found += [(migration, path.name) for migration in _from_file(path, number, found)]
+    linked = {path.resolve() for path in numbered.values()}
     for path in entries:
-        match = _FILE.match(path.name)
-        if path.suffix.lower() != ".py" or path.name.startswith("."):
-            continue  # editors keep hidden files
+        if _is_source(path) and path.resolve() not in linked:
+            _refuse_migrations_in(path, found)
+    return found
+
+
+def _is_source(path: Path) -> bool:
+    return path.suffix.lower() == ".py" and not path.name.startswith(".")  # editors hide files
+
+
+def _numbered(entries: Iterable[Path]) -> dict[int, Path]:
+    """Returns the files of migrations by number, in the order of their names.
+
+    Raises:
+        ScriptError: Two have the same number, one is no file, or a link leads nowhere.
+    """
+    numbered: dict[int, Path] = {}
+    for path in filter(_is_source, entries):
         if path.is_symlink() and not path.exists():
             raise ScriptError(
                 f"{path.name} is a link to {path.readlink()}, which does not exist.",
                 "Restore the file, or remove the link.",
                 path=path,
             )
+        match = _FILE.match(path.name)
         if match is None:
-            others.append(path)
             continue
         if not path.is_file():
             raise ScriptError(
                 f"{path.name} has the name of a migration, but is no file.", "Rename it.", path=path
             )
         number = int(match[1] or match[2])
-        if number in numbers:
+        if number in numbered:
             raise DuplicateVersionError(
-                f"{path.name} and {numbers[number]} have the same number.",
+                f"{path.name} and {numbered[number].name} have the same number.",
                 "Change the number of the newer file, and the version in it.",
                 version=number,
                 path=path,
             )
-        numbers[number] = path.name
-        found += [(migration, path.name) for migration in _from_file(path, number, found)]
-    linked = {(folder / name).resolve() for name in numbers.values()}
-    for path in others:
-        if path.resolve() not in linked:
-            _refuse_migrations_in(path, found)
-    return found
+        numbered[number] = path
+    return numbered
 
 
 def _refuse_migrations_in(path: Path, found: Iterable[tuple[Migration, str]]) -> None:
